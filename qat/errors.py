@@ -1,0 +1,49 @@
+"""The errors we raise on purpose. Each message names the thing that is wrong and what to type instead."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QATError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class SpecError(QATError, ValueError):
+    """A QuantSpec that cannot exist."""
+
+
+class PolicyError(QATError, ValueError):
+    """A policy or one of its rules that cannot be honoured for this model."""
+
+
+class LayerError(QATError, ValueError):
+    """A layer that cannot be quantized as asked."""
+
+
+class StateError(QATError, RuntimeError):
+    """A model in the wrong state: prepared twice, a scale never initialised, not prepared at all."""
+
+
+class CheckpointError(QATError, RuntimeError):
+    """A training checkpoint that cannot be read or does not fit."""
+
+
+class ArtifactError(QATError, RuntimeError):
+    """An artifact that cannot be written or read, is damaged, or does not fit the model."""
+
+
+class DataError(QATError, RuntimeError):
+    """Data that is missing or not what was promised."""
+
+
+class TrainingError(QATError, RuntimeError):
+    """A training run that cannot go on."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known word, or all known words where none is close."""
+    known = list(known)
+    close = get_close_matches(word, known, n=1)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (known: {', '.join(map(repr, known))})" if known else ""

@@ -1,0 +1,171 @@
+"""The one definition of quantize and dequantize arithmetic; training, conversion, formats and kernels' tests all use it.
+
+    codes = clamp(round_half_even(x / s) + z, -q_n, q_p)          x_hat = (codes - z) * s
+
+computed in float32 (float64 for float64 inputs) with the scale already rounded to the dtype it is stored in, and
+rounded once, at the end, to the dtype asked for. For whole bounds this equals LSQ's round(clip(x / s)).
+
+A scale has shape (rows, groups): (1, 1) per tensor, (O, 1) per channel, (O, G) per group. The tensor it belongs to is
+read row-major as (rows, groups, block), where ``block`` elements share a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import LayerError
+from .spec import Granularity, QuantSpec
+
+# The smallest scale: from here up to 65536 a bf16 scale, and a 4-bit code times it, are exact in fp16.
+MIN_SCALE = 2.0**-17
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """Return the torch dtype that the spec's scales are stored in."""
+    return getattr(torch, spec.scale_dtype.value)
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
+    """Return (rows, groups) for a tensor whose first axis holds output channels.
+
+    Raises:
+        LayerError: the group size does not divide the inputs of a channel; the message lists sizes that do.
+    """
+    if spec.granularity is Granularity.tensor:
+        return 1, 1
+    rows, inputs = shape[0], math.prod(shape[1:])
+    if spec.granularity is Granularity.channel:
+        return rows, 1
+    if inputs % spec.group_size:
+        sizes = [size for size in range(8, inputs + 1, 8) if inputs % size == 0]
+        fix = f"group sizes that do: {', '.join(map(str, sizes))}; or" if sizes else "use"
+        raise LayerError(f"group_size={spec.group_size} does not divide its {inputs} inputs; {fix} granularity='channel'")
+    return rows, inputs // spec.group_size
+
+
+def stored_scale(step_size: Tensor, spec: QuantSpec) -> Tensor:
+    """Round a step size to the scale that is stored and computed with: at least MIN_SCALE, in ``spec.scale_dtype``."""
+    return step_size.detach().clamp_min(MIN_SCALE).to(scale_dtype(spec))
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
+    """Return (codes - zero_point) * scale in ``dtype``, in the shape of ``codes``."""
+    working = _working_dtype(dtype)
+    values, s = _broadcast(codes.to(working), scale.to(working))
+    if zero_point is not None:
+        values = values - _broadcast(codes, zero_point.to(working))[1]
+    return (values * s).to(dtype).reshape(codes.shape)
+
+
+def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> Tensor:
+    """Return whole-valued codes in the working float dtype, in the shape of ``x``."""
+    ratio, _ = _ratio(x, scale)
+    codes = ratio.round()
+    if zero_point is not None:
+        codes = codes + _broadcast(x, zero_point.to(codes.dtype))[1]
+    return codes.clamp(-spec.q_n, spec.q_p).reshape(x.shape)
+
+
+@dataclass
+class QuantizedTensor:
+    """Codes, scales and spec: the one value that quantizers make and formats, kernels and frozen layers read.
+
+    Attributes:
+        codes: int8, the tensor's logical shape, from ``-spec.q_n`` to ``spec.q_p``.
+        scale: (rows, groups) in ``spec.scale_dtype``.
+        zero_point: int8, the scale's shape, in the range of the codes; None if symmetric.
+        spec: the grid.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    spec: QuantSpec
+    zero_point: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return (codes - zero_point) * scale, rounded once to ``dtype``."""
+        return dequantize(self.codes, self.scale, dtype, self.zero_point)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, scales and zero points included."""
+        parameters = self.scale.numel() * (self.scale.element_size() * 8 + (0 if self.spec.symmetric else self.spec.bits))
+        return self.spec.bits + parameters / self.codes.numel()
+
+
+def quantize_tensor(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> QuantizedTensor:
+    """Quantize a weight onto an already stored scale.
+
+    Raises:
+        LayerError: the weight or the scale holds NaN or infinity.
+    """
+    if not (x.isfinite().all() and scale.isfinite().all()):
+        raise LayerError("the weight or its scale holds NaN or infinity")
+    codes = quantize(x.detach(), scale, spec, zero_point).to(torch.int8)
+    return QuantizedTensor(codes, scale.detach(), replace(spec, signed=True), zero_point)
+
+
+def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float = 1.0) -> Tensor:
+    """Quantize and dequantize with LSQ's gradients (arXiv:1902.08153, eq. 3 and the straight-through estimator, eq. 5).
+
+    Args:
+        x: any float dtype and shape.
+        step_size: (rows, groups) float32 (or float64), before rounding to the stored scale.
+        spec: symmetric; its bounds and scale dtype are used.
+        grad_scale: LSQ's g, which multiplies the gradient of the step size.
+
+    Returns:
+        ``dequantize(quantize(x))`` in the dtype of ``x``. The gradient of x is the incoming one where
+        ``-q_n < x / s < q_p`` strictly, else 0; the step size's passes through the rounding to the stored scale.
+    """
+    return _FakeQuantize.apply(x, step_size, spec, grad_scale)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves only its two inputs; the backward computes the ratio again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
+        ctx.save_for_backward(x, step_size)
+        ctx.spec, ctx.grad_scale = spec, grad_scale
+        scale = stored_scale(step_size, spec)
+        return dequantize(quantize(x, scale, spec), scale, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        x, step_size = ctx.saved_tensors
+        spec = ctx.spec
+        ratio, _ = _ratio(x, stored_scale(step_size, spec))
+        inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
+        grad_x = grad_step = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output * inside.reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio * inside
+            terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
+            total = terms.sum() if step_size.numel() == 1 else terms.sum(-1)
+            grad_step = (total.reshape(step_size.shape) * ctx.grad_scale).to(step_size.dtype)
+        return grad_x, grad_step, None, None
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _broadcast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """View x and scale so that they broadcast; one scale for the whole tensor leaves x's shape and strides alone."""
+    if scale.numel() == 1:
+        return x, scale.reshape(())
+    return x.reshape(*scale.shape, -1), scale[..., None]
+
+
+def _ratio(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    working = _working_dtype(x.dtype)
+    values, s = _broadcast(x.to(working), scale.to(working))
+    return values / s, s

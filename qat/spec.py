@@ -1,0 +1,122 @@
+"""QuantSpec: the grid a tensor is quantized to.
+
+No torch in here, so that configs are checked in milliseconds, and not frozen, so that Hydra can override its fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any, Optional
+
+from .errors import SpecError, did_you_mean
+
+
+class Granularity(str, Enum):
+    """What shares one scale: the whole tensor, one output channel, or ``group_size`` consecutive inputs of a channel."""
+
+    tensor = "tensor"
+    channel = "channel"
+    group = "group"
+
+
+class ScaleDtype(str, Enum):
+    """The dtype a scale is stored in. A bf16 scale is exact in fp16 (from 2^-17 up) and in fp32."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@dataclass
+class QuantSpec:
+    """Bits, granularity and scale dtype of a quantized tensor.
+
+    Codes run from ``-q_n`` to ``q_p`` (Q_N and Q_P of LSQ, arXiv:1902.08153, section 2).
+
+    Args:
+        bits: 2 to 8.
+        granularity: "tensor", "channel" or "group". Defaults to "group" where ``group_size`` is given, else "channel".
+        group_size: consecutive inputs that share a scale; only with granularity "group".
+        signed: weights are always signed. For an activation, None means that calibration detects it (unsigned if
+            no value is negative).
+        symmetric: True for no zero point.
+        scale_dtype: the dtype the scale is rounded to inside the training forward and stored in.
+
+    Raises:
+        SpecError: a field out of range, or fields that contradict each other.
+    """
+
+    bits: int = 4
+    granularity: Optional[Granularity] = None  # noqa: UP045  OmegaConf 2.3 reads Optional, not "| None"
+    group_size: Optional[int] = None  # noqa: UP045
+    signed: Optional[bool] = None  # noqa: UP045
+    symmetric: bool = True
+    scale_dtype: ScaleDtype = ScaleDtype.bfloat16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise SpecError(f"bits={self.bits!r}: give a whole number from 2 to 8")
+        if self.granularity is None:
+            self.granularity = Granularity.channel if self.group_size is None else Granularity.group
+        self.granularity = _member(Granularity, "granularity", self.granularity)
+        self.scale_dtype = _member(ScaleDtype, "scale_dtype", self.scale_dtype)
+        if self.granularity is Granularity.group:
+            if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
+                raise SpecError(f"granularity='group' needs a positive group_size, not {self.group_size!r}")
+        elif self.group_size is not None:
+            raise SpecError(
+                f"group_size={self.group_size} contradicts granularity={self.granularity.value!r}: "
+                "drop one of the two, or set granularity='group'"
+            )
+
+    @property
+    def q_n(self) -> int:
+        """The magnitude of the lowest code."""
+        return 0 if self.signed is False else 2 ** (self.bits - 1)
+
+    @property
+    def q_p(self) -> int:
+        """The highest code."""
+        return 2**self.bits - 1 if self.signed is False else 2 ** (self.bits - 1) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
+        """Build a spec from plain values; SpecError names an unknown key."""
+        check_keys(values, "QuantSpec")
+        return cls(**values)
+
+    def override(self, values: dict[str, Any]) -> QuantSpec:
+        """Return a copy with some fields replaced; a new granularity or group size lets the other one follow."""
+        check_keys(values, "QuantSpec")
+        merged = self.to_dict()
+        if "granularity" in values and "group_size" not in values:
+            merged["group_size"] = merged["group_size"] if values["granularity"] == "group" else None
+        if "group_size" in values and "granularity" not in values:
+            merged["granularity"] = None
+        return QuantSpec(**{**merged, **values})
+
+    def __str__(self) -> str:
+        sign = "u" if self.signed is False else ""
+        where = f"g{self.group_size}" if self.granularity is Granularity.group else self.granularity.value
+        return f"{sign}int{self.bits} {where}" + ("" if self.symmetric else " asymmetric")
+
+
+def check_keys(values: dict[str, Any], what: str) -> None:
+    """Raise SpecError for a key that is no field of QuantSpec."""
+    known = [field.name for field in fields(QuantSpec)]
+    for key in values:
+        if key not in known:
+            raise SpecError(f"unknown key {key!r} in {what}{did_you_mean(str(key), known)}")
+
+
+def _member(enum: type[Enum], name: str, value: Any) -> Enum:
+    try:
+        return enum(value)
+    except ValueError:
+        words = [member.value for member in enum]
+        raise SpecError(f"{name}={value!r} is unknown{did_you_mean(str(value), words)}") from None
