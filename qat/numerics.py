@@ -145,9 +145,9 @@ class _FakeQuantize(torch.autograd.Function):
         inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
         grad_x = grad_step = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output * inside.reshape(x.shape)
+            grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0)
         if ctx.needs_input_grad[1]:
-            slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio * inside
+            slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)
             terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
             total = terms.sum() if step_size.numel() == 1 else terms.sum(-1)
             grad_step = (total.reshape(step_size.shape) * ctx.grad_scale).to(step_size.dtype)
