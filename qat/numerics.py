@@ -1,4 +1,4 @@
-"""The one definition of quantize and dequantize arithmetic; training, conversion, formats and kernels' tests all use it.
+"""The one quantize and dequantize arithmetic, which training, conversion, formats and the kernels' tests all use.
 
     codes = clamp(round_half_even(x / s) + z, -q_n, q_p)          x_hat = (codes - z) * s
 
@@ -44,7 +44,9 @@ def scale_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[i
     if inputs % spec.group_size:
         sizes = [size for size in range(8, inputs + 1, 8) if inputs % size == 0]
         fix = f"group sizes that do: {', '.join(map(str, sizes))}; or" if sizes else "use"
-        raise LayerError(f"group_size={spec.group_size} does not divide its {inputs} inputs; {fix} granularity='channel'")
+        raise LayerError(
+            f"group_size={spec.group_size} does not divide its {inputs} inputs; {fix} granularity='channel'"
+        )
     return rows, inputs // spec.group_size
 
 
@@ -94,7 +96,9 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits a weight, scales and zero points included."""
-        parameters = self.scale.numel() * (self.scale.element_size() * 8 + (0 if self.spec.symmetric else self.spec.bits))
+        parameters = self.scale.numel() * (
+            self.scale.element_size() * 8 + (0 if self.spec.symmetric else self.spec.bits)
+        )
         return self.spec.bits + parameters / self.codes.numel()
 
 

@@ -6,26 +6,33 @@ No torch in here, so that configs are checked in milliseconds, and not frozen, s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any, Optional
 
 from .errors import SpecError, did_you_mean
 
 
-class Granularity(str, Enum):
-    """What shares one scale: the whole tensor, one output channel, or ``group_size`` consecutive inputs of a channel."""
+class Granularity(StrEnum):
+    """What shares one scale: the tensor, one output channel, or ``group_size`` consecutive inputs of a channel."""
 
     tensor = "tensor"
     channel = "channel"
     group = "group"
 
 
-class ScaleDtype(str, Enum):
+class ScaleDtype(StrEnum):
     """The dtype a scale is stored in. A bf16 scale is exact in fp16 (from 2^-17 up) and in fp32."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class Init(StrEnum):
+    """How a step size starts: LSQ's 2<|v|>/sqrt(Q_P), or max|v|/Q_P, which is round-to-nearest if never trained."""
+
+    lsq = "lsq"
+    minmax = "minmax"
 
 
 @dataclass
@@ -59,8 +66,8 @@ class QuantSpec:
             raise SpecError(f"bits={self.bits!r}: give a whole number from 2 to 8")
         if self.granularity is None:
             self.granularity = Granularity.channel if self.group_size is None else Granularity.group
-        self.granularity = _member(Granularity, "granularity", self.granularity)
-        self.scale_dtype = _member(ScaleDtype, "scale_dtype", self.scale_dtype)
+        self.granularity = as_member(Granularity, "granularity", self.granularity)
+        self.scale_dtype = as_member(ScaleDtype, "scale_dtype", self.scale_dtype)
         if self.granularity is Granularity.group:
             if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
                 raise SpecError(f"granularity='group' needs a positive group_size, not {self.group_size!r}")
@@ -114,7 +121,8 @@ def check_keys(values: dict[str, Any], what: str) -> None:
             raise SpecError(f"unknown key {key!r} in {what}{did_you_mean(str(key), known)}")
 
 
-def _member(enum: type[Enum], name: str, value: Any) -> Enum:
+def as_member(enum: type[Enum], name: str, value: Any) -> Enum:
+    """Return the member with that value; SpecError names the field and the known words."""
     try:
         return enum(value)
     except ValueError:

@@ -1,6 +1,13 @@
-"""Quantizers: the learned step size (LSQ)."""
+"""Quantizers: the learned step size (LSQ) of weights and activations."""
 
 from .fixed_dtype import FixedDtype
-from .lsq import ActivationLSQ, Init, WeightLSQ, minmax_step_size, lsq_step_size
+from .lsq import ActivationLSQ, ActivationStatistics, FrozenActivation, LearnedStepSize, WeightLSQ
 
-__all__ = ["ActivationLSQ", "FixedDtype", "Init", "WeightLSQ", "lsq_step_size", "minmax_step_size"]
+__all__ = [
+    "ActivationLSQ",
+    "ActivationStatistics",
+    "FixedDtype",
+    "FrozenActivation",
+    "LearnedStepSize",
+    "WeightLSQ",
+]

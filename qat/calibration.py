@@ -1,0 +1,68 @@
+"""calibrate: set activation step sizes from a few batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import StateError
+from .layers import quant_layers
+from .quantizers import ActivationLSQ, ActivationStatistics
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationLSQ]:
+    """Return a prepared model's activation quantizers."""
+    layers = (layer for _, layer in quant_layers(model))
+    return [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> nn.Module:
+    """Set every uninitialised activation step size from the given batches; in place.
+
+    Weights are fake-quantized meanwhile, activations are not. Statistics are combined over ranks, so that each rank
+    starts from the same scale. The model runs in eval mode without gradients.
+
+    Args:
+        model: a prepared model.
+        batches: what ``forward`` takes; several are better than one.
+        forward: how to run a batch; default ``model(batch)``, with ``batch[0]`` of a tuple or list.
+
+    Raises:
+        StateError: no batch at all, a layer that no batch reached, or one that saw NaN.
+    """
+    waiting = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_initialised]
+    if not waiting:
+        return model
+    run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
+    seen = 0
+    with _observing(model, waiting), torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+            seen += 1
+        if not seen:
+            raise StateError("calibration got no batch: give it at least one")
+        for quantizer in waiting:
+            quantizer.observer.all_reduce()
+            quantizer.initialise(quantizer.observer)
+    return model
+
+
+@contextmanager
+def _observing(model: nn.Module, quantizers: list[ActivationLSQ]) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for quantizer in quantizers:
+        quantizer.observer = ActivationStatistics(quantizer.step_size.device)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+        for module, training in modes.items():
+            module.training = training

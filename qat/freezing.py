@@ -1,0 +1,67 @@
+"""freeze: turn trained fake-quant layers into real low-bit ones, with the integers that training used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from .errors import LayerError, StateError
+from .layers import PackedWeight, frozen_layers, make_frozen_, quant_layers
+from .numerics import QuantizedTensor
+from .quantizers import FrozenActivation
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Replace each fake-quantized weight by packed codes, in place, and put the model in eval mode.
+
+    Activation quantizers stay, with scales that no longer learn. Layers that share a weight share its packed codes.
+
+    Raises:
+        StateError: the model is not prepared, or a step size was never initialised.
+        LayerError: a weight or scale holds NaN or infinity.
+    """
+    layers = list(quant_layers(model))
+    if not layers:
+        raise StateError("nothing to freeze: call qat.prepare(model, policy) and train first")
+    for _, layer in layers:
+        for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
+            if quantizer is not None:
+                quantizer.require_initialised()
+    packed: dict[int, PackedWeight] = {}
+    for name, layer in layers:
+        weight = None
+        if layer.weight_quantizer is not None:
+            key = id(layer.weight_quantizer)
+            if key not in packed:
+                packed[key] = PackedWeight.from_tensor(_quantize(name, layer))
+            weight = packed[key]
+        activation = layer.activation_quantizer
+        if activation is not None:
+            activation = FrozenActivation(replace(activation.spec), activation.scale())
+        make_frozen_(layer, weight, activation)
+    return model.eval()
+
+
+def quantized_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Return {layer name: QuantizedTensor} of a prepared, frozen or loaded model: the integers its forward uses.
+
+    Raises:
+        StateError: the model is neither, or a scale was never initialised.
+    """
+    tensors = {
+        name: _quantize(name, layer) for name, layer in quant_layers(model) if layer.weight_quantizer is not None
+    }
+    for name, layer in frozen_layers(model):
+        if layer.packed_weight is not None:
+            tensors[name] = layer.packed_weight.quantized_tensor()
+    if not tensors:
+        raise StateError("this model has no quantized weights: call qat.prepare(model, policy) or qat.load first")
+    return tensors
+
+
+def _quantize(name: str, layer: nn.Module) -> QuantizedTensor:
+    try:
+        return layer.weight_quantizer.quantize(layer.weight)
+    except LayerError as error:
+        raise LayerError(f"{name!r}: {error}") from None

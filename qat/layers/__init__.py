@@ -1,0 +1,57 @@
+"""Fake-quant layers and their frozen twins, and the one way to turn a layer into either.
+
+A layer changes its class in place: hooks, ties, names and every reference to it survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from .conv import FrozenConv2d, QuantConv2d
+from .linear import FrozenLinear, QuantLinear
+from .packed import PackedWeight
+
+FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
+QuantLayer = QuantLinear | QuantConv2d
+FrozenLayer = FrozenLinear | FrozenConv2d
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Yield the fake-quant layers of a prepared model, each once, by name."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLayer))
+
+
+def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLayer]]:
+    """Yield the frozen layers of a model, each once, by name."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, FrozenLayer))
+
+
+def plain_type(layer: nn.Module) -> type[nn.Module]:
+    """Return nn.Linear or nn.Conv2d for a fake-quant or frozen layer, else the layer's own type."""
+    for table in (FAKE_QUANT, FROZEN):
+        for plain, quantized in table.items():
+            if type(layer) is quantized:
+                return plain
+    return type(layer)
+
+
+def make_fake_quant_(layer: nn.Module, weight: WeightLSQ | None, activation: ActivationLSQ | None) -> None:
+    """Turn a plain layer into its fake-quant twin, in place."""
+    layer.__class__ = FAKE_QUANT[type(layer)]
+    layer.weight_quantizer = weight
+    layer.activation_quantizer = activation
+
+
+def make_frozen_(layer: nn.Module, weight: PackedWeight | None, activation: FrozenActivation | None) -> None:
+    """Turn a plain or fake-quant layer into its frozen twin, in place; packed codes replace the weight."""
+    layer.__class__ = FROZEN[plain_type(layer)]
+    if "weight_quantizer" in layer._modules:
+        del layer.weight_quantizer
+    if weight is not None:
+        del layer.weight
+    layer.packed_weight = weight
+    layer.activation_quantizer = activation

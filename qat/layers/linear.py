@@ -1,0 +1,67 @@
+"""Linear: the fake-quant layer that trains and its frozen twin that ships."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from . import cpu_int4
+from .packed import PackedWeight
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` whose weight, and input where asked for, pass through quantizers.
+
+    Attributes:
+        weight_quantizer: None leaves the weight alone.
+        activation_quantizer: None leaves the input alone.
+    """
+
+    weight_quantizer: WeightLSQ | None
+    activation_quantizer: ActivationLSQ | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the linear map of the fake-quantized input and weight."""
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        return F.linear(x, weight, self.bias)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that holds packed codes instead of a weight.
+
+    On a GPU, 4-bit weights run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator where it
+    takes the shape; everything else dequantizes on use.
+
+    Attributes:
+        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
+        activation_quantizer: None leaves the input alone.
+    """
+
+    packed_weight: PackedWeight | None
+    activation_quantizer: FrozenActivation | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the linear map in the dtype of x (autocast's, where it is on)."""
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        if self.packed_weight is None:
+            return F.linear(x, self.weight, self.bias)
+        x, bias = match_dtypes(x, self.bias)
+        if cpu_int4.fits(x, self.packed_weight):
+            return cpu_int4.int4_linear(x, self.packed_weight, bias)
+        if x.device.type != "cpu" and x.dtype != torch.float64 and self.packed_weight.spec.bits == 4:
+            from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
+
+            return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
+        return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+
+
+def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return x in the compute dtype, autocast's where that is on, and the bias in the same."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x, None if bias is None else bias.to(x.dtype)

@@ -1,0 +1,169 @@
+"""QuantPolicy: which layers are quantized, and how. No torch in here, so that configs are checked in milliseconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Optional
+
+from .errors import PolicyError, did_you_mean
+from .spec import Init, QuantSpec, as_member
+
+RULE_KEYS = ("match", "weight", "activation")
+FIRST, LAST = "@first", "@last"
+
+
+@dataclass
+class QuantPolicy:
+    """What every layer gets, and the rules that say otherwise.
+
+    Args:
+        weight: the spec of every weight; None leaves weights alone.
+        activation: the spec of every layer's input (granularity "tensor"); None leaves inputs alone.
+        rules: ordered; the last rule that matches a layer wins. Each is a dict with ``match`` and ``weight`` and/or
+            ``activation``. ``match`` is a layer's name, a glob ("*.mlp.*"), a regular expression ("re:.*[qk]_proj"), a
+            layer type ("Conv2d"), or "@first" / "@last" for the first and last layer in definition order. ``weight``
+            and ``activation`` are None, a QuantSpec, or a dict whose fields override the policy's own.
+        init: how step sizes start: "lsq" or "minmax".
+
+    Raises:
+        PolicyError, SpecError: an unknown key, or a value out of range.
+    """
+
+    weight: Optional[QuantSpec] = None  # noqa: UP045  OmegaConf 2.3 reads Optional, not "| None"
+    activation: Optional[QuantSpec] = None  # noqa: UP045
+    rules: list[Any] = field(default_factory=list)
+    init: Init = Init.lsq
+
+    def __post_init__(self) -> None:
+        self.init = as_member(Init, "init", self.init)
+        self.weight = _spec(self.weight, QuantSpec())
+        self.activation = _spec(self.activation, QuantSpec(granularity="tensor"))
+        for rule in self.rules:
+            _check_rule(rule)
+            self.specs_of(rule)
+
+    def specs_of(self, rule: dict[str, Any] | None) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None."""
+        weight, activation = self.weight, self.activation
+        if rule is not None:
+            if "weight" in rule:
+                weight = _spec(rule["weight"], self.weight or QuantSpec())
+            if "activation" in rule:
+                activation = _spec(rule["activation"], self.activation or QuantSpec(granularity="tensor"))
+        if weight is not None and weight.signed is False:
+            raise PolicyError("weights are always signed: drop signed=False from the weight spec")
+        if activation is not None and activation.granularity != "tensor":
+            raise PolicyError(f"activations take granularity='tensor', not {activation.granularity.value!r}")
+        for spec in (weight, activation):
+            if spec is not None and not spec.symmetric:
+                raise PolicyError("LSQ learns symmetric grids: drop symmetric=False")
+        return weight, activation
+
+    def quantizes_nothing(self) -> bool:
+        """Return whether this policy means full-precision training."""
+        return self.weight is None and self.activation is None and not self.rules
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+
+        def plain(spec: Any) -> Any:
+            return spec.to_dict() if isinstance(spec, QuantSpec) else spec
+
+        rules = [{key: plain(value) for key, value in rule.items()} for rule in self.rules]
+        return {
+            "weight": plain(self.weight),
+            "activation": plain(self.activation),
+            "rules": rules,
+            "init": self.init.value,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantPolicy:
+        """Build a policy from plain values; PolicyError names an unknown key."""
+        known = ("weight", "activation", "rules", "init")
+        for key in values:
+            if key not in known:
+                raise PolicyError(f"unknown key {key!r} in the policy{did_you_mean(str(key), known)}")
+        return cls(**{**values, "rules": list(values.get("rules") or [])})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> QuantPolicy:
+        """Read a policy file, or one that ships with the package by its bare name ("conv_w4a4").
+
+        Raises:
+            PolicyError: no such file, or what is in it is no policy.
+        """
+        from omegaconf import OmegaConf
+
+        path = Path(path)
+        shipped = Path(__import__("qat.conf").conf.__file__).parent / "policy"
+        if not path.exists() and (shipped / f"{path}.yaml").exists():
+            path = shipped / f"{path}.yaml"
+        if not path.is_file():
+            names = sorted(file.stem for file in shipped.glob("*.yaml"))
+            raise PolicyError(f"no policy file {str(path)!r}{did_you_mean(str(path), names)}")
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(values, dict):
+            raise PolicyError(f"{path} does not hold a policy: expected the keys weight, activation, rules")
+        values.pop("defaults", None)  # Hydra's own key
+        return cls.from_dict(values)
+
+
+def match_rules(
+    rules: Sequence[dict[str, Any]], layers: Sequence[tuple[str, str, bool]]
+) -> list[dict[str, Any] | None]:
+    """Return the rule that wins for each layer, or None.
+
+    Args:
+        rules: a policy's.
+        layers: (name, type name, quantizable) in definition order; "@first" and "@last" count the quantizable ones.
+
+    Raises:
+        PolicyError: a rule that matches no layer.
+    """
+    winners: list[dict[str, Any] | None] = [None] * len(layers)
+    quantizable = [name for name, _, can in layers if can]
+    for rule in rules:
+        pattern, matched = str(rule["match"]), False
+        for index, (name, kind, _) in enumerate(layers):
+            if _matches(pattern, name, kind, quantizable):
+                winners[index], matched = rule, True
+        if not matched:
+            names = [name for name, _, _ in layers] + [kind for _, kind, _ in layers]
+            raise PolicyError(f"the rule with match={pattern!r} matched no layer{did_you_mean(pattern, names)}")
+    return winners
+
+
+def _matches(pattern: str, name: str, kind: str, quantizable: list[str]) -> bool:
+    if pattern in (FIRST, LAST):
+        return bool(quantizable) and name == quantizable[0 if pattern == FIRST else -1]
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return pattern == kind or fnmatchcase(name, pattern)
+
+
+def _spec(value: Any, base: QuantSpec) -> QuantSpec | None:
+    if value is None or isinstance(value, QuantSpec):
+        return value
+    if not isinstance(value, dict):
+        raise PolicyError(f"{value!r} is no spec: give null, or fields such as {{bits: 4, group_size: 128}}")
+    return base.override(value)
+
+
+def _check_rule(rule: Any) -> None:
+    if not isinstance(rule, dict) or "match" not in rule or len(rule) < 2:
+        raise PolicyError(f"{rule!r} is no rule: give match, and weight and/or activation")
+    for key in rule:
+        if key not in RULE_KEYS:
+            raise PolicyError(f"unknown key {key!r} in the rule {rule!r}{did_you_mean(str(key), RULE_KEYS)}")
+    if str(rule["match"]).startswith("re:"):
+        try:
+            re.compile(str(rule["match"])[3:])
+        except re.error as error:
+            raise PolicyError(f"the rule with match={rule['match']!r} is no regular expression: {error}") from None
+    elif str(rule["match"]).startswith("@") and rule["match"] not in (FIRST, LAST):
+        raise PolicyError(f"match={rule['match']!r} is unknown{did_you_mean(rule['match'], (FIRST, LAST))}")

@@ -1,0 +1,206 @@
+"""Learned step size quantization, as published: Esser et al. 2020, arXiv:1902.08153.
+
+The step size is one float32 parameter a scale, created when the model is prepared. What differs from the paper: it is
+rounded to the stored scale's dtype inside the forward (straight through), so that training uses the shipped scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateError
+from ..numerics import (
+    MIN_SCALE,
+    QuantizedTensor,
+    fake_quantize,
+    quantize_tensor,
+    scale_dtype,
+    scale_shape,
+    stored_scale,
+)
+from ..spec import Init, QuantSpec
+from .fixed_dtype import FixedDtype
+
+
+def lsq_step_size(mean_magnitude: Tensor, spec: QuantSpec) -> Tensor:
+    """Return 2<|v|>/sqrt(Q_P) (section 2.1 of the paper)."""
+    return 2 * mean_magnitude / math.sqrt(spec.q_p)
+
+
+def minmax_step_size(max_magnitude: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the smallest step size that clips nothing: max|v|/Q_P."""
+    return max_magnitude / spec.q_p
+
+
+def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init) -> Tensor:
+    """Return the initial step size of a weight, (rows, groups) float32."""
+    magnitude = weight.detach().abs().float().reshape(*scale_shape(weight.shape, spec), -1)
+    if init is Init.minmax:
+        return minmax_step_size(magnitude.amax(-1), spec)
+    return lsq_step_size(magnitude.mean(-1), spec)
+
+
+class LearnedStepSize(FixedDtype):
+    """State shared by weight and activation quantizers.
+
+    Attributes:
+        step_size: float32 parameter (rows, groups).
+        initialised: bool buffer; saved, so that a resumed run is never calibrated again.
+        enabled: False passes tensors through, for a delayed start.
+        name: the layer's, for messages.
+    """
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, int], name: str, init: Init, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.name, self.init = spec, name, init
+        self.enabled = True
+        self.step_size = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=device))
+        self._ready = False  # the buffer's value, read without a device synchronisation
+
+    @torch.no_grad()
+    def set_step_size(self, step_size: Tensor) -> None:
+        """Start from the given step size, in place: an optimizer that holds the parameter goes on holding it."""
+        self.step_size.copy_(step_size.reshape(self.step_size.shape).clamp_min(MIN_SCALE))
+        self.initialised.fill_(True)
+        self._ready = True
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep the parameter positive after an optimizer step."""
+        self.step_size.clamp_(min=MIN_SCALE)
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether a step size was ever set or loaded."""
+        return self._ready
+
+    def scale(self) -> Tensor:
+        """Return the stored scale: (rows, groups) in ``spec.scale_dtype``."""
+        self.require_initialised()
+        return stored_scale(self.step_size, self.spec)
+
+    def require_initialised(self) -> None:
+        """Raise StateError if no step size was ever set."""
+        if not self._ready:
+            raise StateError(
+                f"the step size of {self.name!r} was never initialised: run qat.calibrate(model, batches) "
+                "(the training command does it) or load a trained checkpoint"
+            )
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = self.initialised.device.type != "meta" and bool(self.initialised)
+
+
+class WeightLSQ(LearnedStepSize):
+    """Fake-quantizes a weight per tensor, channel or group."""
+
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
+        spec = replace(spec, signed=True)
+        super().__init__(spec, scale_shape(weight.shape, spec), name, init, weight.device)
+        if not weight.is_meta:
+            self.set_step_size(weight_step_size(weight, spec, init))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the fake-quantized weight in the weight's dtype."""
+        if not self.enabled:
+            return weight
+        self.require_initialised()
+        elements = weight.numel() // self.step_size.numel()  # that share a scale
+        return fake_quantize(weight, self.step_size, self.spec, 1 / math.sqrt(elements * self.spec.q_p))
+
+    def quantize(self, weight: Tensor) -> QuantizedTensor:
+        """Return the integers that ``forward`` uses."""
+        return quantize_tensor(weight, self.scale(), self.spec)
+
+
+class ActivationStatistics:
+    """Running sums over calibration batches: (sum of magnitudes, count, minimum, maximum), in float64."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.extremes = torch.zeros(2, dtype=torch.float64, device=device)  # of -x and x; 0 is always representable
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch."""
+        x = x.detach()
+        self.sums += torch.stack([x.abs().sum(dtype=torch.float64), self.sums.new_tensor(x.numel())])
+        self.extremes = self.extremes.maximum(torch.stack([-x.min(), x.max()]).double())
+
+    def all_reduce(self) -> None:
+        """Combine with the other ranks, if there are any."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+            torch.distributed.all_reduce(self.extremes, torch.distributed.ReduceOp.MAX)
+
+
+class ActivationLSQ(LearnedStepSize):
+    """Fake-quantizes an activation per tensor; signed or unsigned as given, or as calibration finds it."""
+
+    def __init__(self, spec: QuantSpec, device: torch.device, name: str, init: Init = Init.lsq) -> None:
+        super().__init__(spec, (1, 1), name, init, device)
+        self.observer: ActivationStatistics | None = None
+        self.register_buffer("signed", torch.tensor(spec.signed is not False, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        if self.observer is not None:
+            self.observer.update(x)
+            return x
+        if not self.enabled:
+            return x
+        self.require_initialised()
+        features = (
+            x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
+        )  # without the batch axis
+        return fake_quantize(x, self.step_size, self.spec, 1 / math.sqrt(features * self.spec.q_p))
+
+    def initialise(self, statistics: ActivationStatistics) -> None:
+        """Set signedness (where not given) and step size from calibration statistics.
+
+        Raises:
+            StateError: nothing was observed, or NaN or infinity was.
+        """
+        total, count = statistics.sums.tolist()
+        negative, positive = statistics.extremes.tolist()
+        if count == 0:
+            raise StateError(f"{self.name!r} was never reached during calibration: use batches that run it, or skip it")
+        if not all(map(math.isfinite, (total, negative, positive))):
+            raise StateError(f"{self.name!r} saw NaN or infinity during calibration: check the data and the model")
+        self._set_signed(negative > 0 if self.spec.signed is None else self.spec.signed)
+        if self.init is Init.minmax:
+            step_size = minmax_step_size(torch.tensor(max(negative, positive)), self.spec)
+        else:
+            step_size = lsq_step_size(torch.tensor(total / count), self.spec)
+        self.set_step_size(step_size)
+
+    def _set_signed(self, signed: bool) -> None:
+        self.signed.fill_(signed)
+        self.spec = replace(self.spec, signed=signed)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._ready:
+            self._set_signed(bool(self.signed))
+
+
+class FrozenActivation(FixedDtype):
+    """The frozen twin of ActivationLSQ: the same integers from a scale that no longer learns.
+
+    Attributes:
+        scale: (1, 1) in ``spec.scale_dtype``.
+    """
+
+    def __init__(self, spec: QuantSpec, scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", torch.empty(1, 1, dtype=scale_dtype(spec)) if scale is None else scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return dequantize(quantize(x)) in the dtype of x."""
+        return fake_quantize(x, self.scale, self.spec)

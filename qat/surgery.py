@@ -1,0 +1,178 @@
+"""prepare: swap a model's layers for their fake-quant twins as a policy says, and print what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import LayerError, PolicyError, StateError
+from .layers import FAKE_QUANT, frozen_layers, make_fake_quant_, plain_type, quant_layers
+from .numerics import scale_shape
+from .policy import QuantPolicy, match_rules
+from .quantizers import ActivationLSQ, WeightLSQ
+from .spec import QuantSpec
+
+
+@dataclass
+class Decision:
+    """What a policy means for one layer: its specs, or why it is left alone."""
+
+    name: str
+    layer: nn.Module
+    weight: QuantSpec | None
+    activation: QuantSpec | None
+    reason: str = ""
+
+
+def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.Module:
+    """Make a model train as the quantized model it will be; in place.
+
+    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes wait
+    for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
+
+    Args:
+        model: any module; its ``nn.Linear`` and ``nn.Conv2d`` layers can be quantized.
+        policy: a QuantPolicy.
+        verbose: print the summary.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model is prepared or frozen already.
+        PolicyError: a rule that matches nothing or asks for what its layer cannot do.
+        LayerError: shapes that do not fit; every such layer is listed with its fix.
+    """
+    if any(True for _ in quant_layers(model)) or any(True for _ in frozen_layers(model)):
+        raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
+    decisions = decide(model, policy)
+    _check_shapes(decisions)
+    weight_quantizers: dict[int, WeightLSQ] = {}
+    for decision in decisions:
+        if decision.weight is None and decision.activation is None:
+            continue
+        layer, weight, activation = decision.layer, None, None
+        if decision.weight is not None:
+            weight = weight_quantizers.get(id(layer.weight))
+            if weight is None:
+                weight = WeightLSQ(decision.weight, layer.weight, decision.name, policy.init)
+                weight_quantizers[id(layer.weight)] = weight
+        if decision.activation is not None:
+            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, policy.init)
+        make_fake_quant_(layer, weight, activation)
+    if verbose:
+        print(_table(decisions))
+    return model
+
+
+def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
+    """Return what the policy means for each layer that holds a matrix, in definition order."""
+    layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
+    described = [(name, type(layer).__name__, type(layer) in FAKE_QUANT) for name, layer in layers]
+    winners = match_rules(policy.rules, described)
+    decisions = []
+    for (name, layer), rule in zip(layers, winners, strict=True):
+        weight, activation = policy.specs_of(rule)
+        if type(layer) in FAKE_QUANT:
+            nothing = weight is None and activation is None
+            said = f"rule match={rule['match']!r}" if rule else "policy"
+            decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
+        elif rule is not None and (rule.get("weight") is not None or rule.get("activation") is not None):
+            known = " and ".join(plain.__name__ for plain in FAKE_QUANT)
+            raise PolicyError(
+                f"the rule with match={rule['match']!r} asks to quantize {name!r}, a {type(layer).__name__}: "
+                f"only {known} can be; let the rule match less, or set its weight and activation to null"
+            )
+        else:
+            decisions.append(Decision(name, layer, None, None, f"{type(layer).__name__} stays in full precision"))
+    return decisions
+
+
+def summary(model: nn.Module) -> str:
+    """Return the table of a prepared model's layers: what each became, and why the others were left alone."""
+    decisions = []
+    for name, layer in model.named_modules():
+        if plain_type(layer) is not type(layer):
+            weight = getattr(layer, "packed_weight", None) or getattr(layer, "weight_quantizer", None)
+            activation = layer.activation_quantizer
+            specs = [None if part is None else part.spec for part in (weight, activation)]
+            decisions.append(Decision(name, layer, *specs))
+        elif _holds_matrix(layer):
+            decisions.append(Decision(name, layer, None, None, "not quantized"))
+    return _table(decisions)
+
+
+def _holds_matrix(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.dim() > 1
+
+
+def _check_shapes(decisions: list[Decision]) -> None:
+    """Raise one LayerError that lists every layer whose spec does not fit."""
+    problems, tied = [], {}
+    for decision in decisions:
+        if decision.weight is None:
+            continue
+        weight = decision.layer.weight
+        try:
+            scale_shape(weight.shape, decision.weight)
+        except LayerError as error:
+            problems.append(f"{decision.name!r}: {error}")
+        if not weight.is_floating_point():
+            problems.append(f"{decision.name!r}: its weight is {weight.dtype}, not a float: it is quantized already")
+        first = tied.setdefault(id(weight), decision)
+        if first.weight != decision.weight:
+            problems.append(
+                f"{decision.name!r}: its weight is tied to {first.name!r}, which gets another spec "
+                f"({first.weight}, here {decision.weight}): give both the same rule"
+            )
+    if problems:
+        raise LayerError("the policy does not fit these layers:\n  " + "\n  ".join(problems))
+
+
+def _table(decisions: list[Decision]) -> str:
+    rows = [("layer", "shape", "weight", "input", "bits/weight", "")]
+    names: dict[int, str] = {}
+    total_bits = total_weights = 0
+    for decision in decisions:
+        shape = _weight_shape(decision.layer)
+        weights = shape.numel()
+        if decision.weight is None:
+            bits = decision.layer.weight.element_size() * 8.0
+        else:
+            rows_, groups = scale_shape(shape, decision.weight)
+            bits = decision.weight.bits + rows_ * groups * _scale_bits(decision.weight) / weights
+        note = decision.reason
+        key = id(getattr(decision.layer, "packed_weight", None) or decision.layer.weight)
+        if key in names:
+            note = f"{note + ', ' if note else ''}weight tied to {names[key]}"
+        else:
+            names[key] = decision.name
+            total_bits, total_weights = total_bits + bits * weights, total_weights + weights
+        spec = "-" if decision.weight is None else str(decision.weight)
+        rows.append((decision.name, "x".join(map(str, shape)), spec, _input(decision), f"{bits:.2f}", note))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    quantized = sum(decision.weight is not None for decision in decisions)
+    mean = total_bits / total_weights if total_weights else 0.0
+    lines.append(
+        f"{quantized} of {len(decisions)} layers have quantized weights; {mean:.2f} bits per weight over all "
+        f"{total_weights:,} of them"
+    )
+    return "\n".join(lines)
+
+
+def _weight_shape(layer: nn.Module):
+    packed = getattr(layer, "packed_weight", None)
+    return layer.weight.shape if packed is None else packed.shape
+
+
+def _input(decision: Decision) -> str:
+    if decision.activation is None:
+        return "-"
+    return str(decision.activation) + (" (sign detected)" if decision.activation.signed is None else "")
+
+
+def _scale_bits(spec: QuantSpec) -> int:
+    return 32 if spec.scale_dtype == "float32" else 16
