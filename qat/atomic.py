@@ -1,0 +1,78 @@
+"""The one atomic writer: a folder appears whole, or replaces the old one in one step, or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ArtifactError
+
+
+@contextmanager
+def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` to write into; it takes the place of ``out`` when the block ends well.
+
+    Args:
+        out: the folder to create or replace; missing parents are created.
+        replaceable: whether a non-empty folder that stands there may be replaced.
+
+    Raises:
+        ArtifactError: ``out`` may not be replaced, or the disk is full or read-only. What stood there is unchanged.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or replaceable(out))):
+        raise ArtifactError(f"{out} exists and is not an artifact: choose another folder, or empty this one")
+    new = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for file in [*new.rglob("*"), new]:
+            _sync(file)
+        _put_in_place(new, out)
+        _sync(out.parent)
+    except OSError as error:
+        old = "the artifact that stood there is unchanged" if out.exists() else "nothing was left there"
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; {old}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, and files are flushed on close
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(new: Path, out: Path) -> None:
+    """Rename ``new`` to ``out``; a non-empty ``out`` is exchanged with it, in one step where the system can."""
+    if not (out.exists() and any(out.iterdir())):
+        if os.name == "nt" and out.exists():
+            out.rmdir()
+        os.rename(new, out)
+    elif not _exchange(new, out):
+        old = new.with_suffix(".old")
+        os.rename(out, old)
+        os.rename(new, out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders with renameat2 (Linux) or renamex_np (macOS); return False where that does not exist."""
+    here, exchange, names = -100, 2, (os.fsencode(a), os.fsencode(b))
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return libc.renamex_np(*names, exchange) == 0
+        return libc.renameat2(here, names[0], here, names[1], exchange) == 0
+    except (AttributeError, OSError, TypeError):
+        return False

@@ -1,0 +1,144 @@
+"""Training checkpoints: what they say of their model beside the weights, and how they are read. Nothing is executed."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, QATError
+from .policy import QuantPolicy
+from .surgery import prepare
+
+VERSION = 1
+PREFIX = "model."  # the task holds the network under this name
+
+
+@dataclass
+class Checkpoint:
+    """What a training checkpoint holds.
+
+    Attributes:
+        architecture: for ``qat.models.build``; None for a model of the user's own.
+        policy: the policy it was trained with.
+        state_dict: the network's own names.
+        example: shape (without batch), dtype and range of an input; None if unknown.
+        source: the path, for messages.
+    """
+
+    architecture: dict[str, Any] | None
+    policy: QuantPolicy
+    state_dict: dict[str, Tensor]
+    example: dict[str, Any] | None
+    source: str
+
+    def build(self, model: nn.Module | None = None) -> nn.Module:
+        """Return the prepared and trained network in eval mode; ``model`` is an untrained instance of the user's own.
+
+        Raises:
+            CheckpointError: it does not name its architecture, or does not fit the model.
+        """
+        if model is None:
+            if self.architecture is None:
+                raise CheckpointError(
+                    f"{self.source} does not name its architecture: say how to build it with "
+                    "--model package.module:function"
+                )
+            from .models import build
+
+            model = build(self.architecture)
+        if not self.policy.quantizes_nothing():
+            prepare(model, self.policy, verbose=False)
+        load_state(model, self.state_dict, self.source)
+        return model.eval()
+
+    def example_input(self, batch: int = 2, seed: int = 0) -> Tensor | None:
+        """Return random inputs in the recorded shape, dtype and range; None if nothing was recorded."""
+        if self.example is None:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        shape, low, high = [batch, *self.example["shape"]], self.example["low"], self.example["high"]
+        if self.example["dtype"] == "int64":
+            return torch.randint(int(low), int(high) + 1, shape, generator=generator)
+        return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def describe(
+    architecture: dict[str, Any] | None, policy: QuantPolicy, example: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return what a checkpoint stores under the key "qat": plain JSON values."""
+    return {"version": VERSION, "architecture": architecture, "policy": policy.to_dict(), "example": example}
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of ``python -m qat.train``.
+
+    Raises:
+        CheckpointError: no such file, damaged, not ours, or from a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged, or holds more than tensors and plain values, which are never "
+            f"executed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
+    if not isinstance(content, dict) or "qat" not in content or "state_dict" not in content:
+        raise CheckpointError(f"{path} is no checkpoint of python -m qat.train")
+    about = content["qat"]
+    if about["version"] > VERSION:
+        raise CheckpointError(f"{path} has checkpoint version {about['version']}, this package reads up to {VERSION}")
+    try:
+        policy = QuantPolicy.from_dict(about["policy"])
+    except QATError as error:
+        raise CheckpointError(f"{path} holds a policy that this version does not know: {error}") from None
+    state = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items() if key.startswith(PREFIX)}
+    return Checkpoint(about["architecture"], policy, state, about["example"], str(path))
+
+
+def load_state(
+    model: nn.Module, state: dict[str, Tensor], source: str, error: type[QATError] = CheckpointError
+) -> None:
+    """Fill a model; every name and shape must fit.
+
+    Raises:
+        error: names what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    problems = []
+    for title, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
+        if names:
+            problems.append(f"{title} {_some(sorted(names))}")
+    shapes = [
+        f"{name} ({list(state[name].shape)} there, {list(own[name].shape)} in the model)"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if shapes:
+        problems.append(f"of another shape {_some(sorted(shapes))}")
+    if problems:
+        raise error(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
+    ties = _ties(model)
+    model.load_state_dict(state, assign=True)  # which keeps the stored dtypes, and parts what was tied
+    for name, owner in ties:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, model.get_parameter(owner))
+
+
+def _ties(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (name, the first name of the same parameter) for every further name of a parameter."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, first[id(p)]) for name, p in named if first.setdefault(id(p), name) != name]
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

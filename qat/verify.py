@@ -1,0 +1,108 @@
+"""``python -m qat.verify ARTIFACT REFERENCE``: compare an artifact with the fake-quant model it was made from.
+
+``python -m qat.convert --verify`` writes the reference (codes, dequantized weights, one output) and starts this in a
+fresh process, so that nothing but the files on disk is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from .errors import QATError
+
+TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
+
+
+def write_reference(model, example, path: Path) -> None:
+    """Write what a prepared model's float32 training forward uses: codes, weight bits and one output."""
+    import torch
+    from safetensors.torch import save_file
+
+    from .layers import quant_layers
+    from .packing import pack
+
+    model = model.float().eval()
+    tensors, digests = {}, {}
+    with torch.no_grad():
+        for name, layer in quant_layers(model):
+            if layer.weight_quantizer is not None:
+                quantized = layer.weight_quantizer.quantize(layer.weight)
+                tensors[f"codes/{name}"] = pack(quantized.codes.flatten(1), quantized.spec.bits)
+                digests[name] = _digest(layer.weight_quantizer(layer.weight))
+        if example is not None:
+            tensors["input"], tensors["output"] = example, _output(model, example)
+    save_file(tensors, path, metadata=digests)
+
+
+def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
+    """Print one row a layer and one for the output; return whether all is equal.
+
+    Raises:
+        QATError: the artifact cannot be loaded.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from .artifact import load
+    from .convert import build_model
+    from .freezing import quantized_tensors
+    from .packing import unpack
+
+    loaded = load(artifact, build_model(model)).float()
+    total = differing = weights_off = 0
+    with safe_open(reference, "pt") as file:
+        digests = file.metadata() or {}
+        found = quantized_tensors(loaded)
+        if found.keys() != digests.keys():
+            print(f"layers differ: {sorted(found.keys() ^ digests.keys())}")
+            return False
+        for name, tensor in found.items():
+            codes = unpack(file.get_tensor(f"codes/{name}"), tensor.spec.bits, tensor.codes[0].numel())
+            off = int((codes != tensor.codes.flatten(1)).sum())
+            weight_off = _digest(tensor.dequantize(torch.float32)) != digests[name]
+            if off or weight_off:
+                print(f"{name}: {off} of {codes.numel()} codes differ; weights {'differ' if weight_off else 'equal'}")
+            total, differing, weights_off = total + codes.numel(), differing + off, weights_off + weight_off
+        print(f"codes             {differing} of {total:,} differ")
+        print(f"weights           {weights_off} of {len(found)} layers differ in any bit")
+        if "input" not in file.keys():  # noqa: SIM118  safe_open is no dict
+            print("output            not compared: the checkpoint recorded no example input")
+            return not (differing or weights_off)
+        with torch.no_grad():
+            output = _output(loaded, file.get_tensor("input"))
+        expected = file.get_tensor("output")
+    gap = (output - expected).abs().max().item()
+    print(f"output            differs by at most {gap:g} (largest {expected.abs().max().item():g})")
+    return not (differing or weights_off) and gap <= TOLERANCE * expected.abs().max().item()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison; return 1 where anything differs."""
+    parser = argparse.ArgumentParser(prog="python -m qat.verify", description=__doc__)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
+    arguments = parser.parse_args(argv)
+    try:
+        equal = compare(arguments.artifact, arguments.reference, arguments.model)
+    except QATError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("verified: what was trained is what ships" if equal else "error: the artifact differs from its checkpoint")
+    return 0 if equal else 1
+
+
+def _output(model, example):
+    output = model(example)
+    return getattr(output, "logits", output).float().contiguous()
+
+
+def _digest(weight) -> str:
+    return hashlib.sha256(weight.float().contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
