@@ -1,0 +1,162 @@
+"""convert and verify: a checkpoint becomes an artifact with the same integers, and what does not fit is said."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.checkpoint import describe, read_checkpoint
+from qat.convert import convert, main
+from qat.errors import CheckpointError
+
+EXAMPLE = {"shape": [6], "dtype": "float32", "low": -2.0, "high": 2.0}
+POLICY = qat.QuantPolicy(weight=qat.QuantSpec(bits=4, group_size=3), activation=qat.QuantSpec(granularity="tensor"))
+
+
+def tiny():
+    """The user's own model: --model test_convert:tiny."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+
+
+def checkpoint(path, policy=POLICY, example=EXAMPLE, change=lambda model: None, architecture=None):
+    """Write what the training command writes, of a model whose weights moved after prepare."""
+    model = tiny()
+    if not policy.quantizes_nothing():
+        qat.prepare(model, policy, verbose=False)
+        if policy.activation is not None:
+            qat.calibrate(model, [torch.randn(5, 6)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    change(model)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"qat": describe(architecture, policy, example), "state_dict": state}, path)
+    return model
+
+
+def run(module, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_convert_verify_and_load(tmp_path):
+    model = checkpoint(tmp_path / "a.ckpt").eval()
+    out = run("qat.convert", tmp_path / "a.ckpt", "--out", tmp_path / "out", "--verify", "--model", "test_convert:tiny")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "codes             0 of 81 differ" in out.stdout
+    assert "weights           0 of 2 layers differ in any bit" in out.stdout
+    assert "output            differs by at most 0 " in out.stdout
+    assert "int4 g3" in out.stdout
+    x = torch.randn(7, 6)
+    assert torch.equal(qat.load(tmp_path / "out", model=tiny())(x), model(x))
+
+
+def test_verify_finds_one_wrong_code(tmp_path):
+    """The artifact is of a checkpoint in which one weight is another."""
+    checkpoint(tmp_path / "a.ckpt")
+    convert(tmp_path / "a.ckpt", tmp_path / "out", f"{__name__}:tiny")
+
+    def flip(model):
+        with torch.no_grad():
+            step = model[0].weight_quantizer.scale()[0, 0].float()
+            code = model[0].weight_quantizer.quantize(model[0].weight).codes[0, 0]
+            model[0].weight[0, 0] = step * (code - 1 if code > 0 else code + 1)
+
+    checkpoint(tmp_path / "b.ckpt", change=flip)
+    from qat.verify import write_reference
+
+    other = read_checkpoint(tmp_path / "b.ckpt")
+    write_reference(other.build(tiny()), other.example_input(), tmp_path / "reference.safetensors")
+    out = run("qat.verify", tmp_path / "out", tmp_path / "reference.safetensors", "--model", "test_convert:tiny")
+    assert out.returncode == 1
+    assert "codes             1 of 81 differ" in out.stdout
+    assert "weights           1 of 2 layers differ in any bit" in out.stdout
+
+
+def test_a_checkpoint_without_an_example_compares_the_rest(tmp_path):
+    checkpoint(tmp_path / "a.ckpt", example=None)
+    out = run("qat.convert", tmp_path / "a.ckpt", "--out", tmp_path / "out", "--verify", "--model", "test_convert:tiny")
+    assert out.returncode == 0
+    assert "not compared: the checkpoint recorded no example input" in out.stdout
+
+
+def error_of(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def test_errors_are_one_line_that_names_the_thing(tmp_path, capsys):
+    out = ("--out", tmp_path / "out")
+    assert "there is no checkpoint at" in error_of(capsys, tmp_path / "none.ckpt", *out)
+    (tmp_path / "bad.ckpt").write_bytes(b"not a checkpoint")
+    assert "bad.ckpt cannot be read" in error_of(capsys, tmp_path / "bad.ckpt", *out)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "no checkpoint of python -m qat.train" in error_of(capsys, tmp_path / "other.ckpt", *out)
+    checkpoint(tmp_path / "fp.ckpt", policy=qat.QuantPolicy())
+    assert "full-precision model" in error_of(capsys, tmp_path / "fp.ckpt", *out)
+    checkpoint(tmp_path / "a.ckpt")
+    assert "--model package.module:function" in error_of(capsys, tmp_path / "a.ckpt", *out)
+    assert "--model no.such:thing" in error_of(capsys, tmp_path / "a.ckpt", *out, "--model", "no.such:thing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path, capsys):
+    checkpoint(tmp_path / "a.ckpt")
+    content = (tmp_path / "a.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(content[: len(content) // 2])
+    assert "a.ckpt cannot be read" in error_of(capsys, tmp_path / "a.ckpt", "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_model_lists_what_does_not_fit(tmp_path):
+    checkpoint(tmp_path / "a.ckpt")
+    other = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+    with pytest.raises(CheckpointError, match=r"2\.bias \(\[3\] there, \[6\] in the model\)"):
+        read_checkpoint(tmp_path / "a.ckpt").build(other)
+    deeper = nn.Sequential(*tiny(), nn.Linear(3, 3))
+    with pytest.raises(CheckpointError, match=r"missing 3\.activation_quantizer\.initialised.* and \d more"):
+        read_checkpoint(tmp_path / "a.ckpt").build(deeper)
+
+
+def test_an_uninitialised_scale_is_not_frozen(tmp_path, capsys):
+    def forget(model):
+        model[2].activation_quantizer.initialised.fill_(False)
+
+    checkpoint(tmp_path / "a.ckpt", change=forget)
+    message = error_of(capsys, tmp_path / "a.ckpt", "--out", tmp_path / "out", "--model", f"{__name__}:tiny")
+    assert "the step size of '2' was never initialised" in message
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path(tmp_path / "exploded").touch, ())
+
+    torch.save({"qat": Bomb(), "state_dict": {}}, tmp_path / "bomb.ckpt")
+    with pytest.raises(CheckpointError, match="never executed"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_ties_survive_a_checkpoint(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+    model = Tied()
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"qat": describe(None, qat.QuantPolicy(), None), "state_dict": state}, tmp_path / "a.ckpt")
+    built = read_checkpoint(tmp_path / "a.ckpt").build(Tied())
+    assert built.head.weight is built.embedding.weight
+    assert torch.equal(built.head.weight, model.head.weight)
