@@ -1,0 +1,46 @@
+"""What every test relies on: Triton's interpreter where there is no GPU, few threads, fixed seeds, no network."""
+
+import os
+import random
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+# Tests' tensors are small: more threads would only wait for each other. Subprocesses inherit what stands here.
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: torch has not imported it yet
+
+IN_CI = bool(os.environ.get("CI"))
+hypothesis.settings.register_profile(
+    "qat", deadline=None, max_examples=25, derandomize=IN_CI, print_blob=not IN_CI, database=None
+)
+hypothesis.settings.load_profile("qat")
+
+
+def pytest_report_header() -> str:
+    """Say which torch runs, and whether kernels are interpreted."""
+    kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, Triton kernels are {kernels}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
