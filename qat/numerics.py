@@ -70,7 +70,8 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | Non
     codes = ratio.round()
     if zero_point is not None:
         codes = codes + _broadcast(x, zero_point.to(codes.dtype))[1]
-    return codes.clamp(-spec.q_n, spec.q_p).reshape(x.shape)
+    codes = codes.clamp(-spec.q_n, spec.q_p) + 0.0  # an integer has no -0.0, and neither may its float
+    return codes.reshape(x.shape)
 
 
 @dataclass

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qat
-from qat.artifact import _checksum
 from qat.errors import ArtifactError, StateError
+from qat.formats.native import checksum
 
 W4 = qat.QuantSpec(bits=4)
 A4 = qat.QuantSpec(bits=4, granularity="tensor")
@@ -75,7 +75,10 @@ def test_a_loaded_model_has_the_trained_integers_and_outputs(tmp_path):
 def test_any_bits_and_groups_survive(tmp_path_factory, bits, group, scale):
     path = tmp_path_factory.mktemp("artifact") / "out"
     spec = qat.QuantSpec(bits=bits, group_size=group, scale_dtype=scale)
-    rules = [{"match": "conv", "weight": {"granularity": "channel"}}, {"match": "fc", "weight": {"granularity": "tensor"}}]
+    rules = [
+        {"match": "conv", "weight": {"granularity": "channel"}},
+        {"match": "fc", "weight": {"granularity": "tensor"}},
+    ]
     output, tensors = saved(path, weight=spec, activation=None, rules=rules)
     model = qat.load(path, model=Net())
     assert torch.equal(model(images()), output)
@@ -178,7 +181,7 @@ def test_an_artifact_from_a_newer_version_says_upgrade(tmp_path):
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     config["quantization_config"]["version"] = 2
-    config["quantization_config"]["checksum"] = _checksum(config)
+    config["quantization_config"]["checksum"] = checksum(config)
     file.write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="artifact version 2, this package reads up to 1: upgrade"):
         qat.load(tmp_path / "out", model=Net())
@@ -200,7 +203,7 @@ def test_a_file_outside_the_folder_is_refused(tmp_path):
     config = json.loads(file.read_text())
     files = config["quantization_config"]["files"]
     files["../secret.safetensors"] = files.pop("model.safetensors")
-    config["quantization_config"]["checksum"] = _checksum(config)
+    config["quantization_config"]["checksum"] = checksum(config)
     file.write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="outside its folder"):
         qat.load(tmp_path / "out", model=Net())

@@ -1,0 +1,248 @@
+"""Our own artifact: config.json and safetensors, every file's length and SHA-256 in the config.
+
+config.json holds the architecture (a transformers config at the top level, or a builder of ours under "architecture")
+and, under "quantization_config", the layers' specs and what is tied. A layer NAME with a quantized weight stores
+``NAME.packed_weight.packed`` (uint8, see ``qat.packing``) and ``NAME.packed_weight.scale``; one with a quantized input
+``NAME.activation_quantizer.scale``. Nothing in it is executable: names are looked up in fixed tables only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import __version__
+from ..errors import ArtifactError
+from ..numerics import QuantizedTensor
+from ..packing import pack, unpack
+from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..spec import QuantSpec
+from .shards import ShardWriter
+
+VERSION = 1
+METHOD = "qat"
+CONFIG = "config.json"
+
+
+def write(model: QuantizedModel, folder: Path) -> None:
+    """Write a model into an empty folder, a shard at a time.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    shards = ShardWriter(folder)
+    for name, layer in model.layers.items():
+        if layer.weight is not None and layer.tied is None:
+            tensor = model.quantized(name)
+            shards.add(f"{name}.packed_weight.packed", pack(tensor.codes.flatten(1), tensor.spec.bits))
+            shards.add(f"{name}.packed_weight.scale", tensor.scale)
+        if layer.activation is not None:
+            shards.add(f"{name}.activation_quantizer.scale", model.activation_scale(name))
+    for name in model.dense:
+        shards.add(name, model.dense[name])
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in shards.close()
+    }
+    description = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "qat_version": __version__,
+        "layers": {name: _layer_values(layer) for name, layer in model.layers.items()},
+        "tied": model.tied,
+        "files": files,
+    }
+    config = {**_architecture_entries(model.architecture), "quantization_config": description}
+    description["checksum"] = checksum(config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def read(path: Path) -> QuantizedModel:
+    """Check a folder and open it; tensors are read when asked for.
+
+    Raises:
+        ArtifactError: no artifact, a damaged one, or one from a newer version.
+    """
+    for _ in range(5):
+        text = _config_text(path)
+        try:
+            return _open(path, _parse(text, path))
+        except ArtifactError:
+            if _config_text(path) == text:
+                raise  # and not a mixture of two artifacts, the second of which is just being put in place
+    raise ArtifactError(f"{path} is being rewritten again and again: wait for its writer to finish")
+
+
+def is_artifact(folder: Path) -> bool:
+    """Return whether a folder holds an artifact of ours, damaged or not."""
+    try:
+        return json.loads((folder / CONFIG).read_text())["quantization_config"]["quant_method"] == METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
+
+
+def checksum(config: dict[str, Any]) -> str:
+    """Return the SHA-256 of a config without the checksum itself."""
+    description = {key: value for key, value in config["quantization_config"].items() if key != "checksum"}
+    canonical = json.dumps({**config, "quantization_config": description}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of open safetensors files, read when asked for.
+
+    The files stay open, so that an artifact which is replaced meanwhile goes on being read whole.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = {}
+        for file in files:
+            opened = safe_open(file, "pt")
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Selected(Mapping[str, Tensor]):
+    """A mapping's view of some of its names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+        self._tensors, self._names = tensors, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
+    description = config["quantization_config"]
+    tensors = _open_files(path, description["files"])
+    layers = {name: _layer(values) for name, values in description["layers"].items()}
+    inside = set()
+    for name, layer in layers.items():
+        if layer.weight is not None and layer.tied is None:
+            inside |= {f"{name}.packed_weight.packed", f"{name}.packed_weight.scale"}
+        if layer.activation is not None:
+            inside.add(f"{name}.activation_quantizer.scale")
+
+    def quantized(name: str) -> QuantizedTensor:
+        layer = layers[name]
+        columns = 1
+        for size in layer.shape[1:]:
+            columns *= size
+        codes = unpack(tensors[f"{name}.packed_weight.packed"], layer.weight.bits, columns).view(layer.shape)
+        return QuantizedTensor(codes, tensors[f"{name}.packed_weight.scale"], replace(layer.weight))
+
+    return QuantizedModel(
+        _architecture(config),
+        layers,
+        quantized,
+        lambda name: tensors[f"{name}.activation_quantizer.scale"],
+        Selected(tensors, [name for name in tensors if name not in inside]),
+        description["tied"],
+        f"the artifact {path}",
+    )
+
+
+def _layer_values(layer: QuantizedLayer) -> dict[str, Any]:
+    specs = {key: spec and spec.to_dict() for key, spec in (("weight", layer.weight), ("activation", layer.activation))}
+    return {**vars(layer), **specs}
+
+
+def _layer(values: dict[str, Any]) -> QuantizedLayer:
+    specs = {key: values[key] and QuantSpec.from_dict(values[key]) for key in ("weight", "activation")}
+    return QuantizedLayer(values["type"], values["shape"], **specs, tied=values["tied"])
+
+
+def _architecture_entries(architecture: dict[str, Any] | None) -> dict[str, Any]:
+    """A transformers config lies at the top level, where transformers looks for it."""
+    if architecture is not None and "transformers" in architecture:
+        return {key: value for key, value in architecture["transformers"].items() if key != "quantization_config"}
+    return {"architecture": architecture}
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any] | None:
+    if "architecture" in config:
+        return config["architecture"]
+    return {"transformers": {key: value for key, value in config.items() if key != "quantization_config"}}
+
+
+def _config_text(path: Path) -> str:
+    if not path.is_dir():
+        raise ArtifactError(f"there is no artifact at {path}: give the folder that python -m qat.convert wrote")
+    try:
+        return (path / CONFIG).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is no artifact: it has no {CONFIG}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path / CONFIG} cannot be read: {error}; convert the checkpoint again") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+        description = config["quantization_config"]
+        method, version, stored = (description.get(key) for key in ("quant_method", "version", "checksum"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{path / CONFIG} is damaged or not ours: convert the checkpoint again") from None
+    if method != METHOD:
+        raise ArtifactError(f"{path} is a {method!r} model, not an artifact of this package")
+    if isinstance(version, int) and version > VERSION:
+        raise ArtifactError(
+            f"{path} has artifact version {version}, this package reads up to {VERSION}: upgrade it "
+            f"(the artifact was written by version {description.get('qat_version')})"
+        )
+    if version != VERSION or stored != checksum(config):
+        raise ArtifactError(f"{path / CONFIG} is damaged (its checksum does not match): convert the checkpoint again")
+    return config
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _open_files(path: Path, files: dict[str, dict[str, Any]]) -> StoredTensors:
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise ArtifactError(f"{path / CONFIG} names a file outside its folder: {name!r}")
+        file = path / name
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing: convert the checkpoint again")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise ArtifactError(
+                f"{file} has {size} bytes instead of {expected['bytes']}: it was cut short or changed; copy it again "
+                "or convert the checkpoint again"
+            )
+    try:
+        tensors = StoredTensors([path / name for name in files])
+        digests = {name: _sha256(path / name) for name in files}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; copy it again or convert the checkpoint again") from None
+    for name, expected in files.items():
+        if digests[name] != expected["sha256"]:
+            raise ArtifactError(
+                f"{path / name} is damaged (its SHA-256 does not match): copy it again or convert again"
+            )
+    return tensors

@@ -1,0 +1,65 @@
+"""Write safetensors a shard at a time, in the layout that transformers and its kin read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 4 * 2**30
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard when ``shard_bytes`` is reached; memory holds one shard at most.
+
+    Use as ``writer.add(name, tensor)`` any number of times, then ``writer.close()``.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = self._total_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor under a name that is new."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self.shard_bytes:
+            self._flush()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._held_bytes += size
+        self._total_bytes += size
+
+    def close(self) -> list[str]:
+        """Write what is left and the index, if there are several shards; return the tensor files' names.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self.folder / SINGLE)
+            return [SINGLE]
+        names = [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+        for index, name in enumerate(names):
+            self._part(index).rename(self.folder / name)
+        weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1))
+        return names
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f"part-{index}"
+
+    def _flush(self) -> None:
+        try:
+            save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+        self._shards.append(list(self._held))
+        self._held, self._held_bytes = {}, 0

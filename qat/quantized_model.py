@@ -1,0 +1,172 @@
+"""QuantizedModel: a whole quantized model as plain values, which every format writes from and reads into.
+
+Tensors are made when asked for, one at a time, so that a model larger than memory goes from disk to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .checkpoint import load_state
+from .errors import ArtifactError, StateError
+from .layers import FROZEN, PackedWeight, frozen_layers, make_frozen_, plain_type, quant_layers
+from .numerics import QuantizedTensor
+from .quantizers import FrozenActivation
+from .spec import QuantSpec
+
+
+@dataclass
+class QuantizedLayer:
+    """What one quantized layer is, without its tensors.
+
+    Attributes:
+        type: "Linear" or "Conv2d".
+        shape: of the weight.
+        weight: its spec; None where only the input is quantized.
+        activation: the input's spec; None where the input is left alone.
+        tied: the layer whose quantized weight this one shares; None for a weight of its own.
+    """
+
+    type: str
+    shape: list[int]
+    weight: QuantSpec | None
+    activation: QuantSpec | None
+    tied: str | None = None
+
+
+@dataclass
+class QuantizedModel:
+    """A quantized model between two places: modules, our artifact, another format.
+
+    Attributes:
+        architecture: for ``qat.models.build``; None for a model of the user's own.
+        layers: by name.
+        quantized: layer name -> its QuantizedTensor (layers that share a weight: ask for the one that owns it).
+        activation_scale: layer name -> its input's stored scale (1, 1).
+        dense: every other tensor's name -> the tensor.
+        tied: the name of a dense tensor -> the name of the same tensor in ``dense``.
+        source: where it comes from, for messages.
+    """
+
+    architecture: dict[str, Any] | None
+    layers: dict[str, QuantizedLayer]
+    quantized: Callable[[str], QuantizedTensor]
+    activation_scale: Callable[[str], Tensor]
+    dense: Mapping[str, Tensor]
+    tied: dict[str, str] = field(default_factory=dict)
+    source: str = "this model"
+
+
+def from_model(model: nn.Module) -> QuantizedModel:
+    """Describe a frozen model; tensors are not copied.
+
+    Raises:
+        StateError: the model is not frozen.
+    """
+    from .models import architecture_of
+
+    if any(True for _ in quant_layers(model)):
+        raise StateError("this model still trains: call qat.freeze(model) before qat.save")
+    frozen = dict(frozen_layers(model))
+    if not frozen:
+        raise StateError("nothing to save: call qat.prepare(model, policy), train, and qat.freeze(model) first")
+    owners: dict[int, str] = {}
+    layers = {}
+    for name, layer in frozen.items():
+        packed, activation = layer.packed_weight, layer.activation_quantizer
+        owner = name if packed is None else owners.setdefault(id(packed), name)
+        layers[name] = QuantizedLayer(
+            plain_type(layer).__name__,
+            list(layer.weight.shape if packed is None else packed.shape),
+            None if packed is None else packed.spec,
+            None if activation is None else activation.spec,
+            None if owner == name else owner,
+        )
+    inside = _quantized_names(model)
+    dense, tied = _untie({name: value for name, value in model.state_dict().items() if name not in inside})
+    return QuantizedModel(
+        architecture_of(model),
+        layers,
+        lambda name: frozen[name].packed_weight.quantized_tensor(),
+        lambda name: frozen[name].activation_quantizer.scale,
+        dense,
+        tied,
+    )
+
+
+def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Module:
+    """Return a frozen model in eval mode.
+
+    Args:
+        quantized: the model's values.
+        model: an untrained instance of the user's own, swapped in place and filled.
+
+    Raises:
+        StateError: the given model is prepared or frozen.
+        ArtifactError: it does not name its architecture, or does not fit the given model.
+    """
+    if model is None:
+        if quantized.architecture is None:
+            raise ArtifactError(f"{quantized.source} does not name its architecture: use load(path, model=YourModel())")
+        from .models import build
+
+        model = build(quantized.architecture)
+    elif any(True for _ in quant_layers(model)) or any(True for _ in frozen_layers(model)):
+        raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
+    packed: dict[str, PackedWeight | None] = {}
+    for name, entry in quantized.layers.items():
+        layer = _matching_layer(model, name, entry, quantized.source)
+        if entry.tied is not None:
+            packed[name] = packed[entry.tied]
+        else:
+            packed[name] = entry.weight and PackedWeight.from_tensor(quantized.quantized(name))
+        activation = entry.activation and FrozenActivation(entry.activation, quantized.activation_scale(name))
+        make_frozen_(layer, packed[name], activation)
+    inside = _quantized_names(model)
+    state = {name: value for name, value in model.state_dict().items() if name in inside}
+    state.update(quantized.dense)
+    state.update({name: quantized.dense[owner] for name, owner in quantized.tied.items()})
+    load_state(model, state, quantized.source, ArtifactError)
+    return model.eval()
+
+
+def _quantized_names(model: nn.Module) -> set[str]:
+    """Return the state dict's names that belong to packed weights and activation quantizers."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedWeight | FrozenActivation)
+        for name in module.state_dict()
+    }
+
+
+def _untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into tensors stored once and {name: the name that holds its tensor}."""
+    owners: dict[tuple, str] = {}
+    tensors, tied = {}, {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and key in owners:
+            tied[name] = owners[key]
+        else:
+            owners[key] = name
+            tensors[name] = tensor
+    return tensors, tied
+
+
+def _matching_layer(model: nn.Module, name: str, entry: QuantizedLayer, source: str) -> nn.Module:
+    problem = f"{source} does not fit {type(model).__name__}:"
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ArtifactError(f"{problem} that has no layer {name!r}") from None
+    if type(layer) not in FROZEN or type(layer).__name__ != entry.type:
+        raise ArtifactError(f"{problem} {name!r} is a {type(layer).__name__}, not a {entry.type}")
+    if list(layer.weight.shape) != entry.shape:
+        here = list(layer.weight.shape)
+        raise ArtifactError(f"{problem} the weight of {name!r} is {here} there and {entry.shape} in the artifact")
+    return layer
