@@ -117,7 +117,7 @@ def test_a_layer_with_only_its_input_quantized(tmp_path):
 
 
 def test_save_wants_a_frozen_model(tmp_path):
-    with pytest.raises(StateError, match="qat.freeze"):
+    with pytest.raises(StateError, match=r"qat\.freeze"):
         qat.save(prepared(), tmp_path / "out")
     with pytest.raises(StateError, match="nothing to save"):
         qat.save(Net(), tmp_path / "out")
