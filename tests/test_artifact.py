@@ -266,3 +266,30 @@ def test_readers_see_the_old_artifact_or_the_new_one(tmp_path):
         thread.join()
     assert not failures
     assert seen == {0, 1} and written[0] > 3
+
+
+@given(bits=st.integers(2, 8), group=st.sampled_from([None, 3, 6]), seed=st.integers(0, 99))
+def test_zero_points_survive(tmp_path_factory, bits, group, seed):
+    """An asymmetric weight, as other formats hold them, goes through modules and the artifact unchanged."""
+    from qat.formats import native
+    from qat.numerics import QuantizedTensor, scale_shape
+    from qat.quantized_model import QuantizedLayer, QuantizedModel, to_model
+
+    generator = torch.Generator().manual_seed(seed)
+    spec = qat.QuantSpec(bits=bits, group_size=group, signed=True, symmetric=False)
+    shape = scale_shape((5, 6), spec)
+
+    def integers(*size):
+        return torch.randint(-spec.q_n, spec.q_p + 1, size, dtype=torch.int8, generator=generator)
+
+    scale = (torch.rand(shape, generator=generator) + 0.1).bfloat16()
+    tensor = QuantizedTensor(integers(5, 6), scale, spec, integers(*shape))
+    layer = QuantizedLayer("Linear", [5, 6], spec, None)
+    folder = tmp_path_factory.mktemp("artifact")
+    native.write(QuantizedModel(None, {"0": layer}, lambda name: tensor, {}.__getitem__, {}), folder)
+    model = to_model(native.read(folder), nn.Sequential(nn.Linear(6, 5, bias=False)))
+    read = qat.quantized_tensors(model)["0"]
+    assert torch.equal(read.zero_point, tensor.zero_point)
+    rows, groups = shape
+    values = (tensor.codes.view(rows, groups, -1).double() - tensor.zero_point[..., None]) * scale[..., None].double()
+    assert torch.equal(model(torch.eye(6)).t().double(), values.view(5, 6))

@@ -2,14 +2,16 @@
 
 config.json holds the architecture (a transformers config at the top level, or a builder of ours under "architecture")
 and, under "quantization_config", the layers' specs and what is tied. A layer NAME with a quantized weight stores
-``NAME.packed_weight.packed`` (uint8, see ``qat.packing``) and ``NAME.packed_weight.scale``; one with a quantized input
-``NAME.activation_quantizer.scale``. Nothing in it is executable: names are looked up in fixed tables only.
+``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale`` and, if asymmetric,
+``NAME.packed_weight.zero_point``; one with a quantized input ``NAME.activation_quantizer.scale``. Nothing in it is
+executable: names are looked up in fixed tables only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +45,8 @@ def write(model: QuantizedModel, folder: Path) -> None:
             tensor = model.quantized(name)
             shards.add(f"{name}.packed_weight.packed", pack(tensor.codes.flatten(1), tensor.spec.bits))
             shards.add(f"{name}.packed_weight.scale", tensor.scale)
+            if tensor.zero_point is not None:
+                shards.add(f"{name}.packed_weight.zero_point", tensor.zero_point)
         if layer.activation is not None:
             shards.add(f"{name}.activation_quantizer.scale", model.activation_scale(name))
     for name in model.dense:
@@ -141,17 +145,15 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
-            inside |= {f"{name}.packed_weight.packed", f"{name}.packed_weight.scale"}
+            inside |= {f"{name}.packed_weight.{part}" for part in ("packed", "scale", "zero_point")}
         if layer.activation is not None:
             inside.add(f"{name}.activation_quantizer.scale")
 
     def quantized(name: str) -> QuantizedTensor:
-        layer = layers[name]
-        columns = 1
-        for size in layer.shape[1:]:
-            columns *= size
-        codes = unpack(tensors[f"{name}.packed_weight.packed"], layer.weight.bits, columns).view(layer.shape)
-        return QuantizedTensor(codes, tensors[f"{name}.packed_weight.scale"], replace(layer.weight))
+        layer, prefix = layers[name], f"{name}.packed_weight"
+        codes = unpack(tensors[f"{prefix}.packed"], layer.weight.bits, math.prod(layer.shape[1:])).view(layer.shape)
+        zero_point = None if layer.weight.symmetric else tensors[f"{prefix}.zero_point"]
+        return QuantizedTensor(codes, tensors[f"{prefix}.scale"], replace(layer.weight), zero_point)
 
     return QuantizedModel(
         _architecture(config),

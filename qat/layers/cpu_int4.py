@@ -19,7 +19,8 @@ def fits(x: Tensor, weight: PackedWeight) -> bool:
     """Return whether the operator takes this input and weight (and no gradient is wanted, which it lacks)."""
     spec = weight.spec
     plain = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled())
-    return plain and spec.bits == 4 and spec.group_size in GROUP_SIZES and weight.shape[0] % ROW_MULTIPLE == 0
+    grid = spec.bits == 4 and spec.symmetric and spec.group_size in GROUP_SIZES
+    return plain and grid and weight.shape[0] % ROW_MULTIPLE == 0
 
 
 def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -53,7 +53,8 @@ class FrozenLinear(nn.Linear):
         x, bias = match_dtypes(x, self.bias)
         if cpu_int4.fits(x, self.packed_weight):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
-        if x.device.type != "cpu" and x.dtype != torch.float64 and self.packed_weight.spec.bits == 4:
+        spec = self.packed_weight.spec
+        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and spec.symmetric:
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)

@@ -20,6 +20,7 @@ class PackedWeight(FixedDtype):
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
         scale: (rows, groups) in ``spec.scale_dtype``.
+        zero_point: int8 like the scale; None if symmetric.
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
     """
@@ -31,6 +32,8 @@ class PackedWeight(FixedDtype):
         row_bytes = packed_row_bytes(self.columns, spec.bits)
         self.register_buffer("packed", torch.empty(self.shape[0], row_bytes, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(scale_shape(shape, spec), dtype=scale_dtype(spec)))
+        zero_point = None if spec.symmetric else torch.empty(self.scale.shape, dtype=torch.int8)
+        self.register_buffer("zero_point", zero_point)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -40,6 +43,7 @@ class PackedWeight(FixedDtype):
             weight = cls(tensor.spec, tensor.codes.shape)
         weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits)
         weight.scale = tensor.scale
+        weight.zero_point = tensor.zero_point
         return weight
 
     def codes(self) -> Tensor:
@@ -48,11 +52,11 @@ class PackedWeight(FixedDtype):
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
-        return QuantizedTensor(self.codes(), self.scale, self.spec)
+        return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``."""
-        return dequantize(self.codes(), self.scale, dtype)
+        return dequantize(self.codes(), self.scale, dtype, self.zero_point)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.cpu_operands = None
