@@ -22,7 +22,7 @@ DEFAULT := not slow and not gpu and not clients
 .PHONY: demo test test-slow test-gpu test-clients lint clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/installed-demo
+demo: $(VENV)/installed-data
 	$(PY) -P recipes/demo.py
 
 test: $(VENV)/installed-dev
@@ -47,7 +47,7 @@ clean:
 # One stamp an extra: the project is reinstalled when what decides its environment changes. With SYSTEM=1 the versions
 # are the host's, so nothing is pinned.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --editable ".[$*]" $(if $(SYSTEM),,--constraint constraints.txt)
+	$(PY) -m pip install --disable-pip-version-check --editable ".[$*]" $(if $(SYSTEM),,--constraint constraints.txt)
 	@touch $@
 
 # The host's packages come in through a .pth file and not --system-site-packages, which would skip those of a host that
