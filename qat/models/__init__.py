@@ -1,0 +1,81 @@
+"""Models by name, from plain values: what a checkpoint and an artifact say of their architecture. Nothing is executed.
+
+An architecture is ``{"builder": "resnet20", "args": {...}}`` for a model of ours, or ``{"transformers": {...}}`` with
+the config of a transformers model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from ..errors import QATError, did_you_mean
+from .cnn import cnn
+from .gpt import gpt
+from .resnet import resnet20
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "gpt": gpt, "resnet20": resnet20}
+
+
+class ModelError(QATError, ValueError):
+    """An architecture that cannot be built."""
+
+
+def build(architecture: dict[str, Any]) -> nn.Module:
+    """Return an untrained model, which remembers how it was built in ``model.architecture``.
+
+    Raises:
+        ModelError: an unknown builder, key, argument or transformers class.
+    """
+    if set(architecture) == {"transformers"}:
+        return _build_transformers(architecture["transformers"])
+    for key in architecture:
+        if key not in ("builder", "args"):
+            raise ModelError(f"unknown key {key!r} in the architecture{did_you_mean(key, ('builder', 'args'))}")
+    name, args = architecture.get("builder"), dict(architecture.get("args") or {})
+    if name not in BUILDERS:
+        raise ModelError(f"unknown model builder {name!r}{did_you_mean(str(name), BUILDERS)}")
+    known = signature(BUILDERS[name]).parameters
+    for key in args:
+        if key not in known:
+            raise ModelError(f"{name} takes no argument {key!r}{did_you_mean(key, known)}")
+    model = BUILDERS[name](**args)
+    model.architecture = {"builder": name, "args": args}
+    return model
+
+
+def architecture_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return what ``build`` makes an untrained copy of the model from; None for a model it does not know."""
+    own = getattr(model, "architecture", None)
+    if isinstance(own, dict):
+        return own
+    config = getattr(model, "config", None)
+    if type(model).__module__.startswith("transformers.") and hasattr(config, "to_dict"):
+        values = json.loads(json.dumps(config.to_dict(), default=str))
+        return {"transformers": {**values, "architectures": [type(model).__name__]}}
+    return None
+
+
+def _build_transformers(values: dict[str, Any]) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise ModelError("this architecture needs transformers: pip install 'qat-lsq[hf]'") from None
+    values = {key: value for key, value in values.items() if key != "auto_map"}  # which names remote code
+    names, kind = values.get("architectures"), values.pop("model_type", None)
+    if not names or kind is None:
+        raise ModelError("a transformers architecture needs the keys model_type and architectures of a config.json")
+    model_class = getattr(transformers, names[0], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers has no model class {names[0]!r}: install the version it was made with")
+    try:
+        config = transformers.AutoConfig.for_model(kind, **values)
+    except ValueError:
+        raise ModelError(
+            f"transformers does not know model_type={kind!r}: install the version it was made with"
+        ) from None
+    return model_class._from_config(config)  # in the config's dtype

@@ -1,0 +1,183 @@
+"""What happens around training steps: calibration, logging, a delayed start of fake quantization."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from ..calibration import activation_quantizers, calibrate
+from ..errors import TrainingError
+from ..layers import quant_layers
+from ..numerics import stored_scale
+from ..quantizers import LearnedStepSize
+from .csv_logger import ResumableCSVLogger
+from .tasks import Task
+
+
+class Calibration(Callback):
+    """Sets activation step sizes from the first training batches, before the first step.
+
+    It reads a loader of its own, so that training sees the batches it would have seen anyway.
+
+    Args:
+        batches: how many; several are better than one.
+    """
+
+    def __init__(self, batches: int = 8) -> None:
+        self.batches = batches
+
+    def on_fit_start(self, trainer: Trainer, task: Task) -> None:
+        """Calibrate, unless a checkpoint brought every step size."""
+        waiting = [quantizer for quantizer in activation_quantizers(task.model) if not quantizer.is_initialised]
+        if not waiting:
+            return
+        batches = islice(trainer.datamodule.train_dataloader(), self.batches)
+        with trainer.strategy.precision_plugin.forward_context():
+            calibrate(task.model, ((inputs,) for inputs, _ in batches), lambda _, batch: task(*batch))
+        rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
+
+
+class FakeQuantStart(Callback):
+    """Trains in full precision until a step; step sizes start to learn there. Derived from the global step alone.
+
+    Args:
+        step: the first optimizer step that runs fake-quantized.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Follow the step that a resumed run is at."""
+        self._follow(trainer, task)
+
+    def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_index: int) -> None:
+        """Switch fake quantization on when its step has come."""
+        if trainer.global_step == self.step:
+            self._follow(trainer, task)
+
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+        """Leave a model that is quantized."""
+        set_fake_quant(task, True)
+
+    def _follow(self, trainer: Trainer, task: Task) -> None:
+        set_fake_quant(task, trainer.global_step >= self.step)
+
+
+def set_fake_quant(task: Task, enabled: bool) -> None:
+    """Switch every quantizer of a task's network on or off."""
+    for module in task.model.modules():
+        if isinstance(module, LearnedStepSize):
+            module.enabled = enabled
+
+
+class Monitor(Callback):
+    """At Lightning's log steps, and only there: checks the loss, and logs it with the learning rate.
+
+    It logs before checkpoints are saved, so that a checkpoint's step is in the log that a resumed run goes on with.
+
+    Raises:
+        TrainingError: the loss is NaN or infinite.
+    """
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Drop what a killed run logged after the checkpoint that is resumed from."""
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableCSVLogger):
+                logger.rewind(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
+        """Log, at a log step."""
+        if not is_log_step(trainer):
+            return
+        loss = outputs["loss"].item()
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        if not math.isfinite(loss):
+            raise divergence(trainer, f"the loss is {loss}")
+        log(trainer, {"train/loss": loss, "lr": lr})
+
+
+class ScaleMonitor(Callback):
+    """Logs each quantizer's stored scale at log steps: its mean, minimum and maximum.
+
+    Args:
+        every_n_logs: log at every n-th log step.
+    """
+
+    def __init__(self, every_n_logs: int = 1) -> None:
+        self.every_n_logs = every_n_logs
+
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
+        """Log, with one transfer from the device for all scales."""
+        if is_log_step(trainer) and (trainer.global_step // trainer.log_every_n_steps) % self.every_n_logs == 0:
+            values = scale_statistics(task)
+            if values:
+                log(trainer, values)
+
+
+def scale_statistics(task: Task) -> dict[str, float]:
+    """Return {"scale/LAYER.weight/mean": ...} for every quantizer; only "mean" for a single scale."""
+    names, values = [], []
+    for name, layer in quant_layers(task.model):
+        for part, quantizer in (("weight", layer.weight_quantizer), ("input", layer.activation_quantizer)):
+            if quantizer is None:
+                continue
+            scale = stored_scale(quantizer.step_size, quantizer.spec).float()
+            statistics = {"mean": scale.mean()}
+            if scale.numel() > 1:
+                statistics |= {"min": scale.min(), "max": scale.max()}
+            names += [f"scale/{name}.{part}/{what}" for what in statistics]
+            values += statistics.values()
+    return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+
+
+class Report(Callback):
+    """Prints a line whenever validation ends."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, task: Task) -> None:
+        """Print epoch, step, metrics and time."""
+        if trainer.sanity_checking:
+            return
+        metrics = {name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items()}
+        figures = "  ".join(f"{name} {value}" for name, value in metrics.items())
+        seconds = time.monotonic() - self._started
+        print(f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}  {figures}  {seconds:.0f} s", flush=True)
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Return whether Lightning logs at the step that has just been taken."""
+    return trainer.global_step % trainer.log_every_n_steps == 0
+
+
+def log(trainer: Trainer, values: dict[str, float]) -> None:
+    """Log to every logger, at the index of the step that has just been taken."""
+    for logger in trainer.loggers:
+        logger.log_metrics({"epoch": trainer.current_epoch, **values}, step=trainer.global_step - 1)
+
+
+def divergence(trainer: Trainer, what: str) -> TrainingError:
+    """Return the error for a run that went to NaN or infinity."""
+    lr = trainer.optimizers[0].param_groups[0]["lr"]
+    return TrainingError(
+        f"{what} at step {trainer.global_step} (learning rate {lr:.3g}): lower optim.lr, raise task.warmup or set "
+        "trainer.gradient_clip_val=1.0; the last checkpoint is from before that and is untouched"
+    )
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Return whether no tensor holds NaN or infinity, with one transfer from the device."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors, float("inf"))
+    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())

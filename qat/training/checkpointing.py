@@ -1,0 +1,96 @@
+"""Checkpoints: ``last.ckpt`` to resume from and, where asked for, ``best.ckpt``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from ..errors import TrainingError
+from .callbacks import all_finite, divergence
+from .tasks import Task
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class Checkpoints(Checkpoint):
+    """Saves atomically: a file appears whole or not at all, whatever is killed when.
+
+    A step's checkpoint is saved when all that the step logs is logged. So it is never saved between a step and the
+    validation that follows it, but after the validation or the next step, whichever lets an exact resume go on.
+
+    Args:
+        folder: where to save.
+        every_n_steps: between two saves of ``last.ckpt``; it is saved at the end in any case.
+        monitor: a metric such as "val/accuracy" whose best value saves ``best.ckpt``; None for none.
+        mode: "max" or "min".
+
+    Raises:
+        TrainingError: a parameter is NaN or infinite (nothing is overwritten), or the metric does not exist.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 1000, monitor: str | None = None, mode: str = "max") -> None:
+        if mode not in ("max", "min"):
+            raise TrainingError(f"callbacks.checkpoints.mode={mode}: give max or min")
+        self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
+        self.best: float | None = None
+        self._saved_at = 0
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Count from the step that a resumed run is at."""
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
+        """Save when due, unless validation or the epoch's end comes first."""
+        every = trainer.val_check_batch
+        validates = bool(every) and every != float("inf") and (batch_index + 1) % every == 0
+        if not validates and batch_index + 1 < trainer.num_training_batches:
+            self._save_if_due(trainer, task)
+
+    def on_train_epoch_end(self, trainer: Trainer, task: Task) -> None:
+        """Save the best, and the last when due."""
+        if self.monitor is not None and self.monitor in trainer.callback_metrics:
+            value = float(trainer.callback_metrics[self.monitor])
+            if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+                self.best = value
+                self._save(trainer, task, BEST)
+        elif self.monitor is not None and trainer.callback_metrics:
+            known = ", ".join(trainer.callback_metrics)
+            raise TrainingError(f"callbacks.checkpoints.monitor={self.monitor} is not logged: choose from {known}")
+        self._save_if_due(trainer, task)
+
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+        """Save the last step, if it is not saved yet."""
+        if trainer.global_step != self._saved_at:
+            self._save(trainer, task, LAST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the best value so far."""
+        self.best = state["best"]
+
+    def _save_if_due(self, trainer: Trainer, task: Task) -> None:
+        if trainer.global_step - self._saved_at >= self.every_n_steps:
+            self._save(trainer, task, LAST)
+
+    def _save(self, trainer: Trainer, task: Task, name: str) -> None:
+        if not all_finite([parameter.detach() for parameter in task.model.parameters()]):
+            raise divergence(trainer, "a parameter is NaN or infinite")
+        save_checkpoint(trainer, self.folder / name)
+        if name == LAST:
+            self._saved_at = trainer.global_step
+
+
+def save_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Save beside the path, then rename: Lightning's own save may copy across file systems, which a kill can cut."""
+    new = path.with_name(f".{path.name}.tmp")
+    trainer.save_checkpoint(new)
+    if trainer.is_global_zero:
+        os.replace(new, path)
+    trainer.strategy.barrier("checkpoint renamed")

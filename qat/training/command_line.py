@@ -1,0 +1,104 @@
+"""Command lines that answer a mistake with one clear line. No torch in here: it is imported when the job starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ..errors import QATError, did_you_mean
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+TRACEBACK_WANTED = os.environ.get(FULL_ERROR) == "1"
+
+
+def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
+    """Run a Hydra entry point; a config that cannot be composed ends in one line ``error: ...`` and exit status 1.
+
+    With HYDRA_FULL_ERROR=1 in the environment Python's traceback comes instead.
+    """
+    if TRACEBACK_WANTED:
+        hydra_main()
+        return
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises, where it would print text of its own; run_job takes it back
+    try:
+        hydra_main()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error, config_name))
+
+
+def run_job(module: str, function: str, config: DictConfig) -> None:
+    """Import a job and run it; an error raised on purpose ends in one line ``error: ...`` and exit status 1."""
+    if TRACEBACK_WANTED:
+        getattr(import_module(module), function)(config)
+        return
+    os.environ.pop(FULL_ERROR, None)
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        getattr(import_module(module), function)(config)
+    except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Print the line and exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def explain(error: Exception, config_name: str | None = None) -> str:
+    """Return what to tell the user: the key or value that is wrong, and the nearest one that is right."""
+    text = str(error)
+    if isinstance(error, QATError):
+        return text
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"there is no {group}={name}{did_you_mean(name, error.options)}"
+    if isinstance(error, MissingMandatoryValue):
+        key = text.rsplit(" ", 1)[-1] if error.full_key is None else error.full_key
+        return f"{key} is not given: add {key}=VALUE"
+    if match := re.match(r"Could not override '([^']+)'", text):
+        key = match[1].split("@")[0]
+        known = known_keys(config_name, without=key) if config_name else []
+        return f"unknown key {key!r}{did_you_mean(key, known) if known else ''}; +{key}=VALUE adds a new key"
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key or text}: {first_line(cause.msg or str(cause))}"
+    return " ".join(text.split())
+
+
+def known_keys(config_name: str, without: str) -> list[str]:
+    """Return every key of the config that the command line chose, group choices included."""
+    chosen = [word for word in sys.argv[1:] if re.match(r"\w+=", word) and not word.startswith(f"{without}=")]
+    GlobalHydra.instance().clear()
+    with initialize_config_module("qat.conf", version_base="1.3"):
+        for overrides in (chosen, []):
+            try:
+                config = compose(config_name, overrides=overrides)
+            except (HydraException, OmegaConfBaseException):
+                continue
+            return list(_keys(config))
+    return []
+
+
+def first_line(text: str) -> str:
+    """Return a text's first line."""
+    return text.strip().splitlines()[0]
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _keys(child, f"{prefix}{key}.")

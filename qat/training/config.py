@@ -1,0 +1,60 @@
+"""The types of our own config keys. No torch in here: ``--help`` and ``--cfg job`` answer at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from ..policy import QuantPolicy
+
+CONFIG_PATH = "pkg://qat.conf"
+
+
+@dataclass
+class TrainConfig:
+    """The keys of conf/train.yaml.
+
+    Args:
+        model: an architecture for ``qat.models.build``, or a ``_target_`` of the user's own.
+        data, task, optim, trainer: what is instantiated.
+        policy: a QuantPolicy.
+        logger: a ``_target_``, or empty for none.
+        callbacks: by name; a ``_target_`` each, or null to leave one out.
+        seed: of everything random.
+        name: the run's.
+        run_dir: where its config, log and checkpoints go.
+        init_from: a checkpoint whose weights the run starts from.
+        teacher: a full-precision checkpoint to distil from.
+        resume: a checkpoint to go on from; "auto" for the run's own last one, if there is one.
+        compile: run the network through ``torch.compile``.
+        compile_mode: of ``torch.compile``.
+        matmul_precision: of float32 matrix products on a GPU: highest, high (TF32) or medium.
+    """
+
+    model: Any = MISSING
+    data: Any = MISSING
+    policy: QuantPolicy = field(default_factory=QuantPolicy)
+    task: Any = MISSING
+    optim: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    callbacks: Any = MISSING
+    seed: int = 0
+    name: str = MISSING
+    run_dir: str = MISSING
+    init_from: Optional[str] = None  # noqa: UP045  OmegaConf 2.3 reads Optional, not "| None"
+    teacher: Optional[str] = None  # noqa: UP045
+    resume: Optional[str] = None  # noqa: UP045
+    compile: bool = False
+    compile_mode: str = "default"
+    matmul_precision: str = "highest"
+
+
+def register() -> None:
+    """Tell Hydra the types."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(group="policy", name="schema", node=QuantPolicy)

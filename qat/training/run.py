@@ -1,0 +1,138 @@
+"""One training run: from a config to a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..checkpoint import load_state, read_checkpoint
+from ..errors import CheckpointError, TrainingError
+from ..models import build
+from .checkpointing import LAST, save_checkpoint
+from .evaluation import evaluate
+
+QUANTIZERS = (".weight_quantizer.", ".activation_quantizer.")
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Run what the config says, and print where the result is.
+
+    Returns:
+        The metrics of the final weights.
+
+    Raises:
+        QATError: see the parts.
+    """
+    run_dir = _run_dir(config)
+    resume = _resume_from(config.resume, run_dir)
+    policy = OmegaConf.to_object(config.policy)
+    seed_everything(config.seed, verbose=False)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    _quiet()
+    data = _make(config.data)
+    model = _model(config.model)
+    if config.init_from is not None and resume is None:
+        load_weights(model, config.init_from)
+    task = _make(
+        config.task,
+        model=model,
+        policy=policy,
+        optimizer=instantiate(config.optim),
+        teacher=None if config.teacher is None else _teacher(config.teacher),
+        example=data.example(),
+        compile_mode=config.compile_mode if config.compile else None,
+    )
+    callbacks = [_make(callback) for callback in config.callbacks.values() if callback]
+    trainer = _make(config.trainer, logger=_make(config.logger) if config.logger else False, callbacks=callbacks)
+    trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
+    checkpoint = run_dir / LAST
+    if trainer.global_step == 0:  # calibrated only: no step has saved it
+        save_checkpoint(trainer, checkpoint)
+    metrics = _final_metrics(trainer, task, data)
+    _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing())
+    return metrics
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Fill a model that is not prepared yet from a full-precision or quantized checkpoint of the same architecture.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit; the message names what differs.
+    """
+    state = read_checkpoint(path).state_dict
+    weights = {name: value for name, value in state.items() if not any(part in f".{name}" for part in QUANTIZERS)}
+    load_state(model, weights, f"init_from={path}")
+
+
+def _quiet() -> None:
+    """Keep what Lightning says of itself out of the output; its warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The number of training batches")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def _run_dir(config: DictConfig) -> Path:
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder
+        config.run_dir = hydra.runtime.output_dir
+    return Path(config.run_dir).absolute()
+
+
+def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
+    last = run_dir / LAST
+    if resume is None:
+        if last.exists():
+            raise TrainingError(
+                f"{run_dir} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
+            )
+        return None
+    if resume == "auto":
+        return last if last.exists() else None
+    if not Path(resume).is_file():
+        raise CheckpointError(f"resume={resume}: there is no checkpoint at that path; resume=auto finds the run's own")
+    return Path(resume)
+
+
+def _make(node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a ``_target_``, with errors as its own code raises them."""
+    return instantiate(node, _partial_=True)(**arguments)
+
+
+def _model(node: DictConfig) -> nn.Module:
+    if "_target_" in node:
+        return _make(node)
+    return build(OmegaConf.to_container(node, resolve=True))
+
+
+def _teacher(path: str) -> nn.Module:
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.policy.quantizes_nothing():
+        raise CheckpointError(f"teacher={path} is quantized: give a full-precision checkpoint")
+    return checkpoint.build().requires_grad_(False)
+
+
+def _final_metrics(trainer: Trainer, task: nn.Module, data: Any) -> dict[str, float]:
+    logged = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
+    return logged or evaluate(task.model, data, trainer.strategy.root_device)
+
+
+@rank_zero_only
+def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool) -> None:
+    print(f"run folder  {run_dir}")
+    print(f"checkpoint  {checkpoint}")
+    print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if quantized:
+        print(f"next        python -m qat.convert {checkpoint} --to native --out {run_dir / 'artifact'}")
+    else:
+        print(f"next        python -m qat.train experiment=NAME init_from={checkpoint}")

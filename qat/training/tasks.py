@@ -1,0 +1,175 @@
+"""What is trained: image classification and causal language modelling, in full precision or quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..checkpoint import describe
+from ..errors import TrainingError
+from ..models import architecture_of
+from ..numerics import MIN_SCALE
+from ..policy import QuantPolicy
+from ..spec import as_member
+from ..surgery import prepare
+from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of
+from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes
+
+
+class Task(LightningModule):
+    """A network, its loss and its optimizer. Batches are (inputs, targets).
+
+    Args:
+        model: the network, not yet prepared; kept as ``self.model``.
+        policy: what is quantized; one that quantizes nothing trains in full precision.
+        optimizer: from parameter groups to an optimizer, such as a partial of ``torch.optim.SGD``.
+        schedule, warmup: see ``learning_rate_factor``.
+        step_size_lr_scale: the learning rate of step sizes, as a multiple of the optimizer's.
+        label_smoothing: of the cross-entropy.
+        teacher: a trained full-precision network. Its softened predictions (temperature 1) then get the same weight as
+            the labels, as in the LSQ paper's section on knowledge distillation (arXiv:1902.08153).
+        example: shape, dtype and range of an input, which checkpoints record.
+        compile_mode: of ``torch.compile``, such as "default" or "reduce-overhead"; None runs eagerly.
+
+    Raises:
+        QATError: a policy that does not fit the model.
+    """
+
+    metrics: ClassificationMetrics | LanguageMetrics
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: QuantPolicy,
+        optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
+        schedule: str = "cosine",
+        warmup: float = 0.0,
+        step_size_lr_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        teacher: nn.Module | None = None,
+        example: dict[str, Any] | None = None,
+        compile_mode: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture, self.example = architecture_of(model), example
+        self.policy, self.optimizer = policy, optimizer
+        self.schedule, self.warmup = as_member(Schedule, "task.schedule", schedule), warmup
+        self.step_size_lr_scale, self.label_smoothing = step_size_lr_scale, label_smoothing
+        self.compile_mode = compile_mode
+        self.model = model
+        if not policy.quantizes_nothing():
+            prepare(model, policy, verbose=rank_zero_only.rank == 0)
+        self._step_sizes = step_sizes(model)
+        self._teacher = (teacher,)  # in a tuple, so that it is no part of the state that is saved and trained
+        self._rng_state: dict[str, Tensor] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the network's logits."""
+        return logits_of(self.model(inputs))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of a batch."""
+        inputs, targets = batch
+        logits = self(inputs)
+        loss = cross_entropy(logits, targets, self.label_smoothing)
+        (teacher,) = self._teacher
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            taught = logits_of(teacher(inputs))
+        return (loss + soft_cross_entropy(logits, taught)) / 2
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Add a batch to the metrics."""
+        inputs, targets = batch
+        self.metrics.update(self(inputs), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return the optimizer, and the schedule that follows its steps."""
+        lr = getattr(self.optimizer, "keywords", {}).get("lr")
+        if lr is None:
+            raise TrainingError("the optimizer has no learning rate: set optim.lr")
+        optimizer = self.optimizer(parameter_groups(self.model, lr, self.step_size_lr_scale))
+        steps = self.trainer.estimated_stepping_batches
+        factor = learning_rate_factor(self.schedule, self.warmup, steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and keep the step sizes positive: ``LearnedStepSize.project`` for all of them in one launch."""
+        super().optimizer_step(*args, **kwargs)
+        if self._step_sizes:
+            with torch.no_grad():
+                torch._foreach_clamp_min_(self._step_sizes, MIN_SCALE)
+
+    def on_fit_start(self) -> None:
+        """Put the teacher where the network is."""
+        (teacher,) = self._teacher
+        if teacher is not None:
+            teacher.to(self.device).eval()
+
+    def on_train_start(self) -> None:
+        """Compile, now that calibration is over, and go on with the random state that a resumed run had."""
+        if self.compile_mode is not None:
+            for network in (self.model, *self._teacher):
+                if network is not None:
+                    network.compile(mode=self.compile_mode, dynamic=False)
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state["cpu"])
+            if "cuda" in self._rng_state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._rng_state["cuda"], self.device)
+            self._rng_state = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what ``qat.checkpoint`` reads, and the random state."""
+        checkpoint["qat"] = describe(self.architecture, self.policy, self.example)
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random state until training starts."""
+        self._rng_state = {name: state.cpu() for name, state in checkpoint["rng"].items()}
+
+
+class ImageClassification(Task):
+    """Images (B, C, H, W) to classes (B,).
+
+    Args:
+        channels_last: run convolutions in that memory format, which GPUs prefer.
+    """
+
+    def __init__(self, *args: Any, channels_last: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics = ClassificationMetrics()
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model.to(memory_format=self.memory_format)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the network's logits."""
+        return super().forward(inputs.to(memory_format=self.memory_format))
+
+
+class CausalLanguageModel(Task):
+    """Tokens (B, T) to the tokens that follow them (B, T)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics = LanguageMetrics()
+
+
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the mean cross-entropy with the teacher's probabilities, for logits (..., C)."""
+    probabilities = teacher_logits.flatten(0, -2).float().softmax(-1)
+    return F.cross_entropy(logits.flatten(0, -2).float(), probabilities)
