@@ -33,5 +33,5 @@ def int4_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     tiles, scale_and_zero = weight.cpu_operands
     rows = x.reshape(-1, x.shape[-1])
     y = torch._weight_int4pack_mm_for_cpu(rows, tiles, weight.spec.group_size, scale_and_zero)
-    y = y.view(*x.shape[:-1], -1)
+    y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias

@@ -127,7 +127,9 @@ class ActivationStatistics:
         self.extremes = torch.zeros(2, dtype=torch.float64, device=device)  # of -x and x; 0 is always representable
 
     def update(self, x: Tensor) -> None:
-        """Add a batch."""
+        """Add a batch; an empty one, such as an expert that got no token, counts nothing."""
+        if not x.numel():
+            return
         x = x.detach()
         self.sums += torch.stack([x.abs().sum(dtype=torch.float64), self.sums.new_tensor(x.numel())])
         self.extremes = self.extremes.maximum(torch.stack([-x.min(), x.max()]).double())
