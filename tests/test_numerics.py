@@ -252,6 +252,23 @@ def check_saved_tensors(numerics):
     assert sorted(t.data_ptr() for t in saved) == sorted([x.data_ptr(), step.data_ptr()])
 
 
+def check_bf16_gradients(numerics):
+    """bf16 weights and incoming gradients: the scale's gradient is summed in fp32, within 1e-5 of float64."""
+    generator = torch.Generator().manual_seed(0)
+    for grid in ({"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 128}):
+        spec = QuantSpec(bits=4, signed=True, **grid)
+        x = torch.randn(32, 256, generator=generator).bfloat16()
+        upstream = torch.rand(32, 256, generator=generator).bfloat16()
+        step = torch.full(numerics.scale_shape(x.shape, spec), 0.3125, requires_grad=True)
+        numerics.fake_quantize(x, step, spec).backward(upstream)
+        assert step.grad.dtype == torch.float32
+        blocks = x.double().reshape(step.numel(), -1) / 0.3125
+        slopes = torch.where(blocks <= -8, -8, torch.where(blocks >= 7, 7, blocks.round() - blocks))
+        terms = upstream.double().reshape(blocks.shape) * slopes
+        error = (step.grad.double().flatten() - terms.sum(1)).abs()
+        assert (error <= 1e-5 * terms.abs().sum(1)).all()
+
+
 def check_refuses_nan(numerics):
     """NaN has no code."""
     for x, scale in [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]:
@@ -297,6 +314,10 @@ def test_gradients_are_the_surrogates():
 
 def test_backward_saves_only_its_inputs():
     check_saved_tensors(qat.numerics)
+
+
+def test_bf16_gradients_are_summed_in_fp32():
+    check_bf16_gradients(qat.numerics)
 
 
 def test_nan_is_refused():
