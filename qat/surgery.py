@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,7 +11,7 @@ from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, frozen_layers, make_fake_quant_, plain_type, quant_layers
 from .numerics import scale_shape
 from .policy import QuantPolicy, match_rules
-from .quantizers import ActivationLSQ, WeightLSQ
+from .quantizers import ActivationLSQ, LearnedStepSize, WeightLSQ
 from .spec import QuantSpec
 
 
@@ -62,7 +63,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
             activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, policy.init)
         make_fake_quant_(layer, weight, activation)
     if verbose:
-        print(_table(decisions))
+        print(_table(model, decisions))
     return model
 
 
@@ -100,7 +101,7 @@ def summary(model: nn.Module) -> str:
             decisions.append(Decision(name, layer, *specs))
         elif _holds_matrix(layer):
             decisions.append(Decision(name, layer, None, None, "not quantized"))
-    return _table(decisions)
+    return _table(model, decisions)
 
 
 def _holds_matrix(layer: nn.Module) -> bool:
@@ -131,7 +132,7 @@ def _check_shapes(decisions: list[Decision]) -> None:
         raise LayerError("the policy does not fit these layers:\n  " + "\n  ".join(problems))
 
 
-def _table(decisions: list[Decision]) -> str:
+def _table(model: nn.Module, decisions: list[Decision]) -> str:
     rows = [("layer", "shape", "weight", "input", "bits/weight", "")]
     names: dict[int, str] = {}
     total_bits = total_weights = 0
@@ -152,6 +153,10 @@ def _table(decisions: list[Decision]) -> str:
             total_bits, total_weights = total_bits + bits * weights, total_weights + weights
         spec = "-" if decision.weight is None else str(decision.weight)
         rows.append((decision.name, "x".join(map(str, shape)), spec, _input(decision), f"{bits:.2f}", note))
+    for name, matrix, note in _other_matrices(model):
+        bits = matrix.element_size() * 8.0
+        rows.append((name, "x".join(map(str, matrix.shape)), "-", "-", f"{bits:.2f}", note))
+        total_bits, total_weights = total_bits + bits * matrix.numel(), total_weights + matrix.numel()
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
@@ -161,6 +166,16 @@ def _table(decisions: list[Decision]) -> str:
         f"{total_weights:,} of them"
     )
     return "\n".join(lines)
+
+
+def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Yield (name, parameter, what it is) of matrices that are no layer's plain weight, such as a parametrized one."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LearnedStepSize):
+            for key, parameter in layer._parameters.items():
+                if parameter is not None and parameter.dim() > 1 and key != "weight":
+                    note = f"parameter of {type(layer).__name__}, stays in full precision"
+                    yield f"{name}.{key}".lstrip("."), parameter, note
 
 
 def _weight_shape(layer: nn.Module):
