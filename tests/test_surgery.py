@@ -1,0 +1,364 @@
+"""prepare: each layer becomes what the policy says, nothing else changes, and nothing is skipped in silence.
+
+``check_*`` takes the modules under test, so that test_mutants.py can show that it fails on a wrong one.
+"""
+
+import contextlib
+import copy
+import io
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import qat.surgery
+from qat import QuantPolicy, QuantSpec
+from qat.errors import LayerError, PolicyError, StateError
+from qat.layers import QuantConv2d, QuantLinear
+from qat.quantizers import ActivationLSQ, WeightLSQ
+
+W4 = QuantSpec(bits=4)
+POLICY = QuantPolicy(weight=W4)
+WITH_INPUTS = QuantPolicy(weight=W4, activation={"bits": 8})
+
+
+class Net(nn.Module):
+    """Conv, norm, embedding and linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.embed = nn.Embedding(10, 8)
+        self.fc = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 4, bias=False)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.fc(self.norm(self.conv(x)).mean((2, 3)))))
+
+
+class Tied(nn.Module):
+    """Two linears with one weight, and an embedding with the head's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.embed(x))))
+
+
+def prepare(model, policy=POLICY, **options):
+    return qat.surgery.prepare(model, policy, verbose=False, **options)
+
+
+def bits_of(model):
+    """Return {layer: (weight bits, input bits)}."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear | QuantConv2d):
+            parts = layer.weight_quantizer, layer.activation_quantizer
+            found[name] = tuple(part and part.spec.bits for part in parts)
+    return found
+
+
+def row_of(text, name):
+    """Return the summary's line for a layer as a list of cells."""
+    (line,) = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}\s", line)]
+    return re.split(r"\s{2,}", line)
+
+
+def check_rules(surgery):
+    rules = [
+        {"match": "Linear", "weight": {"bits": 3}},
+        {"match": "@first", "weight": {"bits": 8}, "activation": None},
+        {"match": "head", "weight": None},
+    ]
+    model = surgery.prepare(Net(), QuantPolicy(weight=W4, activation={"bits": 6}, rules=rules), verbose=False)
+    assert bits_of(model) == {"conv": (8, None), "fc": (3, 6), "head": (None, 6)}
+
+
+def check_ties(surgery):
+    """Tied weights stay one parameter with one quantizer, and stay tied to the embedding."""
+    model = surgery.prepare(Tied(), POLICY, verbose=False)
+    assert model.a.weight is model.b.weight and model.head.weight is model.embed.weight
+    assert model.a.weight_quantizer is model.b.weight_quantizer
+    assert model.head.weight_quantizer is not model.a.weight_quantizer
+    assert len([m for m in model.modules() if isinstance(m, WeightLSQ)]) == 2
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len({id(p) for p in model.parameters()})
+    model(torch.arange(5)).sum().backward()
+    assert model.a.weight_quantizer.step_size.grad.abs().sum() > 0
+
+
+def check_shapes_that_do_not_fit(surgery):
+    """One error lists every layer, with the sizes that would do; the model is untouched."""
+    model = nn.Sequential(nn.Linear(48, 8), nn.Linear(64, 8), nn.Linear(40, 8))
+    with pytest.raises(LayerError) as caught:
+        surgery.prepare(model, QuantPolicy(weight=QuantSpec(group_size=32)), verbose=False)
+    message = str(caught.value)
+    assert "'0': group_size=32 does not divide its 48 inputs; group sizes that do: 8, 16, 24, 48" in message
+    assert "'2': group_size=32 does not divide its 40 inputs; group sizes that do: 8, 40" in message
+    assert "'1'" not in message
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def check_prepared_twice(surgery):
+    model = surgery.prepare(Net(), POLICY, verbose=False)
+    with pytest.raises(StateError, match="prepared already"):
+        surgery.prepare(model, POLICY, verbose=False)
+
+
+def check_table(surgery):
+    """Layer, shape, specs, bits per weight and reason; the totals count a tied weight once."""
+    model = Net()
+    policy = QuantPolicy(
+        weight=W4, activation={"bits": 8}, rules=[{"match": "head", "weight": None, "activation": None}]
+    )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        surgery.prepare(model, policy)
+    text = printed.getvalue()
+    bits = 4 + 16 / 27
+    assert row_of(text, "conv") == ["conv", "8x3x3x3", "int4 channel", "int8 tensor (sign detected)", f"{bits:.2f}"]
+    assert row_of(text, "fc") == ["fc", "16x8", "int4 channel", "int8 tensor (sign detected)", "6.00"]
+    assert row_of(text, "head") == ["head", "4x16", "-", "-", "32.00", "rule match='head'"]
+    assert row_of(text, "embed") == ["embed", "10x8", "-", "-", "32.00", "Embedding stays in full precision"]
+    mean = (216 * bits + 128 * 6 + (64 + 80) * 32) / (216 + 128 + 64 + 80)
+    assert (
+        text.splitlines()[-1]
+        == f"2 of 4 layers have quantized weights; {mean:.2f} bits per weight over all 488 of them"
+    )
+
+
+def test_rules():
+    check_rules(qat.surgery)
+
+
+def test_ties():
+    check_ties(qat.surgery)
+
+
+def test_shapes_that_do_not_fit():
+    check_shapes_that_do_not_fit(qat.surgery)
+
+
+def test_prepared_twice():
+    check_prepared_twice(qat.surgery)
+
+
+def test_table():
+    check_table(qat.surgery)
+
+
+def test_frozen_models_cannot_be_prepared():
+    with pytest.raises(StateError, match="prepared already"):
+        prepare(qat.freeze(prepare(Net())))
+
+
+def test_in_place_and_every_parameter_exists():
+    model = Net()
+    weights = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert prepare(model, WITH_INPUTS) is model
+    parameters = dict(model.named_parameters())
+    assert {name: id(parameters[name]) for name in weights} == weights
+    assert set(parameters) - set(weights) == {
+        f"{layer}.{kind}_quantizer.step_size" for layer in ("conv", "fc", "head") for kind in ("weight", "activation")
+    }
+    assert all(parameter.requires_grad for parameter in parameters.values())
+    qat.calibrate(model, [torch.randn(2, 3, 5, 5)])
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == {"embed.weight"}
+
+
+def test_the_state_dict_of_a_plain_model_keeps_its_names():
+    plain = Net()
+    prepared = prepare(copy.deepcopy(plain))
+    assert plain.state_dict().keys() <= prepared.state_dict().keys()
+    missing, unexpected = prepared.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all("quantizer" in key for key in missing)
+
+
+def test_state_dict_round_trip_without_calibration():
+    """A resumed run has the scales, the signs and the flag, in parameters that existed before."""
+    trained = prepare(Net(), WITH_INPUTS)
+    x = torch.randn(4, 3, 6, 6)
+    qat.calibrate(trained, [x])
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.1)
+    torch.manual_seed(1)
+    resumed = prepare(Net(), WITH_INPUTS)
+    identities = [id(parameter) for parameter in resumed.parameters()]
+    resumed.load_state_dict(trained.state_dict())
+    assert [id(parameter) for parameter in resumed.parameters()] == identities
+    assert torch.equal(resumed.eval()(x), trained.eval()(x))
+    assert torch.equal(qat.freeze(resumed)(x), qat.freeze(trained)(x))
+
+
+def test_a_rule_that_matches_nothing():
+    with pytest.raises(PolicyError, match=r"'haed' matched no layer.*did you mean 'head'"):
+        prepare(Net(), QuantPolicy(weight=W4, rules=[{"match": "haed", "weight": None}]))
+
+
+@pytest.mark.parametrize("key", ["weight", "activation"])
+def test_an_unsupported_layer_asked_for(key):
+    with pytest.raises(PolicyError, match=r"'embed', a Embedding: only Linear and Conv2d can be"):
+        prepare(Net(), QuantPolicy(rules=[{"match": "embed", key: {"bits": 8}}]))
+
+
+def test_an_unsupported_layer_may_be_left_alone_by_a_rule():
+    model = prepare(Net(), QuantPolicy(weight=W4, rules=[{"match": "embed", "weight": None}]))
+    assert type(model.embed) is nn.Embedding
+
+
+def test_tied_layers_with_different_specs():
+    rules = [{"match": "b", "weight": {"bits": 8}}]
+    with pytest.raises(LayerError, match=r"'b': its weight is tied to 'a', which gets another spec"):
+        prepare(Tied(), QuantPolicy(weight=W4, rules=rules))
+
+
+def test_a_weight_that_is_quantized_already():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(LayerError, match=r"'0': its weight is torch.uint8, not a float"):
+        prepare(model)
+
+
+def test_a_module_used_twice_is_one_layer():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    prepare(model, WITH_INPUTS)
+    assert model[0] is model[2] and bits_of(model) == {"0": (4, 8)}
+    qat.calibrate(model, [torch.randn(2, 8)])
+    x = torch.randn(3, 8)
+    expected = model(x)
+    qat.freeze(model)
+    assert model[0] is model[2] and torch.equal(model(x), expected)
+
+
+def test_a_root_layer():
+    layer = nn.Linear(8, 4)
+    assert prepare(layer) is layer and type(layer) is QuantLinear
+    x = torch.randn(2, 8)
+    expected = layer(x)
+    assert torch.equal(qat.freeze(layer)(x), expected)
+
+
+def test_hooks_and_references_survive():
+    model = Net()
+    kept, calls = model.fc, []
+    model.fc.register_forward_hook(lambda *_: calls.append("after"))
+    model.fc.register_forward_pre_hook(lambda *_: calls.append("before"))
+    prepare(model)
+    assert model.fc is kept
+    model(torch.randn(1, 3, 4, 4))
+    qat.freeze(model)(torch.randn(1, 3, 4, 4))
+    assert model.fc is kept and calls == ["before", "after"] * 2
+
+
+def test_a_subclass_of_linear_is_listed_as_left_alone(capsys):
+    """nn.MultiheadAttention reads its out_proj's weight without calling it."""
+    attention = nn.MultiheadAttention(8, 2)
+    qat.prepare(attention, POLICY)
+    assert row_of(capsys.readouterr().out, "out_proj")[-1] == "NonDynamicallyQuantizableLinear stays in full precision"
+    assert bits_of(attention) == {}
+
+
+def test_every_matrix_is_in_the_summary(capsys):
+    """Matrices that are no layer's plain weight too: nothing is skipped in silence."""
+    model = nn.ModuleDict(
+        {
+            "normed": torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)),
+            "attention": nn.MultiheadAttention(8, 2),
+            "lstm": nn.LSTM(4, 3),
+            "fc": nn.Linear(8, 8),
+        }
+    )
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    qat.prepare(model, POLICY)
+    text = capsys.readouterr().out
+    for name in ("attention.in_proj_weight", "lstm.weight_hh_l0", "normed.parametrizations.weight.original1"):
+        cells = row_of(text, name)
+        assert cells[-1].endswith("stays in full precision") and "32.00" in cells
+        assert row_of(qat.summary(model), name) == cells
+    assert text.splitlines()[-1].endswith(f"over all {total:,} of them")
+
+
+def test_prepare_prints_what_summary_says(capsys):
+    policy = QuantPolicy(weight=W4, activation={"bits": 8, "signed": True})
+    model = qat.prepare(Net(), policy)
+    printed = capsys.readouterr().out.splitlines()
+    again = qat.summary(model).splitlines()
+    assert printed[-1] == again[-1]
+    for name in ("conv", "fc", "head"):
+        assert row_of("\n".join(printed), name) == row_of("\n".join(again), name)
+    assert row_of(qat.summary(qat.freeze(qat.prepare(Net(), POLICY, verbose=False))), "fc")[:3] == [
+        "fc",
+        "16x8",
+        "int4 channel",
+    ]
+    assert capsys.readouterr().out == ""
+
+
+def test_ties_in_the_summary():
+    text = qat.summary(prepare(Tied()))
+    assert row_of(text, "b")[-1] == "weight tied to a"
+    assert row_of(text, "head")[-1] == "weight tied to embed"
+
+
+def test_a_policy_of_nothing_changes_nothing(capsys):
+    model = Net()
+    names = list(model.state_dict())
+    qat.prepare(model, QuantPolicy())
+    assert list(model.state_dict()) == names and type(model.fc) is nn.Linear
+    assert "0 of 4 layers" in capsys.readouterr().out
+
+
+def test_meta_device():
+    """A model without values can be prepared; it says so when it is used, and works once it is loaded."""
+    trained = prepare(Net())
+    with torch.device("meta"):
+        model = Net()
+    prepare(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(StateError, match="'conv' was never initialised"):
+        model(torch.zeros(1, 3, 4, 4, device="meta"))
+    model.load_state_dict(trained.state_dict(), assign=True)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model(x), trained(x))
+
+
+def test_meta_device_then_to_empty():
+    trained = prepare(Net(), WITH_INPUTS)
+    qat.calibrate(trained, [torch.randn(2, 3, 4, 4)])
+    with torch.device("meta"):
+        model = Net()
+    prepare(model, WITH_INPUTS).to_empty(device="cpu")
+    with pytest.raises(StateError, match="never initialised"):
+        model(torch.zeros(1, 3, 4, 4))
+    model.load_state_dict(trained.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.eval()(x), trained.eval()(x))
+
+
+def test_quantizers_live_where_the_weight_lives():
+    with torch.device("meta"):
+        layer = nn.Linear(8, 4)
+    prepare(layer, WITH_INPUTS)
+    assert isinstance(layer.activation_quantizer, ActivationLSQ)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+
+
+def test_weights_without_gradient_still_learn_their_step_size():
+    model = Net()
+    model.fc.weight.requires_grad_(False)
+    prepare(model)
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert model.fc.weight.grad is None and model.fc.weight_quantizer.step_size.grad is not None
