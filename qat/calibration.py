@@ -45,10 +45,11 @@ def calibrate(
         for batch in batches:
             run(model, batch)
             seen += 1
-        if not seen:
-            raise StateError("calibration got no batch: give it at least one")
         for quantizer in waiting:
             quantizer.observer.all_reduce()
+        if not seen and not any(quantizer.observer.sums[1] for quantizer in waiting):  # on no rank
+            raise StateError("calibration got no batch: give it at least one")
+        for quantizer in waiting:
             quantizer.initialise(quantizer.observer)
     return model
 

@@ -15,7 +15,8 @@ from .quantizers import FrozenActivation
 def freeze(model: nn.Module) -> nn.Module:
     """Replace each fake-quantized weight by packed codes, in place, and put the model in eval mode.
 
-    Activation quantizers stay, with scales that no longer learn. Layers that share a weight share its packed codes.
+    An error leaves the model as it was. Activation quantizers stay, with scales that no longer learn. Layers that share
+    a weight share its packed codes.
 
     Raises:
         StateError: the model is not prepared, or a step size was never initialised.
@@ -29,6 +30,7 @@ def freeze(model: nn.Module) -> nn.Module:
             if quantizer is not None:
                 quantizer.require_initialised()
     packed: dict[int, PackedWeight] = {}
+    frozen = []  # of all layers before the first one changes, so that an error leaves the model as it was
     for name, layer in layers:
         weight = None
         if layer.weight_quantizer is not None:
@@ -39,6 +41,10 @@ def freeze(model: nn.Module) -> nn.Module:
         activation = layer.activation_quantizer
         if activation is not None:
             activation = FrozenActivation(replace(activation.spec), activation.scale())
+            if not activation.scale.isfinite().all():
+                raise LayerError(f"{name!r}: the scale of its input holds NaN or infinity")
+        frozen.append((layer, weight, activation))
+    for layer, weight, activation in frozen:
         make_frozen_(layer, weight, activation)
     return model.eval()
 
