@@ -58,13 +58,16 @@ class Checkpoint:
 
     def example_input(self, batch: int = 2, seed: int = 0) -> Tensor | None:
         """Return random inputs in the recorded shape, dtype and range; None if nothing was recorded."""
-        if self.example is None:
-            return None
-        generator = torch.Generator().manual_seed(seed)
-        shape, low, high = [batch, *self.example["shape"]], self.example["low"], self.example["high"]
-        if self.example["dtype"] == "int64":
-            return torch.randint(int(low), int(high) + 1, shape, generator=generator)
-        return torch.rand(shape, generator=generator) * (high - low) + low
+        return None if self.example is None else random_input(self.example, batch, seed)
+
+
+def random_input(example: dict[str, Any], batch: int = 2, seed: int = 0) -> Tensor:
+    """Return random inputs in an example's shape, dtype and range."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, low, high = [batch, *example["shape"]], example["low"], example["high"]
+    if example["dtype"] == "int64":
+        return torch.randint(int(low), int(high) + 1, shape, generator=generator)
+    return torch.rand(shape, generator=generator) * (high - low) + low
 
 
 def describe(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class QuantizedModel:
         dense: every other tensor's name -> the tensor.
         tied: the name of a dense tensor -> the name of the same tensor in ``dense``.
         source: where it comes from, for messages.
+        example: shape (without batch), dtype and range of an input, as in ``qat.checkpoint``; None if unknown.
+        files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
     """
 
     architecture: dict[str, Any] | None
@@ -59,6 +62,8 @@ class QuantizedModel:
     dense: Mapping[str, Tensor]
     tied: dict[str, str] = field(default_factory=dict)
     source: str = "this model"
+    example: dict[str, Any] | None = None
+    files: Path | None = None
 
 
 def from_model(model: nn.Module) -> QuantizedModel:

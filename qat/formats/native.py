@@ -60,6 +60,7 @@ def write(model: QuantizedModel, folder: Path) -> None:
         "qat_version": __version__,
         "layers": {name: _layer_values(layer) for name, layer in model.layers.items()},
         "tied": model.tied,
+        "example": model.example,
         "files": files,
     }
     config = {**_architecture_entries(model.architecture), "quantization_config": description}
@@ -163,6 +164,8 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
         Selected(tensors, [name for name in tensors if name not in inside]),
         description["tied"],
         f"the artifact {path}",
+        description.get("example"),
+        path,
     )
 
 
