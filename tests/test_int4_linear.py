@@ -1,0 +1,356 @@
+"""Run: python -m pytest tests/test_int4_linear.py, on CPU through Triton's interpreter; ``-m gpu`` needs CUDA."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qat.kernels.int4_linear import backend, int4_linear, int4_linear_reference
+
+from qat.errors import LayerError
+from qat.numerics import dequantize
+from qat.packing import pack, unpack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def make_weight(n, k, group, scale_dtype=torch.bfloat16, device=DEVICE):
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
+    scale = (torch.rand(n, k // group, device=device) * 0.1 + 0.01).to(scale_dtype)
+    return codes, pack(codes, 4), scale
+
+
+def make_inputs(m, n, k, dtype, with_bias, device=DEVICE):
+    x = torch.randn(m, k, device=device).to(dtype)
+    return x, torch.randn(n, device=device).to(dtype) if with_bias else None
+
+
+def rms(x):
+    return x.square().mean().sqrt()
+
+
+def assert_accurate(y, x, weight, bias=None):
+    """Check y against float64 by two bounds: one rounding of a float32 sum, and the plain matmul's error times 1.1.
+
+    A float32 sum of K terms in any order is off by about sqrt(K) units of 2^-24 of the sum of magnitudes at most
+    (Higham and Mary 2019, doi:10.1137/18M1226312); twice that leaves room for tensor cores, which may truncate.
+    """
+    x64, w64 = x.double(), weight.double()
+    exact, magnitude = x64 @ w64.T, x64.abs() @ w64.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    error = (y.double() - exact).abs()
+    one_rounding = HALF_ULP[y.dtype] * exact.abs() + torch.finfo(y.dtype).smallest_normal * HALF_ULP[y.dtype]
+    assert (error <= 1.01 * one_rounding + 2 * (x.shape[-1] + 1) ** 0.5 * 2.0**-24 * magnitude).all()
+    plain = (F.linear(x, weight, bias).double() - exact).abs()
+    assert rms(error) <= 1.1 * rms(plain) + 2.0**-24 * rms(magnitude)
+
+
+def test_these_tests_run_the_kernel():
+    assert backend(torch.device(DEVICE)).startswith("triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_by_hand(dtype):
+    # Row 0: bytes 0x9F, 0x08 hold 15 - 8, 9 - 8, 8 - 8 and padding. Row 1: bytes 0x70, 0x0A hold -8, -1, 2.
+    packed = torch.tensor([[0x9F, 0x08], [0x70, 0x0A]], dtype=torch.uint8, device=DEVICE)
+    scale = torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16, device=DEVICE)
+    x = torch.tensor([1.0, 10.0, 100.0], dtype=dtype, device=DEVICE)
+    y = int4_linear(x, packed, scale, torch.tensor([0.25, -1.0], dtype=dtype, device=DEVICE), 3, 3)
+    assert y.dtype == dtype
+    assert y.tolist() == [0.5 * (7 + 10) + 0.25, 0.25 * (-8 - 10 + 200) - 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "group"), [(65, 96, 32), (67, 192, 64), (3, 384, 128), (70, 129, 129), (1, 15, 15)])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 33, 300])
+def test_grid(m, n, k, group, dtype):
+    torch.manual_seed(m + n + k)
+    codes, packed, scale = make_weight(n, k, group)
+    weight = dequantize(codes, scale, dtype)
+    for with_bias in (False, True):
+        x, bias = make_inputs(m, n, k, dtype, with_bias)
+        assert_accurate(int4_linear(x, packed, scale, bias, k, group), x, weight, bias)
+        assert_accurate(int4_linear_reference(x, packed, scale, bias, k), x, weight, bias)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    m=st.integers(0, 40),
+    n=st.integers(1, 80),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([32, 64, 96, 160]),
+    row=st.none() | st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(seed, m, n, groups, group, row, dtype, scale_dtype):
+    torch.manual_seed(seed)
+    k, group = (groups * group, group) if row is None else (row, row)
+    codes, packed, scale = make_weight(n, k, group, scale_dtype)
+    x, bias = make_inputs(m, n, k, dtype, seed % 2)
+    y = int4_linear(x, packed, scale, bias, k, group)
+    assert y.shape == (m, n)
+    if m:
+        assert_accurate(y, x, dequantize(codes, scale, dtype), bias)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    k_and_group=st.sampled_from([(1, 1), (7, 7), (101, 101), (48, 48), (96, 32), (192, 96), (128, 64)]),
+    one_scale=st.booleans(),
+    exponent=st.integers(-17, 3),
+    m=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from(DTYPES),
+)
+def test_weights_are_bit_identical(seed, k_and_group, one_scale, exponent, m, dtype, scale_dtype):
+    torch.manual_seed(seed)
+    k, group = k_and_group
+    codes, packed, scale = make_weight(33, k, group, scale_dtype)
+    scale = (torch.rand_like(scale) + 1) * 2.0**exponent  # down to weights that are subnormal in fp16
+    if group == k and one_scale:
+        scale = scale[:1]
+    eye = torch.eye(k, dtype=dtype, device=DEVICE)
+    y = torch.cat([int4_linear(rows, packed, scale, None, k, group) for rows in eye.split(m)])
+    assert torch.equal(y.T, dequantize(codes, scale, dtype))
+
+
+def test_bf16_weights_round_to_nearest_even():
+    # Ties, in steps of 2^-6 from 3: 3 * (1 + 2^-7) is at 1.5 and goes up, 3 * (1 + 3 * 2^-7) is at 4.5 and goes down.
+    scale = torch.tensor([[1 + 2.0**-7], [1 + 3 * 2.0**-7], [1 + 2.0**-6]], device=DEVICE)
+    codes = torch.tensor([[7, 3, 5, -7, -3]] * 3, dtype=torch.int8, device=DEVICE)
+    exact = codes.double() * scale.double()
+    spacing = 2.0 ** (exact.abs().log2().floor() - 7)
+    nearest_even = (exact / spacing).round() * spacing
+    ties = (exact / spacing).frac().abs() == 0.5
+    assert ties[:2, [1, 4]].all()
+    y = int4_linear(torch.eye(5, dtype=torch.bfloat16, device=DEVICE), pack(codes, 4), scale, None, 5, 5)
+    assert torch.equal(y.T.double(), nearest_even)
+
+
+def test_bias_is_added_before_the_one_rounding():
+    # 256 + 1 is 257, a tie that bf16 rounds to 256; adding 1 once more would stay at 256, where the law gives 258.
+    packed, scale = pack(torch.tensor([[1, 1]], dtype=torch.int8, device=DEVICE), 4), torch.ones(1, 1, device=DEVICE)
+    x = torch.tensor([256.0, 1.0], dtype=torch.bfloat16, device=DEVICE)
+    bias = torch.ones(1, dtype=torch.bfloat16, device=DEVICE)
+    assert int4_linear(x, packed, scale, bias, 2, 2).item() == 258
+    assert int4_linear_reference(x, packed, scale, bias, 2).item() == 258
+
+
+@pytest.mark.parametrize("mutant", ["nibbles swapped", "next group's scale", "next row's scale", "one bit", "no bias"])
+def test_the_bounds_catch(mutant):
+    torch.manual_seed(0)
+    codes, packed, scale = make_weight(40, 96, 32)
+    x, bias = make_inputs(5, 40, 96, torch.bfloat16, True)
+    weight = dequantize(codes, scale, x.dtype)
+    assert_accurate(int4_linear(x, packed, scale, bias, 96, 32), x, weight, bias)
+    if mutant == "nibbles swapped":
+        packed = (packed >> 4) | (packed << 4)
+    elif mutant == "next group's scale":
+        scale = scale.roll(1, 1)
+    elif mutant == "next row's scale":
+        scale = scale.roll(1, 0)
+    elif mutant == "one bit":
+        packed[17, 31] ^= 1
+    y = int4_linear(x, packed, scale, None if mutant == "no bias" else bias, 96, 32)
+    with pytest.raises(AssertionError):
+        assert_accurate(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("k", [3, 65])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # numpy under the interpreter, on the padding
+def test_padding_cannot_overflow(k):
+    # Padding reads as code -8, and -8 * 9000 is beyond fp16, though no weight here is.
+    codes = torch.ones(2, k, dtype=torch.int8, device=DEVICE)
+    scale = torch.full((2, 1), 9000.0, device=DEVICE)
+    x = torch.zeros(k, dtype=torch.float16, device=DEVICE)
+    x[-1] = 2.0
+    assert int4_linear(x, pack(codes, 4), scale, None, k, k).tolist() == [18000.0] * 2
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (5,), (2, 3, 4)])
+def test_leading_axes(lead):
+    codes, packed, scale = make_weight(9, 32, 32)
+    x = torch.randn(*lead, 32, device=DEVICE, requires_grad=True)
+    bias = torch.randn(9, device=DEVICE, requires_grad=True)
+    y = int4_linear(x, packed, scale, bias, 32, 32)
+    torch.testing.assert_close(y, F.linear(x, dequantize(codes, scale, x.dtype), bias))
+    grad_x, grad_bias = torch.autograd.grad(y.sum(), (x, bias))
+    assert grad_x.shape == x.shape
+    assert grad_bias.tolist() == [x[..., 0].numel()] * 9
+
+
+def test_strides():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(40, 64, 32)
+    x, bias = make_inputs(6, 40, 64, torch.bfloat16, True)
+    expected = int4_linear(x, packed, scale, bias, 64, 32)
+    column_major = [t.T.contiguous().T for t in (x, packed, scale)]
+    assert not any(t.is_contiguous() for t in column_major)
+    every_other = torch.stack([bias, bias], 1)[:, 0]
+    assert torch.equal(int4_linear(*column_major, every_other, 64, 32), expected)
+
+
+def test_same_result_every_time():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(70, 129, 129)
+    x, bias = make_inputs(33, 70, 129, torch.bfloat16, True)
+    first = int4_linear(x, packed, scale, bias, 129, 129)
+    assert all(torch.equal(first, int4_linear(x, packed, scale, bias, 129, 129)) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype):
+    torch.manual_seed(0)
+    codes, packed, scale = make_weight(65, 96, 32)
+    x, bias = make_inputs(17, 65, 96, dtype, True)
+    grad_y = torch.randn(17, 65, device=DEVICE).to(dtype)
+    y = int4_linear(x.requires_grad_(), packed, scale, bias.requires_grad_(), 96, 32)
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad_y)
+    assert_accurate(grad_x, grad_y, dequantize(codes, scale, dtype).T)
+    torch.testing.assert_close(grad_bias, grad_y.double().sum(0).to(dtype))
+
+
+def test_autocast_does_not_apply_inside():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(20, 64, 32)
+    x, bias = make_inputs(4, 20, 64, torch.float32, True)
+    x.requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            y = int4_linear(x, packed, scale, bias, 64, 32)
+            reference = int4_linear_reference(x, packed, scale, bias, 64)
+            results.append((y, reference, torch.autograd.grad(y.sum(), x)[0]))
+    assert all(torch.equal(without, with_it) for without, with_it in zip(*results, strict=True))
+
+
+def test_op_registration():
+    _, packed, scale = make_weight(20, 64, 32)
+    x, bias = make_inputs(4, 20, 64, torch.float32, True)
+    for args in ((x, None), (x.clone().requires_grad_(), bias.clone().requires_grad_()), (x[:0], bias)):
+        torch.library.opcheck(int4_linear, (args[0], packed, scale, args[1], 64, 32))
+
+
+def test_compiles_into_one_graph():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(20, 64, 32)
+    x, bias = make_inputs(4, 20, 64, torch.float32, True)
+
+    def loss(x):
+        return int4_linear(x * 2, packed, scale, bias, 64, 32).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(x.requires_grad_()), x)[0] for f in (loss, compiled)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 63)}, r"\(2, 63\), and in_features=64"),
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x is torch.float64: cast it"),
+        ({"packed": torch.zeros(4, 31, dtype=torch.uint8)}, r"\(4, 31\): 64 inputs take torch.uint8 \(N, 32\)"),
+        ({"packed": torch.zeros(4, 32, dtype=torch.int8)}, "packed is torch.int8"),
+        ({"scale": torch.ones(4, 1)}, r"scale is \(4, 1\): 4 outputs with group_size=32 .* take \(4, 2\)"),
+        ({"scale": torch.ones(3, 1), "group_size": 64}, r"take \(4, 1\) or \(1, 1\)"),
+        ({"scale": torch.ones(4, 2, dtype=torch.int8)}, "scale is torch.int8"),
+        ({"scale": torch.ones(4, 2, device="meta")}, "scale is on meta"),
+        ({"scale": torch.ones(4, 2, requires_grad=True)}, r"pass scale\.detach\(\)"),
+        ({"bias": torch.zeros(5)}, r"bias has shape \(5,\): 4 outputs"),
+        ({"group_size": 16}, "group_size=16 with 64 inputs.*group_size=64"),
+        ({"group_size": 48}, "group_size=48"),
+        ({"group_size": 0}, "group_size=0"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refusals(change, message):
+    arguments = {
+        "x": torch.zeros(2, 64),
+        "packed": torch.zeros(4, 32, dtype=torch.uint8),
+        "scale": torch.ones(4, 2),
+        "bias": None,
+        "in_features": 64,
+        "group_size": 32,
+    }
+    with pytest.raises(LayerError, match=message):
+        int4_linear(**(arguments | change))
+
+
+def test_runs_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from qat.kernels.int4_linear import backend, int4_linear
+packed = torch.tensor([[0x9F]], dtype=torch.uint8)
+print(backend(torch.device("cpu")), int4_linear(torch.tensor([1.0, 10.0]), packed, torch.ones(1, 1), None, 2, 2).item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "torch reference 17.0", done.stderr
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "k", "group"),
+    [(4096, 4096, 128), (704, 2112, 64), (2112, 704, 32), (151936, 896, 128), (4097, 1001, 1001)],
+)
+def test_grid_on_gpu(n, k, group, dtype):
+    torch.manual_seed(0)
+    codes, packed, scale = make_weight(n, k, group)
+    for m in (1, 16, 33, 300, 1025):
+        x, bias = make_inputs(m, n, k, dtype, True)
+        y = int4_linear(x, packed, scale, bias, k, group)
+        assert_accurate(y, x, dequantize(codes, scale, dtype), bias)
+        assert torch.equal(y, int4_linear(x, packed, scale, bias, k, group))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_offsets_past_2_31_on_gpu():
+    torch.manual_seed(0)
+    n, k = 151936, 28672  # 2.2e9 bytes of weight
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
+    scale = torch.rand(n, k // 128, device=DEVICE).bfloat16()
+    x = torch.randn(3, k, device=DEVICE).bfloat16()
+    y = int4_linear(x, packed, scale, None, k, 128)
+    last = slice(n - 100, n)
+    assert_accurate(y[:, last], x, dequantize(unpack(packed[last], 4, k), scale[last], x.dtype))
+    x = torch.randn(80000, k, dtype=torch.bfloat16, device=DEVICE)  # 2.3e9 elements
+    y = int4_linear(x, packed[:50], scale[:50], None, k, 128)
+    assert_accurate(y[-100:], x[-100:], dequantize(unpack(packed[:50], 4, k), scale[:50], x.dtype))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_compile_and_graph_capture_on_gpu():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(4096, 4096, 128)
+    x, bias = make_inputs(16, 4096, 4096, torch.bfloat16, True)
+
+    def layer(x):
+        return int4_linear(x, packed, scale, bias, 4096, 128)
+
+    compiled = torch.compile(layer, fullgraph=True)
+    grads = [torch.autograd.grad(f(x.requires_grad_()).float().sum(), x)[0] for f in (layer, compiled)]
+    torch.testing.assert_close(*grads)
+    x = x.detach()
+    expected = layer(x)
+    assert torch.equal(compiled(x), expected)
+    static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(static)
+    static.copy_(x)
+    graph.replay()
+    assert torch.equal(y, expected)
