@@ -31,8 +31,8 @@ try:
 except ImportError:  # there is no Triton for macOS
     triton = None
 
-# A K tile lies within one group, and tl.interleave into tl.dot gave wrong sums on an H200 where the K tile was 16 and the
-# M tile below 64 (Triton 3.6, 16-bit x; likely the kWidth heuristic of triton-lang/triton#10645). Tiles of 32 were right.
+# A K tile lies within one group. With K tiles of 16, tl.interleave into tl.dot gave wrong sums on an H200 for M tiles
+# below 64 and 16-bit x (Triton 3.6; likely the kWidth heuristic of triton-lang/triton#10645); 32 and 64 are right.
 GROUP_MULTIPLE = 32
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
