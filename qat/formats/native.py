@@ -26,6 +26,7 @@ from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import QuantSpec
+from .companions import copy_companions
 from .shards import ShardWriter
 
 VERSION = 1
@@ -34,11 +35,12 @@ CONFIG = "config.json"
 
 
 def write(model: QuantizedModel, folder: Path) -> None:
-    """Write a model into an empty folder, a shard at a time.
+    """Write a model into an empty folder, a shard at a time; its tokenizer and generation files go with it.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
+    copy_companions(model.files, folder)
     shards = ShardWriter(folder)
     for name, layer in model.layers.items():
         if layer.weight is not None and layer.tied is None:
@@ -113,6 +115,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
+
+    def header(self, name: str) -> tuple[list[int], str]:
+        """Return a tensor's shape and its dtype as safetensors names it, without reading it."""
+        part = self._files[name].get_slice(name)
+        return part.get_shape(), part.get_dtype()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
