@@ -128,7 +128,34 @@ def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: flo
         ``dequantize(quantize(x))`` in the dtype of ``x``. The gradient of x is the incoming one where
         ``-q_n < x / s < q_p`` strictly, else 0; the step size's passes through the rounding to the stored scale.
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        from . import compiled  # keeps Inductor's own rounding out
+
+        return compiled.fake_quantize(x, step_size, spec, grad_scale)
     return _FakeQuantize.apply(x, step_size, spec, grad_scale)
+
+
+def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the value of ``fake_quantize``, without gradients."""
+    scale = stored_scale(step_size, spec)
+    return dequantize(quantize(x, scale, spec), scale, x.dtype)
+
+
+def fake_quantize_gradients(
+    grad_output: Tensor, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float, wanted=(True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of ``fake_quantize``, of x and of the step size; None for one that is not wanted."""
+    ratio, _ = _ratio(x, stored_scale(step_size, spec))
+    inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
+    grad_x = grad_step = None
+    if wanted[0]:
+        grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0)
+    if wanted[1]:
+        slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)
+        terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
+        total = terms.sum() if step_size.numel() == 1 else terms.sum(-1)
+        grad_step = (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)
+    return grad_x, grad_step
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -138,25 +165,13 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
         ctx.save_for_backward(x, step_size)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        scale = stored_scale(step_size, spec)
-        return dequantize(quantize(x, scale, spec), scale, x.dtype)
+        return fake_quantized(x, step_size, spec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        x, step_size = ctx.saved_tensors
-        spec = ctx.spec
-        ratio, _ = _ratio(x, stored_scale(step_size, spec))
-        inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
-        grad_x = grad_step = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0)
-        if ctx.needs_input_grad[1]:
-            slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)
-            terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
-            total = terms.sum() if step_size.numel() == 1 else terms.sum(-1)
-            grad_step = (total.reshape(step_size.shape) * ctx.grad_scale).to(step_size.dtype)
-        return grad_x, grad_step, None, None
+        grads = fake_quantize_gradients(grad_output, *ctx.saved_tensors, ctx.spec, ctx.grad_scale, ctx.needs_input_grad)
+        return *grads, None, None
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

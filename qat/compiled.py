@@ -1,0 +1,60 @@
+"""fake_quantize as operators that torch.compile keeps whole.
+
+Inductor's generated code rounds differently from eager PyTorch: it drops float32 -> bf16 -> float32 casts, so the step
+size would not be rounded to the stored scale, and on a GPU it divides approximately. Either changes codes, and the
+model that trained would not be the one that ships. Calling the eager arithmetic as one operator keeps every bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .spec import QuantSpec
+
+
+def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
+    """Do what ``numerics.fake_quantize`` does, inside a compiled graph."""
+    return _forward(x, step_size, spec.bits, spec.signed is not False, spec.scale_dtype.value, grad_scale)
+
+
+def _spec(bits: int, signed: bool, scale_dtype: str) -> QuantSpec:
+    """Return a spec with what the arithmetic reads; the granularity is in the step size's shape."""
+    return QuantSpec(bits=bits, signed=signed, scale_dtype=scale_dtype)
+
+
+@torch.library.custom_op("qat::fake_quantize", mutates_args=())
+def _forward(x: Tensor, step_size: Tensor, bits: int, signed: bool, scale_dtype: str, grad_scale: float) -> Tensor:
+    return numerics.fake_quantized(x, step_size, _spec(bits, signed, scale_dtype))
+
+
+@torch.library.custom_op("qat::fake_quantize_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor, x: Tensor, step_size: Tensor, bits: int, signed: bool, scale_dtype: str, grad_scale: float
+) -> tuple[Tensor, Tensor]:
+    spec = _spec(bits, signed, scale_dtype)
+    return numerics.fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale)
+
+
+@_forward.register_fake
+def _(x, step_size, bits, signed, scale_dtype, grad_scale):
+    return numerics.fake_quantized(x, step_size, _spec(bits, signed, scale_dtype))
+
+
+@_backward.register_fake
+def _(grad_output, x, step_size, bits, signed, scale_dtype, grad_scale):
+    return numerics.fake_quantize_gradients(grad_output, x, step_size, _spec(bits, signed, scale_dtype), grad_scale)
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, step_size, *ctx.grid = inputs
+    ctx.save_for_backward(x, step_size)
+
+
+def _gradients(ctx, grad_output: Tensor):
+    grad_x, grad_step = _backward(grad_output, *ctx.saved_tensors, *ctx.grid)
+    return grad_x, grad_step, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
