@@ -29,6 +29,6 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-def cnn(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> ConvNet:
+def cnn(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> ConvNet:
     """Return the network: 61 thousand parameters at width 16."""
     return ConvNet(num_classes, in_channels, width)

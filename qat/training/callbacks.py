@@ -38,7 +38,8 @@ class Calibration(Callback):
         waiting = [quantizer for quantizer in activation_quantizers(task.model) if not quantizer.is_initialised]
         if not waiting:
             return
-        batches = islice(trainer.datamodule.train_dataloader(), self.batches)
+        loader = trainer.datamodule.train_loader(task.device, trainer.global_rank, trainer.world_size)
+        batches = islice(loader, self.batches)
         with trainer.strategy.precision_plugin.forward_context():
             calibrate(task.model, ((inputs,) for inputs, _ in batches), lambda _, batch: task(*batch))
         rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")

@@ -102,6 +102,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self._train_loader: Loader | None = None
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.mean, self.std, self.crop_padding, self.flip = mean, std, crop_padding, flip
         self.train_images, self.test_images = load_images(source, train, test)
@@ -132,9 +133,12 @@ class ImageData(LightningDataModule):
         return Loader(examples, self.eval_batch_size, EpochSampler(len(examples)))
 
     def train_dataloader(self) -> Loader:
-        """Return this rank's training batches."""
-        trainer = self.trainer
-        return self.train_loader(trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
+        """Return this rank's training batches: the same loader at every call."""
+        if self._train_loader is None:
+            trainer = self.trainer
+            device, rank, ranks = trainer.strategy.root_device, trainer.global_rank, trainer.world_size
+            self._train_loader = self.train_loader(device, rank, ranks)
+        return self._train_loader
 
     def val_dataloader(self) -> Loader:
         """Return the test batches: these data sets have no third part."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import nn
 
 from ..errors import TrainingError
@@ -46,29 +47,41 @@ def parameter_groups(model: nn.Module, lr: float, step_size_lr_scale: float) -> 
     return [group for group in groups if group["params"]]
 
 
-def learning_rate_factor(schedule: Schedule, warmup: float, total_steps: float) -> Callable[[int], float]:
+def total_steps(trainer: Trainer) -> float:
+    """Return the optimizer steps of the whole run; infinity where nothing ends it.
+
+    Lightning's own estimate would set up the data loader before a checkpoint's position in it is read.
+    """
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def learning_rate_factor(schedule: Schedule, warmup: float, steps: float) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of the step.
 
     Args:
         schedule: "cosine" ends at zero, "constant" stays.
         warmup: the share of all steps in which the factor rises linearly to 1.
-        total_steps: of the run.
+        steps: of the whole run.
 
     Raises:
         TrainingError: a cosine over an endless run.
     """
-    if math.isinf(total_steps) and (schedule is Schedule.cosine or warmup):
+    if math.isinf(steps) and (schedule is Schedule.cosine or warmup):
         raise TrainingError(
             "a schedule needs an end: set trainer.max_epochs or trainer.max_steps, or schedule=constant"
         )
-    warmup_steps = round(warmup * total_steps) if warmup else 0
+    warmup_steps = round(warmup * steps) if warmup else 0
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if schedule is Schedule.constant:
             return 1.0
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor

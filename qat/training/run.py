@@ -54,7 +54,11 @@ def train(config: DictConfig) -> dict[str, float]:
         compile_mode=config.compile_mode if config.compile else None,
     )
     callbacks = [_make(callback) for callback in config.callbacks.values() if callback]
-    trainer = _make(config.trainer, logger=_make(config.logger) if config.logger else False, callbacks=callbacks)
+    logger = _make(config.logger) if config.logger else False
+    try:
+        trainer = _make(config.trainer, logger=logger, callbacks=callbacks)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"trainer: {error}") from error
     trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     checkpoint = run_dir / LAST
     if trainer.global_step == 0:  # calibrated only: no step has saved it

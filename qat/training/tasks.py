@@ -20,7 +20,7 @@ from ..policy import QuantPolicy
 from ..spec import as_member
 from ..surgery import prepare
 from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of
-from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes
+from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 
 
 class Task(LightningModule):
@@ -98,11 +98,10 @@ class Task(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""
         lr = getattr(self.optimizer, "keywords", {}).get("lr")
-        if lr is None:
-            raise TrainingError("the optimizer has no learning rate: set optim.lr")
+        if not isinstance(lr, int | float):
+            raise TrainingError(f"optim.lr={lr!r}: give a number")
         optimizer = self.optimizer(parameter_groups(self.model, lr, self.step_size_lr_scale))
-        steps = self.trainer.estimated_stepping_batches
-        factor = learning_rate_factor(self.schedule, self.warmup, steps)
+        factor = learning_rate_factor(self.schedule, self.warmup, total_steps(self.trainer))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

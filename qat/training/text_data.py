@@ -68,6 +68,7 @@ class TextData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self._train_loader: Loader | None = None
         self.seq_len, self.batch_size, self.eval_batch_size, self.seed = seq_len, batch_size, eval_batch_size, seed
         train_text, val_text = _texts(source, train, val, val_fraction)
         self.train_tokens, self.val_tokens = tokenize(train_text, tokenizer), tokenize(val_text, tokenizer)
@@ -92,9 +93,12 @@ class TextData(LightningDataModule):
         return Loader(windows, self.eval_batch_size, EpochSampler(len(windows)))
 
     def train_dataloader(self) -> Loader:
-        """Return this rank's training batches."""
-        trainer = self.trainer
-        return self.train_loader(trainer.strategy.root_device, trainer.global_rank, trainer.world_size)
+        """Return this rank's training batches: the same loader at every call."""
+        if self._train_loader is None:
+            trainer = self.trainer
+            device, rank, ranks = trainer.strategy.root_device, trainer.global_rank, trainer.world_size
+            self._train_loader = self.train_loader(device, rank, ranks)
+        return self._train_loader
 
     def val_dataloader(self) -> Loader:
         """Return the validation batches."""

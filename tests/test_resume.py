@@ -1,0 +1,105 @@
+"""A killed and resumed run ends as if nothing had happened: weights, step sizes, optimizer and log, bit by bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL_IMAGES = (
+    "data=digits data.crop_padding=1 policy=conv_w4a4 model.args.width=4 trainer.max_epochs=2 "
+    "trainer.log_every_n_steps=4 callbacks.scales.every_n_logs=2 callbacks.checkpoints.every_n_steps=10"
+)
+SMALL_TEXT = (  # dropout: the random state matters; validation also in mid-epoch
+    "experiment=topics_w4 data.seq_len=16 data.batch_size=8 data.val_fraction=0.02 model.args.width=32 "
+    "model.args.depth=1 model.args.dropout=0.2 trainer.max_epochs=2 trainer.limit_train_batches=20 trainer.val_check_interval=7 "
+    "trainer.limit_val_batches=2 trainer.log_every_n_steps=2 callbacks.checkpoints.every_n_steps=3"
+)
+KILLER = """
+import os, signal
+from lightning.pytorch import Callback
+
+class Killer(Callback):
+    def __init__(self, step, hook):
+        self.step = step
+        setattr(self, hook, self.kill)
+
+    def kill(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+ROOT = Path(__file__).parents[1]
+
+
+def train(folder: Path, overrides: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "qat.train", *overrides.split()]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def compare(a, b, where: str) -> None:
+    """Fail unless two nested values are equal, tensors bit by bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            compare(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            compare(left, right, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def check(folder: Path, overrides: str, kills: list[tuple[int, str]]) -> None:
+    (folder / "killer.py").write_text(KILLER)
+    whole = train(folder, f"{overrides} name=whole")
+    assert whole.returncode == 0, whole.stderr
+    for step, hook in kills:
+        name = f"killed_{step}_{hook}"
+        kill = f"+callbacks.killer._target_=killer.Killer +callbacks.killer.step={step} +callbacks.killer.hook={hook}"
+        killed = train(folder, f"{overrides} name={name} {kill}")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        resumed = train(folder, f"{overrides} name={name} resume=auto")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "calibrated" not in resumed.stdout
+        expected, found = (folder / "runs" / run / "metrics.csv" for run in ("whole", name))
+        assert expected.read_text() == found.read_text(), name
+        expected, found = (
+            torch.load(folder / "runs" / run / "last.ckpt", weights_only=True) for run in ("whole", name)
+        )
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "rng", "qat"):
+            compare(expected[part], found[part], f"{name}: {part}")
+
+
+def test_images_killed_in_mid_epoch(tmp_path):
+    check(tmp_path, SMALL_IMAGES, [(57, "on_train_batch_start")])
+
+
+@pytest.mark.slow
+def test_images_killed_at_every_kind_of_moment(tmp_path):
+    steps_an_epoch = 44
+    moments = [
+        (10, "on_train_batch_end"),  # with a checkpoint due at this step
+        (11, "on_train_batch_start"),
+        (steps_an_epoch, "on_validation_start"),
+        (steps_an_epoch, "on_validation_end"),
+        (steps_an_epoch, "on_train_epoch_end"),
+        (steps_an_epoch, "on_train_epoch_start"),
+        (steps_an_epoch + 1, "on_train_batch_start"),
+        (2 * steps_an_epoch, "on_validation_end"),
+        (2 * steps_an_epoch, "on_train_end"),
+    ]
+    check(tmp_path, SMALL_IMAGES, moments)
+
+
+@pytest.mark.slow
+def test_text_with_dropout_killed_around_validation(tmp_path):
+    moments = [(step, hook) for step in (7, 8, 14, 20, 27) for hook in ("on_train_batch_end", "on_train_batch_start")]
+    check(tmp_path, SMALL_TEXT, [*moments, (7, "on_validation_end"), (14, "on_validation_start")])
