@@ -118,7 +118,7 @@ def check_activation_start(lsq):
 
 def check_sign_detection(lsq):
     """Unsigned where nothing is negative; a sign that the spec gives is kept."""
-    batches = {True: [[[0.0, 1.0]], [[-0.001, 2.0]]], False: [[[0.0, 1.0]], [[3.0, 2.0]]]}
+    batches = {True: [[[-0.001, 2.0]], [[0.0, 1.0]]], False: [[[0.0, 1.0]], [[3.0, 2.0]]]}
     for negative, values in batches.items():
         for given_sign in (None, True, False):
             quantizer = lsq.ActivationLSQ(QuantSpec(granularity="tensor", signed=given_sign), CPU, "layer")

@@ -31,6 +31,7 @@ PATTERNS = {
     r"re:.*[qk]_proj": [2, 3],
     r"re:blocks\.1\..*": [5],
     "re:stem|head": [1, 6],
+    "re:mlp|head": [6],
     "Conv2d": [1],
     "Linear": [2, 3, 4, 5, 6],
     "Embedding": [0],

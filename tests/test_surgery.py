@@ -70,18 +70,19 @@ def bits_of(model):
 
 def row_of(text, name):
     """Return the summary's line for a layer as a list of cells."""
-    (line,) = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}\s", line)]
-    return re.split(r"\s{2,}", line)
+    lines = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}\s", line)]
+    assert len(lines) == 1, f"{len(lines)} lines for {name}"
+    return re.split(r"\s{2,}", lines[0])
 
 
 def check_rules(surgery):
     rules = [
-        {"match": "Linear", "weight": {"bits": 3}},
+        {"match": "Linear", "weight": {"bits": 3}, "activation": {"bits": 5}},
         {"match": "@first", "weight": {"bits": 8}, "activation": None},
         {"match": "head", "weight": None},
     ]
     model = surgery.prepare(Net(), QuantPolicy(weight=W4, activation={"bits": 6}, rules=rules), verbose=False)
-    assert bits_of(model) == {"conv": (8, None), "fc": (3, 6), "head": (None, 6)}
+    assert bits_of(model) == {"conv": (8, None), "fc": (3, 5), "head": (None, 6)}
 
 
 def check_ties(surgery):
