@@ -38,6 +38,19 @@ class QuantizedLayer:
     activation: QuantSpec | None
     tied: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        specs = {
+            key: spec and spec.to_dict() for key, spec in (("weight", self.weight), ("activation", self.activation))
+        }
+        return {**vars(self), **specs}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizedLayer:
+        """Undo ``to_dict``."""
+        specs = {key: values[key] and QuantSpec.from_dict(values[key]) for key in ("weight", "activation")}
+        return cls(values["type"], values["shape"], **specs, tied=values["tied"])
+
 
 @dataclass
 class QuantizedModel:

@@ -25,7 +25,6 @@ from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
-from ..spec import QuantSpec
 from .companions import copy_companions
 from .shards import ShardWriter
 
@@ -60,7 +59,7 @@ def write(model: QuantizedModel, folder: Path) -> None:
         "quant_method": METHOD,
         "version": VERSION,
         "qat_version": __version__,
-        "layers": {name: _layer_values(layer) for name, layer in model.layers.items()},
+        "layers": {name: layer.to_dict() for name, layer in model.layers.items()},
         "tied": model.tied,
         "example": model.example,
         "files": files,
@@ -149,7 +148,7 @@ class Selected(Mapping[str, Tensor]):
 def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
     description = config["quantization_config"]
     tensors = _open_files(path, description["files"])
-    layers = {name: _layer(values) for name, values in description["layers"].items()}
+    layers = {name: QuantizedLayer.from_dict(values) for name, values in description["layers"].items()}
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
@@ -174,16 +173,6 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
         description.get("example"),
         path,
     )
-
-
-def _layer_values(layer: QuantizedLayer) -> dict[str, Any]:
-    specs = {key: spec and spec.to_dict() for key, spec in (("weight", layer.weight), ("activation", layer.activation))}
-    return {**vars(layer), **specs}
-
-
-def _layer(values: dict[str, Any]) -> QuantizedLayer:
-    specs = {key: values[key] and QuantSpec.from_dict(values[key]) for key in ("weight", "activation")}
-    return QuantizedLayer(values["type"], values["shape"], **specs, tied=values["tied"])
 
 
 def _architecture_entries(architecture: dict[str, Any] | None) -> dict[str, Any]:
