@@ -9,8 +9,7 @@ import pytest
 import torch
 
 # Tests' tensors are small: more threads would only wait for each other. Subprocesses inherit what stands here.
-torch.set_num_threads(min(4, os.cpu_count() or 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
