@@ -1,0 +1,100 @@
+"""Comparing an export with the model it was made from: every code, every float32 weight, and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError
+from ..quantized_model import QuantizedModel, to_model
+from .integer_linears import grid, tensors
+
+
+def compare(model: QuantizedModel, other: Callable[[str], tuple[Tensor, Tensor]], reader: str) -> list[tuple[str, str]]:
+    """Compare every code and every float32 weight with what a reader makes of the export; return rows of a table.
+
+    Args:
+        model: what was exported.
+        other: layer name -> the codes less their zero point (any integer dtype), and the float32 weight, each (N, K).
+        reader: who reads.
+
+    Raises:
+        ArtifactError: anything differs; the layers are named.
+    """
+    total, problems = 0, {}
+    for name, tensor in tensors(model):
+        codes, weight = other(name)
+        expected = tensor.codes.int()
+        if tensor.zero_point is not None:
+            size = tensor.codes.shape[1] // tensor.zero_point.shape[1]
+            expected = expected - tensor.zero_point.int().repeat_interleave(size, 1).expand_as(expected)
+        off = int((codes.int() != expected).sum())
+        weights_off = int((weight != tensor.dequantize(torch.float32)).sum())
+        if off or weights_off:
+            problems[name] = f"has {off} codes and {weights_off} weights of {expected.numel()} that differ"
+        total += expected.numel()
+    if problems:
+        lines = "".join(f"\n  {name!r} {problem}" for name, problem in problems.items())
+        raise ArtifactError(f"read by {reader}, the export differs from what was trained:{lines}")
+    return [(f"codes, {reader}", f"0 of {total:,} differ"), (f"weights, {reader}", "equal to q*s in every float32 bit")]
+
+
+def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, str]]:
+    """Compare an export read back by this package: codes, weights and dense tensors; as ``compare``."""
+
+    def one(name: str) -> tuple[Tensor, Tensor]:
+        tensor = read.quantized(name)
+        scale, zero_point = grid(tensor, tensor.scale.shape[1])
+        size = tensor.codes.shape[1] // scale.shape[1]
+        return tensor.codes.int() - zero_point.int().repeat_interleave(size, 1), tensor.dequantize(torch.float32)
+
+    if read.layers.keys() != model.layers.keys():
+        differing = sorted(read.layers.keys() ^ model.layers.keys())
+        raise ArtifactError(f"the export has other quantized layers: {', '.join(differing)}")
+    rows = compare(model, one, "qat")
+    names = {*model.dense, *model.tied}
+    if names != {*read.dense, *read.tied}:
+        raise ArtifactError(f"the export has other tensors: {', '.join(sorted(names ^ {*read.dense, *read.tied}))}")
+    for name in names:
+        here, there = model.dense[model.tied.get(name, name)], read.dense[read.tied.get(name, name)]
+        if here.dtype != there.dtype or not torch.equal(here.cpu(), there):
+            raise ArtifactError(f"the export differs from what was trained: {name!r}")
+    return [*rows, ("other tensors, qat", f"{len(names)} equal")]
+
+
+def compare_logits(
+    model: QuantizedModel, client: Callable[[Tensor], Tensor], name: str, tolerance: float
+) -> tuple[str, str]:
+    """Compare a client's logits for 16 random tokens with our frozen float32 model's; return a row of a table.
+
+    Args:
+        model: what was exported.
+        client: tokens (1, 16) int64 -> logits (1, 16, vocabulary) float32.
+        name: the client's, for the table.
+        tolerance: of the largest logit.
+
+    Raises:
+        ArtifactError: they differ by more.
+    """
+    tokens = torch.randint(0, vocabulary(model), (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = to_model(model).float()(tokens).logits
+        gap = (client(tokens) - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    if not gap <= tolerance * largest:
+        raise ArtifactError(f"the logits of {name} differ by {gap:g} from the trained model's (largest {largest:g})")
+    return f"logits, {name}", f"differ by at most {gap:g} (largest {largest:g})"
+
+
+def vocabulary(model: QuantizedModel) -> int:
+    """Return the vocabulary's size; 0 for a model without one."""
+    return model.architecture["transformers"].get("vocab_size") or 0
+
+
+def small(model: QuantizedModel) -> bool:
+    """Return whether running the whole language model twice in float32 is cheap: under half a billion weights."""
+    names = model.architecture["transformers"].get("architectures") or [""]
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in model.layers.values())
+    return names[0].endswith("ForCausalLM") and vocabulary(model) > 0 and weights < 5e8

@@ -1,0 +1,178 @@
+"""What Hugging Face-style folders share: config.json, tensors that are not quantized, tokenizer, model card, reading.
+
+Every such folder is safetensors with the module names of transformers, and a config.json whose "quantization_config"
+says how the quantized modules are stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..errors import ArtifactError
+from ..numerics import QuantizedTensor
+from ..quantized_model import QuantizedLayer, QuantizedModel
+from .companions import copy_companions
+from .native import Selected, StoredTensors
+from .shards import INDEX, ShardWriter
+
+CONFIG = "config.json"
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+WEIGHTS_ONLY = "activations stay in floating point: only the weights are quantized, as they were in training"
+
+
+def write_dense(model: QuantizedModel, shards: ShardWriter) -> dict[str, int]:
+    """Write what is not quantized; return {name of a module that keeps a matrix as its weight: its rows}."""
+    matrices = {}
+    names = list(model.dense) + ([] if _ties_embeddings(model) else list(model.tied))
+    for name in names:
+        tensor = model.dense[model.tied.get(name, name)]
+        shards.add(name, tensor.clone() if name in model.tied else tensor)
+        if tensor.dim() == 2:
+            matrices[name] = tensor.shape[0]
+    matrices.update({name: matrices[owner] for name, owner in model.tied.items() if owner in matrices})
+    return {name.removesuffix(".weight"): rows for name, rows in matrices.items() if name.endswith(".weight")}
+
+
+def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:
+    """Return the matrices that a loader might take for quantized layers: all but the vocabulary's."""
+    vocabulary = model.architecture["transformers"].get("vocab_size")
+    return [name for name, rows in matrices.items() if rows != vocabulary]
+
+
+def model_dtype(model: QuantizedModel) -> torch.dtype:
+    """Return the dtype that the model is stored in: its embedding's."""
+    for tensor in model.dense.values():
+        if tensor.dim() > 1 and tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict[str, Any], run: str) -> None:
+    """Write config.json, generation_config.json, the tokenizer and the model card.
+
+    Args:
+        model: what the folder holds.
+        folder: where the tensors lie.
+        method: the format's name.
+        entries: for config.json, such as {"quantization_config": ...}.
+        run: the client's one command.
+    """
+    config = {key: value for key, value in model.architecture["transformers"].items() if key != "_name_or_path"}
+    config["dtype"] = str(model_dtype(model)).removeprefix("torch.")
+    if config.get("tie_word_embeddings") and not _ties_embeddings(model):
+        config["tie_word_embeddings"] = False  # the head has codes of its own
+    (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")
+    copy_companions(model.files, folder)
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key)}
+        generation.write_text(json.dumps({"_from_model_config": True, **tokens}, indent=1), encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, method, run), encoding="utf-8")
+
+
+def read_folder(folder: Path, method: str) -> tuple[dict[str, Any], dict[str, Any], StoredTensors]:
+    """Return config.json without its quantization, the quantization config, and the tensors.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of another format.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        quantization = config.pop("quantization_config", None) or _legacy_config(folder)
+        config.pop("quantization", None)
+        index = folder / INDEX
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
+        files = [folder / Path(name).name for name in names] if names else sorted(folder.glob("*.safetensors"))
+        stored = StoredTensors(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{folder} cannot be read as a {method} model: {error}; download or copy it again"
+        ) from None
+    found = quantization.get("quant_method", method)
+    if found != method:
+        raise ArtifactError(f"{folder} is a {found!r} model, not {method}: read it with its own format")
+    if not files:
+        raise ArtifactError(f"{folder} has no *.safetensors: download or copy it again")
+    return config, quantization, stored
+
+
+def to_quantized_model(
+    folder: Path,
+    config: dict[str, Any],
+    stored: StoredTensors,
+    layers: dict[str, QuantizedLayer],
+    quantized: Callable[[str], QuantizedTensor],
+    parts: tuple[str, ...],
+) -> QuantizedModel:
+    """Return the model of a folder; tensors are read when asked for.
+
+    Args:
+        folder: where it lies.
+        config: of the architecture.
+        stored: all tensors.
+        layers: by name.
+        quantized: layer name -> its quantized weight.
+        parts: the names of a quantized layer's own tensors, such as "qweight".
+
+    Raises:
+        ArtifactError: there are no quantized layers.
+    """
+    if not layers:
+        raise ArtifactError(f"{folder} has no quantized linear layers: it is a plain model, which training starts from")
+    inside = {f"{name}.{part}" for name in layers for part in parts}
+    dense = Selected(stored, [name for name in stored if name not in inside])
+    architecture = {"transformers": config}
+    tied = {} if "lm_head" in layers or "lm_head.weight" in dense else _missing_ties(architecture, dense)
+    no_activations = {}.__getitem__
+    return QuantizedModel(
+        architecture, layers, quantized, no_activations, dense, tied, f"the model {folder}", files=folder
+    )
+
+
+def _ties_embeddings(model: QuantizedModel) -> bool:
+    return bool(model.architecture["transformers"].get("tie_word_embeddings") and model.tied)
+
+
+def _legacy_config(folder: Path) -> dict[str, Any]:
+    """Read the file that GPTQ's and AWQ's first tools wrote beside config.json."""
+    for file in (folder / "quantize_config.json", folder / "quant_config.json"):
+        if file.is_file():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            names = {"w_bit": "bits", "q_group_size": "group_size"}
+            return {names.get(key, key): value for key, value in values.items()}
+    raise ValueError("config.json has no quantization_config")
+
+
+def _missing_ties(architecture: dict[str, Any], dense: Selected) -> dict[str, str]:
+    """Return {name that the folder leaves out: the stored name of the same parameter}, as transformers ties them."""
+    from ..models import build
+
+    with torch.device("meta"):
+        parameters = dict(build(architecture).named_parameters(remove_duplicate=False))
+    stored = {id(parameter): name for name, parameter in parameters.items() if name in dense}
+    return {name: stored[id(p)] for name, p in parameters.items() if name not in dense and id(p) in stored}
+
+
+def _card(model: QuantizedModel, method: str, run: str) -> str:
+    config = model.architecture["transformers"]
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    base = str(config.get("_name_or_path") or "")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    counts = Counter(str(layer.weight) for layer in model.layers.values())
+    weights = ", ".join(f"{kind} ({count} layers)" for kind, count in counts.items())
+    header = ["---", *([f"base_model: {base}"] if on_hub else []), "tags:", "- quantization-aware-training", "---"]
+    body = [
+        f"# {base if on_hub else architecture}, {method}",
+        "Trained with its weights quantized: the integers in these files are the ones that the training forward used.",
+        f"- Architecture: {architecture}\n- Quantized weights: {weights}\n- Format: {method}; {WEIGHTS_ONLY}",
+        f"```\n{run}\n```",
+    ]
+    return "\n".join(header) + "\n\n" + "\n\n".join(body) + "\n"

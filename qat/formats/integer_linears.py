@@ -1,0 +1,166 @@
+"""What formats of integer linear layers share: which layers fit, scales and zero points a group, words of codes.
+
+Codes are stored unsigned, u = code + 2^(bits-1), and so are zero points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError
+from ..numerics import QuantizedTensor
+from ..packing import pack, unpack
+from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..spec import QuantSpec
+
+
+def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, QuantizedLayer]:
+    """Return the layers by name, all of which a weight-only format of linear layers can hold.
+
+    Raises:
+        ArtifactError: the architecture is not of transformers, or layers do not fit; each is named.
+    """
+    if set(model.architecture or ()) != {"transformers"}:
+        raise ArtifactError(
+            f"{method} folders hold models of transformers, and {model.source} is none: export it with --to onnx, "
+            "or keep it with --to native"
+        )
+    problems = {}
+    for name, layer in model.layers.items():
+        if layer.type != "Linear":
+            problems[name] = f"is a {layer.type}, and {method} holds linear layers only; --to onnx holds it"
+        elif layer.activation is not None:
+            problems[name] = (
+                f"trained with its input quantized to {layer.activation}, which {method} would drop; --to onnx keeps "
+                "it, or train with activation: null"
+            )
+    refuse(method, problems)
+    return model.layers
+
+
+def refuse(method: str, problems: dict[str, str]) -> None:
+    """Raise an ArtifactError that lists {layer name: what is wrong with it, and the fix}; nothing if it is empty."""
+    if problems:
+        lines = "".join(f"\n  {name!r} {problem}" for name, problem in problems.items())
+        raise ArtifactError(f"{method} cannot hold these layers exactly:{lines}")
+
+
+def tensors(model: QuantizedModel) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield each layer's quantized weight by name, on the CPU, one at a time; layers that share one get a copy each."""
+    for name, layer in model.layers.items():
+        tensor = model.quantized(layer.tied or name)
+        zero_point = None if tensor.zero_point is None else tensor.zero_point.cpu()
+        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point)
+
+
+def largest_size(layers: dict[str, QuantizedLayer], method: str, sizes: tuple[int, ...]) -> int:
+    """Return the largest group size, of those a format has, that repeats each layer's scales exactly.
+
+    Raises:
+        ArtifactError: there is none; the layers that fit none are named.
+    """
+    owned = {name: layer.weight.group_size or layer.shape[1] for name, layer in layers.items()}
+    for size in sizes:
+        if all(own % size == 0 for own in owned.values()):
+            return size
+    known = f"{', '.join(map(str, sorted(sizes)))}"
+    fix = f"train with a multiple of {min(sizes)}, or use --to compressed-tensors"
+    refuse(
+        method,
+        {
+            name: f"has groups of {own}, and {method} has {known}; {fix}"
+            for name, own in owned.items()
+            if own % min(sizes)
+        },
+    )
+
+
+def one_grid(layers: dict[str, QuantizedLayer], method: str, sizes: tuple[int, ...]) -> int | None:
+    """Return the one group size of a 4-bit format whose words hold eight inputs or outputs; None per channel.
+
+    Args:
+        layers: by name.
+        method: the format's name.
+        sizes: the group sizes it has, the largest first; none of them to write each channel as one group.
+
+    Raises:
+        ArtifactError: layers that do not fit; each is named.
+    """
+    problems = {}
+    for name, layer in layers.items():
+        if layer.weight.bits > 4:
+            problems[name] = (
+                f"has {layer.weight.bits} bits, and {method} 4 for all; --to compressed-tensors or mlx holds it"
+            )
+        elif layer.shape[0] % 8 or layer.shape[1] % 8:
+            problems[name] = (
+                f"is {layer.shape}, and {method} packs eight of each to a word; --to compressed-tensors holds it"
+            )
+    refuse(method, problems)
+    return largest_size(layers, method, sizes) if sizes else None
+
+
+def container_bits(spec: QuantSpec) -> int:
+    """Return 4 or 8: codes of fewer bits are in the range of the next container, where they are the same integers."""
+    return 4 if spec.bits <= 4 else 8
+
+
+def grid(tensor: QuantizedTensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return scale and int8 zero point (0 if symmetric), each (N, groups): repeated where fewer of them are stored."""
+    zero_point = torch.zeros_like(tensor.scale, dtype=torch.int8) if tensor.zero_point is None else tensor.zero_point
+    rows = tensor.codes.shape[0]
+    repeats = groups // tensor.scale.shape[1]
+    return tuple(x.expand(rows, -1).repeat_interleave(repeats, 1) for x in (tensor.scale, zero_point))
+
+
+def exact(values: Tensor, dtype: torch.dtype, name: str, method: str) -> Tensor:
+    """Return float values in ``dtype``, which must hold each of them exactly.
+
+    Raises:
+        ArtifactError: it does not; the layer is named.
+    """
+    stored = values.to(dtype)
+    off = int((stored.to(values.dtype) != values).sum())
+    if off:
+        short = str(dtype).removeprefix("torch.")
+        fix = "train with scale_dtype=bfloat16 and scales of at least 2^-17, or use --to native"
+        refuse(method, {name: f"has {off} of {values.numel()} scales or biases that {short} cannot hold; {fix}"})
+    return stored
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Pack int8 codes (rows, columns) into int32 (rows, ceil(columns * bits / 32)), low bits first."""
+    stream = pack(codes, bits)
+    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4))
+    return padded.contiguous().view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo ``pack_words``: int32 (rows, words) to int8 codes (rows, columns)."""
+    stream = words.reshape(-1).view(torch.uint8)  # flat, since a transposed single column keeps odd strides
+    return unpack(stream.view(words.shape[0], -1), bits, columns)
+
+
+def marlin_notes(layers: dict[str, QuantizedLayer], groups: dict[str, int]) -> list[str]:
+    """Return a warning that names the layers whose shape the GPU kernel Marlin refuses; none if it takes all.
+
+    Args:
+        layers: by name.
+        groups: layer name -> the stored group size, -1 per channel.
+    """
+    odd = [
+        name
+        for name, layer in layers.items()
+        if layer.shape[0] % 64 or layer.shape[1] % 128 or groups[name] not in (-1, 32, 64, 128)
+    ]
+    if not odd:
+        return []
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    return [
+        f"warning: {', '.join(odd[:3])}{more}: Marlin, the GPU kernel of vLLM and SGLang, wants outputs in multiples "
+        "of 64, inputs in multiples of 128 (on each tensor-parallel shard) and groups of 32, 64, 128 or a channel; it "
+        "refuses these or runs them slowly: leave them in full precision, or train with such a group size"
+    ]
