@@ -15,8 +15,9 @@ SMALL_IMAGES = (
 )
 SMALL_TEXT = (  # dropout: the random state matters; validation also in mid-epoch
     "experiment=topics_w4 data.seq_len=16 data.batch_size=8 data.val_fraction=0.02 model.args.width=32 "
-    "model.args.depth=1 model.args.dropout=0.2 trainer.max_epochs=2 trainer.limit_train_batches=20 trainer.val_check_interval=7 "
-    "trainer.limit_val_batches=2 trainer.log_every_n_steps=2 callbacks.checkpoints.every_n_steps=3"
+    "model.args.depth=1 model.args.dropout=0.2 trainer.max_epochs=2 trainer.limit_train_batches=20 "
+    "trainer.val_check_interval=7 trainer.limit_val_batches=2 trainer.log_every_n_steps=2 "
+    "callbacks.checkpoints.every_n_steps=3"
 )
 KILLER = """
 import os, signal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     try:
         hydra_main()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, config_name))
+        fail(explain(error, config_name, sys.argv[1:]))
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
@@ -56,7 +56,7 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def explain(error: Exception, config_name: str | None = None) -> str:
+def explain(error: Exception, config_name: str | None = None, overrides: Sequence[str] = ()) -> str:
     """Return what to tell the user: the key or value that is wrong, and the nearest one that is right."""
     text = str(error)
     if isinstance(error, QATError):
@@ -69,7 +69,7 @@ def explain(error: Exception, config_name: str | None = None) -> str:
         return f"{key} is not given: add {key}=VALUE"
     if match := re.match(r"Could not override '([^']+)'", text):
         key = match[1].split("@")[0]
-        known = known_keys(config_name, without=key) if config_name else []
+        known = known_keys(config_name, overrides, without=key) if config_name else []
         return f"unknown key {key!r}{did_you_mean(key, known) if known else ''}; +{key}=VALUE adds a new key"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
@@ -77,14 +77,14 @@ def explain(error: Exception, config_name: str | None = None) -> str:
     return " ".join(text.split())
 
 
-def known_keys(config_name: str, without: str) -> list[str]:
-    """Return every key of the config that the command line chose, group choices included."""
-    chosen = [word for word in sys.argv[1:] if re.match(r"\w+=", word) and not word.startswith(f"{without}=")]
+def known_keys(config_name: str, overrides: Sequence[str], without: str) -> list[str]:
+    """Return every key of the config whose groups are chosen by the overrides."""
+    chosen = [word for word in overrides if re.match(r"\w+=", word) and not word.startswith(f"{without}=")]
     GlobalHydra.instance().clear()
     with initialize_config_module("qat.conf", version_base="1.3"):
-        for overrides in (chosen, []):
+        for choice in (chosen, []):
             try:
-                config = compose(config_name, overrides=overrides)
+                config = compose(config_name, overrides=choice)
             except (HydraException, OmegaConfBaseException):
                 continue
             return list(_keys(config))

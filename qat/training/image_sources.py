@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,14 +70,16 @@ def read_parquet(path: str | None, name: str) -> Images:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"parquet files of images need {error.name}: pip install 'qat-lsq[data]'") from None
-    pixels, labels = [], []
+    encoded, labels = [], []
     for file in files:
         columns = parquet.read_schema(file).names
         image = _column(columns, ("img", "image"), "image", file)
         label = _column(columns, ("label", "fine_label", "labels"), "label", file)
         table = parquet.read_table(file, columns=[image, label])
         labels += table[label].to_pylist()
-        pixels += [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table[image].to_pylist()]
+        encoded += [row["bytes"] for row in table[image].to_pylist()]
+    with ThreadPoolExecutor() as threads:
+        pixels = list(threads.map(lambda data: np.asarray(Image.open(io.BytesIO(data))), encoded, chunksize=256))
     if len({array.shape for array in pixels}) != 1:
         raise DataError(f"the images in {path} differ in size or channels: resize them to one size first")
     stacked = torch.from_numpy(np.stack(pixels))

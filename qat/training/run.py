@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import load_state, read_checkpoint
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError, QATError, TrainingError
 from ..models import build
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
@@ -40,11 +40,11 @@ def train(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
     _quiet()
-    data = _make(config.data)
+    data = make(config.data)
     model = _model(config.model)
     if config.init_from is not None and resume is None:
         load_weights(model, config.init_from)
-    task = _make(
+    task = make(
         config.task,
         model=model,
         policy=policy,
@@ -53,12 +53,9 @@ def train(config: DictConfig) -> dict[str, float]:
         example=data.example(),
         compile_mode=config.compile_mode if config.compile else None,
     )
-    callbacks = [_make(callback) for callback in config.callbacks.values() if callback]
-    logger = _make(config.logger) if config.logger else False
-    try:
-        trainer = _make(config.trainer, logger=logger, callbacks=callbacks)
-    except (TypeError, ValueError) as error:
-        raise TrainingError(f"trainer: {error}") from error
+    callbacks = [make(callback) for callback in config.callbacks.values() if callback]
+    logger = make(config.logger) if config.logger else False
+    trainer = make(config.trainer, logger=logger, callbacks=callbacks)
     trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     checkpoint = run_dir / LAST
     if trainer.global_step == 0:  # calibrated only: no step has saved it
@@ -108,14 +105,24 @@ def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
     return Path(resume)
 
 
-def _make(node: DictConfig, **arguments: Any) -> Any:
-    """Instantiate a ``_target_``, with errors as its own code raises them."""
-    return instantiate(node, _partial_=True)(**arguments)
+def make(node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a ``_target_``.
+
+    Raises:
+        QATError: as its own code raises it; or a value of the wrong type or out of range.
+    """
+    target = instantiate(node, _partial_=True)
+    try:
+        return target(**arguments)
+    except QATError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"{node._target_}: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
 
 
 def _model(node: DictConfig) -> nn.Module:
     if "_target_" in node:
-        return _make(node)
+        return make(node)
     return build(OmegaConf.to_container(node, resolve=True))
 
 
