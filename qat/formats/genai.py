@@ -1,0 +1,60 @@
+"""onnxruntime-genai's own loader of GPTQ and AWQ folders, for comparing what it makes of an export.
+
+The loader repacks each module into the operands of MatMulNBits: qweight uint8 (N, G, g/2) with the even input in the
+low nibble, scales (N*G), qzeros uint8 (N*ceil(G/2)). Source: onnxruntime_genai 0.18, models/loaders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import reduce
+from pathlib import Path
+
+from torch import Tensor
+
+from ..packing import unpack
+from ..quantized_model import QuantizedModel
+from . import huggingface as hf
+from .comparison import compare
+
+CLIENT = "onnxruntime-genai"
+
+
+def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tuple[str, str]]:
+    """Return the rows of a table: every code and weight that the loader makes of a "gptq" or "awq" folder.
+
+    Raises:
+        ArtifactError: anything differs.
+    """
+    try:
+        from onnxruntime_genai.models.loaders.quant_model import QuantModel
+    except ImportError:
+        return [(CLIENT, "not installed: pip install onnxruntime-genai")]
+    config, quantization, _ = hf.read_folder(folder, method)
+    heads, head = config.get("num_attention_heads") or 1, config.get("head_dim")
+    head = head or (config.get("hidden_size") or 0) // heads
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            loaded = QuantModel.from_pretrained(
+                method,
+                input_path=str(folder),
+                quant_attrs={"config": quantization, "use_g_idx": False},
+                q_size=heads * head,
+                kv_size=(config.get("num_key_value_heads") or heads) * head,
+                intermediate_size=config.get("intermediate_size"),
+                num_layers=config.get("num_hidden_layers"),
+            )
+    except (NotImplementedError, AttributeError, TypeError, ValueError, KeyError) as error:
+        return [(CLIENT, f"not compared: its loader does not take this model ({error})")]
+
+    def one(name: str) -> tuple[Tensor, Tensor]:
+        path = name.removeprefix("model.").split(".")
+        module = reduce(lambda owner, part: owner[int(part)] if part.isdigit() else getattr(owner, part), path, loaded)
+        rows, groups, half = module.qweight.shape
+        codes = unpack(module.qweight.view(rows, -1), 4, groups * half * 2)
+        zero_points = unpack(module.qzeros.view(rows, -1), 4, groups)
+        codes = codes.int() - zero_points.int().repeat_interleave(half * 2, 1)
+        return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
+
+    return compare(model, one, CLIENT)
