@@ -104,12 +104,14 @@ def test_awq_to_the_nibble(tmp_path):
     assert words(packed)[0] == [0x75316420]  # nibbles 0 2 4 6 1 3 5 7, low first: input 0 of outputs 0 to 7
     assert words(packed)[1] == [0x86427531]
     assert words(awq.pack_outputs(tensor.zero_point.t())) == [[0xEA62C840]]
-    _, stored, quantization, _ = written("awq", tmp_path, {ONE: random_tensor(16, 64, weight(group_size=32))})
+    _, stored, quantization, notes = written("awq", tmp_path, {ONE: random_tensor(16, 64, weight(group_size=32))})
     assert stored[f"{ONE}.qweight"].shape == (64, 2)
     assert words(stored[f"{ONE}.qzeros"]) == [[0x88888888] * 2] * 2
     assert stored[f"{ONE}.scales"].shape == (2, 16) and stored[f"{ONE}.scales"].dtype == torch.float16
     assert quantization["group_size"] == 32 and quantization["zero_point"] and quantization["version"] == "gemm"
     assert quantization["modules_to_not_convert"] == ["model.layers.0.mlp.gate_proj"]
+    assert not quantization["lm_head"]
+    assert "skips layers (model.layers.0.mlp.gate_proj)" in notes[1] and "Marlin" in notes[2]
 
 
 @pytest.mark.parametrize("method", FORMATS)

@@ -53,16 +53,18 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         shards.add(f"{name}.qzeros", pack_outputs(zero_point.t()))
         shards.add(f"{name}.scales", exact(scale, torch.float16, name, METHOD).t())
     shards.close()
+    skipped = hf.skipped_layers(model, matrices)
     description = {
         "quant_method": METHOD,
         "bits": BITS,
         "group_size": size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": hf.skipped_layers(model, matrices) or None,
+        "lm_head": "lm_head" in layers,
+        "modules_to_not_convert": skipped or None,
     }
     hf.write_folder(model, folder, METHOD, {"quantization_config": description}, "vllm serve .")
-    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}"]
+    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.skip_notes(skipped)]
     return notes + marlin_notes(layers, dict.fromkeys(layers, size))
 
 

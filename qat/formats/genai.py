@@ -21,6 +21,15 @@ from .comparison import compare
 CLIENT = "onnxruntime-genai"
 
 
+def skip_notes(skipped: list[str]) -> list[str]:
+    """Return a warning that names the layers, unquantized in a quantized block, for which the loader fails."""
+    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    named = ", ".join(skipped[:3]) + more
+    return (
+        [f"warning: {CLIENT} 0.18 reads no model that skips layers ({named}): use --to onnx there"] if skipped else []
+    )
+
+
 def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tuple[str, str]]:
     """Return the rows of a table: every code and weight that the loader makes of a "gptq" or "awq" folder.
 
