@@ -87,8 +87,8 @@ def test_images_killed_in_mid_epoch(tmp_path):
 def test_images_killed_at_every_kind_of_moment(tmp_path):
     steps_an_epoch = 44
     moments = [
-        (10, "on_train_batch_end"),  # with a checkpoint due at this step
-        (11, "on_train_batch_start"),
+        (20, "on_train_batch_end"),  # with a checkpoint due at this step, not saved yet
+        (21, "on_train_batch_start"),
         (steps_an_epoch, "on_validation_start"),
         (steps_an_epoch, "on_validation_end"),
         (steps_an_epoch, "on_train_epoch_end"),

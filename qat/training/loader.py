@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class EpochSampler:
         """Return the epoch's indices, and a generator for its augmentations (None without a seed)."""
         if self.seed is None:
             return torch.arange(self.size), None
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        mixed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)  # torch reads 32 bits of a seed
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         order = torch.randperm(self.size, generator=generator)
         return order[self.rank :: self.world_size][: len(self)], generator
 
