@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import qat
 from qat.errors import ArtifactError
-from qat.formats import compressed_tensors, native
+from qat.formats import awq, compressed_tensors, gptq, mlx, native
 from qat.formats.comparison import compare_own
 from qat.numerics import QuantizedTensor, scale_shape
 from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model
@@ -18,6 +18,8 @@ from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model
 ONE, TWO = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8}
 
 
 def random_tensor(rows, inputs, spec, seed=0):
@@ -172,6 +174,29 @@ def test_a_shape_that_marlin_refuses_is_said(tmp_path, rows, inputs, group, warn
     assert any("Marlin" in note and ONE in note for note in notes) == warned
 
 
+def test_stacked_experts_are_said(tmp_path):
+    """They stay dense; transformers alone knows their names, so other formats refuse them."""
+    model = model_of({ONE: random_tensor(8, 32, weight())})
+    model.dense["model.layers.0.mlp.experts.down_proj"] = torch.randn(2, 4, 4)
+    assert (
+        "only transformers reads 'model.layers.0.mlp.experts.down_proj'"
+        in compressed_tensors.write(model, tmp_path)[-1]
+    )
+    for other in (awq, gptq, mlx):
+        with pytest.raises(ArtifactError, match=r"'model\.layers\.0\.mlp\.experts\.down_proj' is a fused stack"):
+            other.write(model, tmp_path)
+
+
+def test_older_readers_find_the_rotary_base(tmp_path):
+    rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    compressed_tensors.write(
+        model_of({ONE: random_tensor(8, 32, weight())}, config={"rope_parameters": rope}), tmp_path
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == 5e5 and config["rope_parameters"] == rope
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
 def test_ties(tmp_path):
     """Tied embeddings are stored once; a head with codes of its own is untied; layers that share codes get copies."""
     model = model_of({ONE: random_tensor(8, 32, weight())}, config={"tie_word_embeddings": True})
@@ -309,6 +334,7 @@ def head(spec):
     [
         (weight(group_size=32), head(None), {}),
         (weight(group_size=64), head(None), {"tie_word_embeddings": True}),
+        (weight(group_size=64), head(None), {"rope_parameters": LLAMA_3}),
         (weight(group_size=128), head({"bits": 8, "group_size": 128}), {"attention_bias": True, "dtype": "bfloat16"}),
         (weight(), [*head(None), {"match": "*.down_proj", "weight": {"bits": 8}}], {"tie_word_embeddings": True}),
         (weight(3, 32), [*head(None), {"match": "*.0.mlp.*", "weight": None}], {"intermediate_size": 320}),

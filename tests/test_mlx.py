@@ -18,6 +18,8 @@ from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model
 ONE, TWO = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8}
 
 
 def random_tensor(rows, inputs, spec, seed=0):
@@ -182,18 +184,20 @@ def test_bf16_models_keep_bf16_scales(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "rules", "options"),
     [
+        (weight(group_size=32), [], {"model_type": "qwen2", "tie_word_embeddings": True}),
         (weight(group_size=32), [], {"tie_word_embeddings": True}),
         (weight(group_size=64), [{"match": "*.down_proj", "weight": {"bits": 8}}], {"attention_bias": True}),
-        (weight(group_size=128), [{"match": "*.0.mlp.*", "weight": None}], {}),
+        (weight(group_size=128), [{"match": "*.0.mlp.*", "weight": None}], {"rope_parameters": LLAMA_3}),
         (weight(), [{"match": "lm_head", "weight": {"bits": 6, "group_size": 64}}], {"tie_word_embeddings": True}),
     ],
 )
 def test_mlx_lm_runs_it_with_the_trained_logits(tmp_path, spec, rules, options):
     pytest.importorskip("mlx_lm")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.for_model(**{"model_type": "llama"} | LLAMA | options)
     policy = qat.QuantPolicy(weight=spec, rules=[{"match": "lm_head", "weight": None}, *rules])
-    model = qat.prepare(LlamaForCausalLM(LlamaConfig(**LLAMA | options)), policy, verbose=False)
+    model = qat.prepare(AutoModelForCausalLM.from_config(config), policy, verbose=False)
     for name, parameter in model.named_parameters():
         if name.endswith("step_size"):
             parameter.data.mul_(1 + torch.rand_like(parameter))

@@ -44,6 +44,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         OSError: the disk is full, or cannot be written.
     """
     layers = weight_only_layers(model, METHOD)
+    hf.refuse_fused_experts(model, METHOD)
     size = one_grid(layers, METHOD, GROUP_SIZES)
     shards = ShardWriter(folder)
     matrices = hf.write_dense(model, shards)

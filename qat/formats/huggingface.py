@@ -20,6 +20,7 @@ from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from .companions import copy_companions
+from .integer_linears import refuse
 from .native import Selected, StoredTensors
 from .shards import INDEX, ShardWriter
 
@@ -39,6 +40,17 @@ def write_dense(model: QuantizedModel, shards: ShardWriter) -> dict[str, int]:
             matrices[name] = tensor.shape[0]
     matrices.update({name: matrices[owner] for name, owner in model.tied.items() if owner in matrices})
     return {name.removesuffix(".weight"): rows for name, rows in matrices.items() if name.endswith(".weight")}
+
+
+def fused_experts(model: QuantizedModel) -> list[str]:
+    """Return the dense stacks of experts, which transformers 5 fuses and names as no other reader does."""
+    return [name for name in model.dense if ".experts." in name and model.dense[name].dim() > 2]
+
+
+def refuse_fused_experts(model: QuantizedModel, method: str) -> None:
+    """Raise an ArtifactError that names the model's fused experts, if it has any."""
+    reason = "is a fused stack of experts, which no reader of this format knows; --to compressed-tensors holds it"
+    refuse(method, dict.fromkeys(fused_experts(model), reason))
 
 
 def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:
@@ -67,6 +79,11 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
     """
     config = {key: value for key, value in model.architecture["transformers"].items() if key != "_name_or_path"}
     config["dtype"] = str(model_dtype(model)).removeprefix("torch.")
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # of transformers 5; other readers look for the older keys, or take a default unasked
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if config.get("tie_word_embeddings") and not _ties_embeddings(model):
         config["tie_word_embeddings"] = False  # the head has codes of its own
     (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")

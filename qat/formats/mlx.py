@@ -43,6 +43,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         OSError: the disk is full, or cannot be written.
     """
     layers = weight_only_layers(model, METHOD)
+    hf.refuse_fused_experts(model, METHOD)
     sizes = {name: largest_size({name: layer}, METHOD, GROUP_SIZES) for name, layer in layers.items()}
     shards, dtype = ShardWriter(folder), hf.model_dtype(model)
     hf.write_dense(model, shards)
