@@ -1,0 +1,232 @@
+"""ONNX: one graph for onnxruntime, OpenVINO and their kin, with the trained codes and scales in it (``onnx_graph``).
+
+``model.onnx`` (with ``model.onnx.data`` beside it where it is large) maps a batch of inputs to the outputs in float32.
+Its metadata key "qat" says, as JSON, what the layers are and under which name each other tensor lies: torch's exporter
+stores equal tensors once, and some transposed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import random_input
+from ..errors import ArtifactError
+from ..numerics import scale_dtype
+from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
+from . import onnx_client
+from .onnx_graph import export, insert_quantized, strip_traces
+from .onnx_weights import decode
+
+FILE = "model.onnx"
+KEY = "qat"
+SINGLE_FILE_BYTES = 2**30  # a protobuf message ends at 2 GiB
+
+
+def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None, qdq: bool = False) -> list[str]:
+    """Write ``model.onnx`` into a folder; return notes to print.
+
+    Args:
+        model: what to write; it needs an example input, unless it is a transformers language model.
+        folder: where to.
+        network: an untrained instance of the user's own architecture, as for ``qat.load``.
+        qdq: write the weights of linear layers as DequantizeLinear too, and not as MatMulNBits.
+
+    Raises:
+        ArtifactError: torch cannot export the model, or its forward does not reach a quantized layer.
+        OSError: the disk is full, or cannot be written.
+    """
+    _need("onnx", "onnxscript")
+    import onnx_ir
+
+    example = example_input(model)
+    ir_model = export(to_model(model, network).float(), model, example, qdq)
+    aliases, scalars = _locate(ir_model.graph, model)
+    insert_quantized(ir_model, model)
+    about = {
+        "layers": {name: layer.to_dict() for name, layer in model.layers.items()},
+        "architecture": model.architecture,
+        "example": model.example,
+        "tied": model.tied,
+        "dense": aliases,
+        "scalars": scalars,
+    }
+    ir_model.metadata_props[KEY] = json.dumps(about)
+    strip_traces(ir_model)
+    large = sum(value.const_value.nbytes for value in ir_model.graph.initializers.values()) > SINGLE_FILE_BYTES
+    onnx_ir.save(ir_model, folder / FILE, external_data=f"{FILE}.data" if large else None)
+    return _notes(model, ir_model.graph)
+
+
+def read(path: Path) -> QuantizedModel:
+    """Open a file that ``write`` wrote, or the folder that holds it; tensors are decoded when asked for.
+
+    Raises:
+        ArtifactError: no such file, a damaged one, or one that another program wrote.
+    """
+    _need("onnx")
+    import onnx_ir
+
+    file = path if path.is_file() else path / FILE
+    if not file.is_file():
+        raise ArtifactError(f"there is no ONNX file at {path}")
+    try:
+        ir_model = onnx_ir.load(file)
+    except Exception as error:  # protobuf's and onnx_ir's own, which share no base
+        raise ArtifactError(f"{file} is damaged or no ONNX file: {error}") from None
+    if KEY not in ir_model.metadata_props:
+        raise ArtifactError(f"{file} was written by another program: only our own ONNX files are read")
+    about = json.loads(ir_model.metadata_props[KEY])
+    tensors = _Initialisers(ir_model.graph.initializers)
+    layers = {name: QuantizedLayer.from_dict(values) for name, values in about["layers"].items()}
+    return QuantizedModel(
+        about["architecture"],
+        layers,
+        lambda name: decode(tensors, layers[name].tied or name, layers[name]),
+        lambda name: tensors[f"{name}.activation_scale"].view(1, 1).to(scale_dtype(layers[name].activation)),
+        _Dense(tensors, about["dense"], about["scalars"]),
+        about["tied"],
+        f"the ONNX file {file}",
+        about["example"],
+        file.parent,
+    )
+
+
+def verify(folder: Path, model: QuantizedModel, network: nn.Module | None = None) -> list[tuple[str, str]]:
+    """Compare ``model.onnx`` with the model in onnxruntime; return (what, what was seen) rows.
+
+    Raises:
+        ArtifactError: a code, a weight, an activation's integers or the outputs differ.
+    """
+    file = folder / FILE
+    stored = read(folder)
+    total = 0
+    for name, layer in model.layers.items():
+        if layer.weight is not None and layer.tied is None:
+            codes = model.quantized(name).codes
+            off = int((stored.quantized(name).codes != codes).sum())
+            if off:
+                raise ArtifactError(f"{name} differs in {file}: {off} of {codes.numel()} codes")
+            total += codes.numel()
+    rows = [("codes in the file", f"0 of {total:,} differ")]
+    if find_spec("onnxruntime") is None:
+        return [*rows, ("onnxruntime", "not installed: pip install onnxruntime")]
+    rows += onnx_client.compare_layers(file, model)
+    return [*rows, onnx_client.compare_outputs(file, model, to_model(model, network).float(), example_input(model, 8))]
+
+
+def example_input(model: QuantizedModel, batch: int = 2) -> Tensor:
+    """Return random inputs that fit a model.
+
+    Raises:
+        ArtifactError: nothing says what they look like.
+    """
+    example = model.example
+    config = (model.architecture or {}).get("transformers") or {}
+    if example is None and "vocab_size" in config:
+        example = {"shape": [16], "dtype": "int64", "low": 0, "high": config["vocab_size"] - 1}
+    if example is None:
+        raise ArtifactError(
+            f"{model.source} does not say what its inputs look like: convert a checkpoint of python -m qat.train, "
+            'or set example={"shape": [3, 32, 32], "dtype": "float32", "low": 0, "high": 1}'
+        )
+    return random_input(example, batch)
+
+
+def _locate(graph: Any, model: QuantizedModel) -> tuple[dict[str, list], dict[str, Any]]:
+    """Return {dense tensor: [initialiser, transposed]} and {scalar that the graph has no use for: its value}.
+
+    Raises:
+        ArtifactError: a tensor is in neither.
+    """
+    aliases, scalars, lost = {}, {}, []
+    for name, tensor in model.dense.items():
+        module, _, leaf = name.rpartition(".")
+        stored = f"network.{module}.layer.{leaf}" if module in model.layers else f"network.{name}"
+        if stored in graph.initializers:
+            aliases[name] = [stored, False]
+        elif tensor.dim() == 0:
+            scalars[name] = tensor.item()
+        else:
+            aliases[name] = _find(graph, tensor)
+            lost += [name] if aliases[name] is None else []
+    if lost:
+        raise ArtifactError(f"the forward does not use {', '.join(lost)}: remove these parameters")
+    return aliases, scalars
+
+
+def _find(graph: Any, tensor: Tensor) -> list | None:
+    wanted = tensor.float()
+    for transposed in (False, True) if tensor.dim() == 2 else (False,):
+        values = wanted.t() if transposed else wanted
+        for name, value in graph.initializers.items():
+            alike = value.dtype.name == "FLOAT" and list(value.shape.numpy()) == list(values.shape)
+            if alike and torch.equal(torch.from_numpy(value.const_value.numpy().copy()), values):
+                return [name, transposed]
+    return None
+
+
+class _Initialisers(Mapping[str, Tensor]):
+    """A graph's initialisers as torch tensors; 4-bit ones as int8."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Tensor:
+        array = self._values[name].const_value.numpy()
+        return torch.from_numpy(array.astype("int8" if array.dtype.name == "int4" else array.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class _Dense(Mapping[str, Tensor]):
+    """The tensors of a file that are not quantized."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], aliases: dict[str, list], scalars: dict[str, Any]) -> None:
+        self._tensors, self._aliases, self._scalars = tensors, aliases, scalars
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._scalars:
+            return torch.tensor(self._scalars[name])
+        stored, transposed = self._aliases[name]
+        return self._tensors[stored].t().contiguous() if transposed else self._tensors[stored]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._aliases, *self._scalars])
+
+    def __len__(self) -> int:
+        return len(self._aliases) + len(self._scalars)
+
+
+def _notes(model: QuantizedModel, graph: Any) -> list[str]:
+    kinds = [node.op_type for node in graph]
+    notes = [f"{FILE}: {kinds.count('MatMulNBits')} MatMulNBits and {kinds.count('DequantizeLinear')} DequantizeLinear"]
+    if "MatMulNBits" in kinds:
+        notes.append(
+            "MatMulNBits multiplies in float32 (accuracy_level=0); setting that attribute to 4 is several times as "
+            "fast and rounds the layers' inputs to int8"
+        )
+    elif any(layer.type == "Linear" and layer.weight is not None for layer in model.layers.values()):
+        notes.append(
+            "onnxruntime rounds the inputs of linear layers to int8 unless the session option "
+            "session.qdq_matmulnbits_accuracy_level is 0"
+        )
+    if "logits" in [value.name for value in graph.outputs]:
+        notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
+    return notes
+
+
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ArtifactError(f"this needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")

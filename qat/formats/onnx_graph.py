@@ -1,0 +1,230 @@
+"""A frozen model as an ONNX graph, its quantized layers first as placeholders and then as the nodes that run them.
+
+torch's exporter sees each quantized weight and activation as one node of the domain "qat", which carries the layer's
+name and no data; ``insert_quantized`` puts in its place (opset 21; ``onnx_weights`` has the layouts)
+
+    a Linear's product   com.microsoft MatMulNBits
+    any other weight     DequantizeLinear, and Reshape where a convolution has groups
+    an activation        Clip to [-Q_N s, Q_P s] where the type is wider than the codes, QuantizeLinear to UINT4, INT4,
+                         UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even, clamp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+from ..layers import FrozenLayer, FrozenLinear, frozen_layers
+from ..numerics import QuantizedTensor
+from ..quantized_model import QuantizedLayer, QuantizedModel
+from .onnx_weights import (
+    DEQUANTIZE_PARTS,
+    MATMUL_PARTS,
+    dequantize_operands,
+    dequantize_shapes,
+    matmul_block,
+    matmul_operands,
+    matmul_shapes,
+    stored_bits,
+)
+
+OPSET = 21
+
+
+class Exported(nn.Module):
+    """A frozen layer whose quantized parts are placeholder nodes."""
+
+    def __init__(self, layer: FrozenLayer, name: str, entry: QuantizedLayer, multiply: bool) -> None:
+        super().__init__()
+        self.layer, self.name, self.entry, self.multiply = layer, name, entry, multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x as the layer does."""
+        layer = self.layer
+        if self.entry.activation is not None:
+            x = self._placeholder("activation", x, x.shape)
+        if self.multiply:
+            y = self._placeholder("linear", x, (*x.shape[:-1], self.entry.shape[0]))
+            return y if layer.bias is None else y + layer.bias
+        weight = layer.weight if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
+        if isinstance(layer, FrozenLinear):
+            return F.linear(x, weight, layer.bias)
+        return layer._conv_forward(x, weight, layer.bias)
+
+    def _placeholder(self, kind: str, x: Tensor, shape: Any) -> Tensor:
+        attributes = {"layer": self.name}
+        return torch.onnx.ops.symbolic(f"qat::{kind}", (x,), attributes, dtype=x.dtype, shape=tuple(shape))
+
+
+class _Wrapped(nn.Module):
+    """Gives the logits of a language model, without a cache."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.options = {"use_cache": False} if hasattr(network, "config") else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.network(x, **self.options)
+        return getattr(output, "logits", output)
+
+
+def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> Any:
+    """Return an ``onnx_ir.Model`` of a frozen network, which is changed, with placeholders for quantized layers.
+
+    Raises:
+        ArtifactError: torch cannot export it, or only for the example's own batch or length.
+    """
+    tokens = example.dtype == torch.int64
+    axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
+    wrapped, exported = _Wrapped(network).eval(), {}
+    for name, layer in frozen_layers(network):
+        entry = model.layers[name]
+        multiply = entry.weight is not None and entry.type == "Linear" and not qdq and matmul_block(entry) is not None
+        exported[layer] = Exported(layer, name, entry, multiply)
+    for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
+        if layer in exported:
+            wrapped.set_submodule(name, exported[layer])
+    names = {"input_names": ["input_ids" if tokens else "input"], "output_names": ["logits" if tokens else "output"]}
+    try:
+        program = torch.onnx.export(
+            wrapped,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(axes,),
+            optimize=True,
+            verbose=False,
+            **names,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        sizes = " and ".join(axes.values())
+        raise ArtifactError(f"torch cannot export {model.source} to ONNX for any {sizes} size: {reason}") from error
+    return program.model
+
+
+def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
+    """Replace the placeholders by real nodes, in place; weights are made when the file is written, one at a time.
+
+    Raises:
+        ArtifactError: names the layers that the graph does not reach.
+    """
+    import onnx_ir
+
+    reached = set()
+    graph = ir_model.graph
+    for node in [node for node in graph.all_nodes() if node.domain == "qat"]:
+        name = node.attributes["layer"].as_string()
+        reached.add((name, node.op_type == "activation"))
+        build = _Builder(graph, node, name, model)
+        value = {"activation": build.activation, "linear": build.linear, "weight": build.weight}[node.op_type]()
+        value.shape, value.dtype = node.outputs[0].shape, node.outputs[0].dtype
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+        node.graph.remove(node, safe=True)
+    wanted = {(name, False) for name, layer in model.layers.items() if layer.weight is not None}
+    wanted |= {(name, True) for name, layer in model.layers.items() if layer.activation is not None}
+    if wanted - reached:
+        names = ", ".join(sorted({name for name, _ in wanted - reached}))
+        raise ArtifactError(f"the forward does not reach {names}: remove these layers, or leave them in full precision")
+    graph.opset_imports.pop("qat", None)
+    graph.opset_imports["com.microsoft"] = 1
+
+
+def strip_traces(ir_model: Any) -> None:
+    """Remove what torch's exporter notes of the Python code, its paths included, from every node and value."""
+    ir_model.graph.metadata_props.clear()
+    for value in [*ir_model.graph.initializers.values(), *ir_model.graph.inputs]:
+        value.metadata_props.clear()
+    for node in ir_model.graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+class _Builder:
+    """Makes the nodes and initialisers of one placeholder."""
+
+    def __init__(self, graph: Any, node: Any, name: str, model: QuantizedModel) -> None:
+        self.graph, self.node, self.name, self.model = graph, node, name, model
+        self.layer = model.layers[name]
+        self.owner = self.layer.tied or name
+
+    def activation(self) -> Any:
+        spec, x = self.layer.activation, self.node.inputs[0]
+        scale = self.model.activation_scale(self.name).float().reshape(())
+        step = self._initialiser("activation_scale", "FLOAT", (), lambda: scale, self.name)
+        kind = ("UINT" if spec.signed is False else "INT") + ("4" if spec.bits == 4 else "8")
+        zero = self._initialiser(
+            "activation_zero_point", kind, (), lambda: torch.zeros((), dtype=torch.int8), self.name
+        )
+        if spec.bits not in (4, 8):
+            low = self._initialiser("activation_low", "FLOAT", (), lambda: -spec.q_n * scale, self.name)
+            high = self._initialiser("activation_high", "FLOAT", (), lambda: spec.q_p * scale, self.name)
+            x = self._node("Clip", [x, low, high])
+        codes = self._node("QuantizeLinear", [x, step, zero])
+        return self._node("DequantizeLinear", [codes, step, zero])
+
+    def linear(self) -> Any:
+        rows, inputs = self.layer.shape
+        bits, block = stored_bits(self.layer.weight), matmul_block(self.layer)
+        shapes = matmul_shapes(self.layer)
+        kinds = ("UINT8", "FLOAT", "UINT8")[: 2 if self.layer.weight.symmetric else 3]
+        operands = [
+            self._initialiser(part, kind, shape, lambda index=index: matmul_operands(self._tensor(), block)[index])
+            for index, (part, kind, shape) in enumerate(zip(MATMUL_PARTS, kinds, shapes, strict=False))
+        ]
+        numbers = {"K": inputs, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 0}
+        return self._node("MatMulNBits", [self.node.inputs[0], *operands], "com.microsoft", **numbers)
+
+    def weight(self) -> Any:
+        shape, spec = self.layer.shape, self.layer.weight
+        stored, scale_shape = dequantize_shapes(self.layer)
+        kind = "INT4" if stored_bits(spec) == 4 else "UINT8"
+        shapes, kinds = (stored, scale_shape, scale_shape), (kind, "FLOAT", kind)
+        count = 2 if spec.symmetric and kind == "INT4" else 3
+        operands = [
+            self._initialiser(part, kind, size, lambda index=index: dequantize_operands(self._tensor())[index])
+            for index, (part, kind, size) in enumerate(list(zip(DEQUANTIZE_PARTS, kinds, shapes, strict=True))[:count])
+        ]
+        blocks = {"axis": 1, "block_size": spec.group_size} if spec.granularity == "group" else {"axis": 0}
+        weight = self._node("DequantizeLinear", operands, **blocks)
+        if stored == tuple(shape):
+            return weight
+        target = self._initialiser("weight_shape", "INT64", (len(shape),), lambda: torch.tensor(shape))
+        return self._node("Reshape", [weight, target])
+
+    def _tensor(self) -> QuantizedTensor:
+        return self.model.quantized(self.owner)
+
+    def _node(self, kind: str, inputs: list[Any], domain: str = "", **attributes: int) -> Any:
+        import onnx_ir
+
+        node = onnx_ir.node(kind, inputs, attributes, domain=domain, name=f"{self.name}/{self.node.op_type}/{kind}")
+        self.node.graph.insert_before(self.node, node)
+        node.outputs[0].name = f"{node.name}/{self.node.outputs[0].name}"
+        return node.outputs[0]
+
+    def _initialiser(
+        self, part: str, kind: str, shape: tuple[int, ...], make: Callable[[], Tensor], owner: str | None = None
+    ) -> Any:
+        """Return the value ``OWNER.PART``; ``make`` is called when the file is written."""
+        import onnx_ir
+
+        name, dtype = f"{owner or self.owner}.{part}", onnx_ir.DataType[kind]
+        if name not in self.graph.initializers:
+            shape = onnx_ir.Shape(shape)
+
+            def tensor() -> Any:
+                return onnx_ir.Tensor(make().contiguous().numpy().astype(dtype.numpy()), dtype=dtype, shape=shape)
+
+            lazy = onnx_ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=name)
+            value = onnx_ir.Value(name=name, type=onnx_ir.TensorType(dtype), shape=shape, const_value=lazy)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
