@@ -27,7 +27,9 @@ def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Itera
     """
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or replaceable(out))):
-        raise ArtifactError(f"{out} exists and is not an artifact: choose another folder, or empty this one")
+        raise ArtifactError(
+            f"{out} exists and is not of the format to be written: choose another folder, or empty this one"
+        )
     new = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         new.mkdir(parents=True)

@@ -1,4 +1,9 @@
-"""``python -m qat.convert CHECKPOINT --out DIR``: freeze a trained checkpoint into an artifact, and verify it."""
+"""``python -m qat.convert SOURCE --to FORMAT --out DIR``: a trained checkpoint, or a quantized model, in any format.
+
+SOURCE is a checkpoint of ``python -m qat.train``, an artifact, or a folder in one of the formats themselves, ours or
+another tool's. With --verify the result is read back and compared: a checkpoint's artifact in a fresh process, another
+format through its client's own reader where that is installed.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +13,103 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .errors import CheckpointError, QATError
+from .errors import ArtifactError, CheckpointError, QATError
+from .formats import FORMATS
 
-FORMATS = ("native",)
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .quantized_model import QuantizedModel
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 1 where an error or a difference was found."""
     parser = argparse.ArgumentParser(prog="python -m qat.convert", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint that python -m qat.train wrote")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write; replaces an artifact there")
+    parser.add_argument("source", type=Path, help="a checkpoint of python -m qat.train, or a quantized model")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; replaces an older one")
     parser.add_argument("--to", choices=FORMATS, default="native", help="the format to write")
-    parser.add_argument("--verify", action="store_true", help="reload in a fresh process and compare")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare")
     parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
+    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files go along")
     arguments = parser.parse_args(argv)
     try:
-        convert(arguments.checkpoint, arguments.out, arguments.model)
-        return verify(arguments.checkpoint, arguments.out, arguments.model) if arguments.verify else 0
+        model = convert(arguments.source, arguments.out, arguments.to, arguments.model, arguments.tokenizer)
+        if not arguments.verify:
+            return 0
+        if arguments.to == "native" and is_checkpoint(arguments.source):
+            return verify_artifact(arguments.source, arguments.out, arguments.model)
+        return verify_export(model, arguments.out, arguments.to, arguments.model)
     except QATError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def convert(checkpoint: Path, out: Path, model: str | None = None) -> None:
-    """Write the artifact of a checkpoint and print what it holds.
+def convert(
+    source: Path, out: Path, to: str = "native", model: str | None = None, tokenizer: Path | None = None
+) -> QuantizedModel:
+    """Write a model in a format, and print what it holds; return it.
+
+    Args:
+        source: a checkpoint or a quantized model.
+        out: the folder to write.
+        to: a key of FORMATS.
+        model: package.module:function that builds an untrained model of the user's own.
+        tokenizer: a folder whose tokenizer files go along.
 
     Raises:
-        QATError: the checkpoint cannot be read or frozen, or ``out`` cannot be written.
+        QATError: the source cannot be read, or the format cannot hold it exactly, or ``out`` cannot be written.
     """
-    from . import artifact, freezing
+    from . import formats
+    from .atomic import atomic_folder
+
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ArtifactError(f"--out {out} is the source itself: choose another folder")
+    quantized = read_source(source, model)
+    if tokenizer is not None:
+        if not tokenizer.is_dir():
+            raise ArtifactError(f"--tokenizer {tokenizer}: there is no such folder")
+        quantized.files = tokenizer
+    with atomic_folder(out, lambda folder: formats.format_of(folder) == to) as folder:
+        notes = formats.module(to).write(quantized, folder, **_network(to, model))
+    for note in notes:
+        print(note)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"wrote {out} ({size:,} bytes)")
+    return quantized
+
+
+def is_checkpoint(source: Path) -> bool:
+    """Return whether a source is to be read as a training checkpoint: any file that is in none of the formats."""
+    from .formats import format_of
+
+    return not source.is_dir() and format_of(source) is None
+
+
+def read_source(source: Path, model: str | None) -> QuantizedModel:
+    """Return the quantized model of a checkpoint, which is frozen and summarised, or of a folder or file."""
+    from . import formats, freezing
     from .checkpoint import read_checkpoint
+    from .quantized_model import from_model
     from .surgery import summary
 
-    trained = read_checkpoint(checkpoint)
+    if not is_checkpoint(source):
+        return formats.read(source)
+    trained = read_checkpoint(source)
     if trained.policy.quantizes_nothing():
         raise CheckpointError(
-            f"{checkpoint} is a full-precision model: train it with a policy first, "
-            f"python -m qat.train policy=... init_from={checkpoint}"
+            f"{source} is a full-precision model: train it with a policy first, "
+            f"python -m qat.train policy=... init_from={source}"
         )
     frozen = freezing.freeze(trained.build(build_model(model)))
     print(summary(frozen))
-    artifact.save(frozen, out)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"wrote {out} ({size:,} bytes)")
+    quantized = from_model(frozen)
+    quantized.example, quantized.source = trained.example, str(source)
+    return quantized
 
 
-def verify(checkpoint: Path, out: Path, model: str | None = None) -> int:
+def verify_artifact(checkpoint: Path, out: Path, model: str | None = None) -> int:
     """Compare an artifact, in a fresh process, with its checkpoint; print a table and return 1 where they differ."""
     from .checkpoint import read_checkpoint
     from .verify import write_reference
@@ -67,7 +122,23 @@ def verify(checkpoint: Path, out: Path, model: str | None = None) -> int:
         return subprocess.run(command + (["--model", model] if model else [])).returncode
 
 
-def build_model(target: str | None):
+def verify_export(quantized: QuantizedModel, out: Path, to: str, model: str | None = None) -> int:
+    """Compare an export with its source through the readers that are installed; print a table and return 0.
+
+    Raises:
+        ArtifactError: anything differs.
+    """
+    from . import formats
+
+    rows = formats.module(to).verify(out, quantized, **_network(to, model))
+    width = max(len(what) for what, _ in rows)
+    for what, result in rows:
+        print(f"{what.ljust(width)}  {result}")
+    print("verified: what was trained is what ships")
+    return 0
+
+
+def build_model(target: str | None) -> nn.Module | None:
     """Call the user's own package.module:function; None for None.
 
     Raises:
@@ -80,6 +151,11 @@ def build_model(target: str | None):
         return getattr(import_module(module), function)()
     except (ImportError, AttributeError, ValueError) as error:
         raise CheckpointError(f"--model {target}: {error}; give package.module:function") from None
+
+
+def _network(to: str, model: str | None) -> dict[str, nn.Module | None]:
+    """A graph format traces the network, which for a user's own model only the user can build."""
+    return {"network": build_model(model)} if to == "onnx" else {}
 
 
 if __name__ == "__main__":

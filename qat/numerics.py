@@ -128,7 +128,8 @@ def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: flo
         ``dequantize(quantize(x))`` in the dtype of ``x``. The gradient of x is the incoming one where
         ``-q_n < x / s < q_p`` strictly, else 0; the step size's passes through the rounding to the stored scale.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    # Not is_compiling(), which torch.export sets too; and is_exporting() is always true inside Dynamo in torch 2.11.
+    if torch.compiler.is_dynamo_compiling():
         from . import compiled  # keeps Inductor's own rounding out
 
         return compiled.fake_quantize(x, step_size, spec, grad_scale)

@@ -211,7 +211,7 @@ def test_a_file_outside_the_folder_is_refused(tmp_path):
 
 def test_a_folder_that_is_no_artifact_is_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="exists and is not an artifact"):
+    with pytest.raises(ArtifactError, match="exists and is not of the format to be written"):
         saved(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 

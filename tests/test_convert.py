@@ -61,7 +61,7 @@ def test_convert_verify_and_load(tmp_path):
 def test_verify_finds_one_wrong_code(tmp_path):
     """The artifact is of a checkpoint in which one weight is another."""
     checkpoint(tmp_path / "a.ckpt")
-    convert(tmp_path / "a.ckpt", tmp_path / "out", f"{__name__}:tiny")
+    convert(tmp_path / "a.ckpt", tmp_path / "out", model=f"{__name__}:tiny")
 
     def flip(model):
         with torch.no_grad():
@@ -160,3 +160,61 @@ def test_ties_survive_a_checkpoint(tmp_path):
     built = read_checkpoint(tmp_path / "a.ckpt").build(Tied())
     assert built.head.weight is built.embedding.weight
     assert torch.equal(built.head.weight, model.head.weight)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A checkpoint and an artifact of a tiny language model, as transformers builds it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=64,
+        architectures=["LlamaForCausalLM"],
+    )
+    architecture = {"transformers": config.to_dict()}
+    from qat.models import build
+
+    policy = qat.QuantPolicy(qat.QuantSpec(group_size=32), rules=[{"match": "lm_head", "weight": None}])
+    model = qat.prepare(build(architecture), policy, verbose=False)
+    folder = tmp_path_factory.mktemp("llama")
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    example = {"shape": [16], "dtype": "int64", "low": 0, "high": 63}
+    torch.save({"qat": describe(architecture, policy, example), "state_dict": state}, folder / "llama.ckpt")
+    assert main([str(folder / "llama.ckpt"), "--out", str(folder / "artifact"), "--verify"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq", "mlx"])
+def test_every_format_goes_out_and_comes_back(llama, tmp_path, capsys, name):
+    """Checkpoint -> format -> artifact: the artifact holds the codes of the one made directly."""
+    assert main([str(llama / "llama.ckpt"), "--to", name, "--out", str(tmp_path / "out"), "--verify"]) == 0
+    assert "verified: what was trained is what ships" in capsys.readouterr().out
+    assert main([str(tmp_path / "out"), "--out", str(tmp_path / "back"), "--verify"]) == 0
+    direct, back = (qat.quantized_tensors(qat.load(path)) for path in (llama / "artifact", tmp_path / "back"))
+    assert direct.keys() == back.keys()
+    for key, tensor in direct.items():
+        assert torch.equal(tensor.codes, back[key].codes)
+        assert torch.equal(tensor.dequantize(), back[key].dequantize())
+
+
+def test_a_folder_is_replaced_only_by_its_own_format(llama, tmp_path, capsys):
+    arguments = (llama / "artifact", "--to", "mlx", "--out", tmp_path / "out")
+    assert main([str(argument) for argument in arguments]) == 0
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "exists and is not" in error_of(capsys, llama / "artifact", "--to", "gptq", "--out", tmp_path / "out")
+    assert "is the source itself" in error_of(capsys, llama / "artifact", "--out", llama / "artifact")
+
+
+def test_an_unknown_source_is_said(tmp_path, capsys):
+    assert "no model in a format that can be read" in error_of(capsys, tmp_path, "--out", tmp_path / "out")
+
+
+def test_a_missing_tokenizer_folder_is_said(llama, tmp_path, capsys):
+    where = ("--tokenizer", tmp_path / "none")
+    assert "there is no such folder" in error_of(capsys, llama / "artifact", "--out", tmp_path / "out", *where)

@@ -1,1 +1,55 @@
-"""Formats: one file each, from and to QuantizedModel."""
+"""Formats: one module each, with ``write``, ``read`` and ``verify``, from and to QuantizedModel."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import ArtifactError
+
+FORMATS = {
+    "native": "native",
+    "compressed-tensors": "compressed_tensors",
+    "gguf": "gguf",
+    "gptq": "gptq",
+    "awq": "awq",
+    "mlx": "mlx",
+    "onnx": "onnx",
+}
+METHODS = {"qat": "native", "compressed-tensors": "compressed-tensors", "gptq": "gptq", "awq": "awq"}
+
+
+def module(name: str) -> ModuleType:
+    """Return a format's module."""
+    return import_module(f"{__name__}.{FORMATS[name]}")
+
+
+def format_of(path: Path) -> str | None:
+    """Return the name of the format that a file or folder is in; None for none of ours."""
+    if path.suffix in (".gguf", ".onnx"):
+        return path.suffix[1:]
+    for suffix in ("gguf", "onnx"):
+        if path.is_dir() and any(path.glob(f"*.{suffix}")):
+            return suffix
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        method = config.get("quantization_config", {}).get("quant_method")
+        return METHODS.get(method) or ("mlx" if "quantization" in config else None)
+    except (OSError, ValueError, AttributeError):
+        from .native import is_artifact  # a damaged artifact is still one
+
+        return "native" if path.is_dir() and is_artifact(path) else None
+
+
+def read(path: Path):
+    """Open a quantized model of any format that can be read, ours or another tool's.
+
+    Raises:
+        ArtifactError: nothing that is known, or damaged.
+    """
+    name = format_of(path)
+    if name is None:
+        raise ArtifactError(f"{path} is no model in a format that can be read: {', '.join(FORMATS)}")
+    return module(name).read(path)

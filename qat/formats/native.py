@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,8 +34,11 @@ METHOD = "qat"
 CONFIG = "config.json"
 
 
-def write(model: QuantizedModel, folder: Path) -> None:
+def write(model: QuantizedModel, folder: Path) -> list[str]:
     """Write a model into an empty folder, a shard at a time; its tokenizer and generation files go with it.
+
+    Returns:
+        No notes: nothing about our own runtime needs saying.
 
     Raises:
         OSError: the disk is full, or cannot be written.
@@ -67,6 +71,7 @@ def write(model: QuantizedModel, folder: Path) -> None:
     config = {**_architecture_entries(model.architecture), "quantization_config": description}
     description["checksum"] = checksum(config)
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return []
 
 
 def read(path: Path) -> QuantizedModel:
@@ -83,6 +88,32 @@ def read(path: Path) -> QuantizedModel:
             if _config_text(path) == text:
                 raise  # and not a mixture of two artifacts, the second of which is just being put in place
     raise ArtifactError(f"{path} is being rewritten again and again: wait for its writer to finish")
+
+
+def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
+    """Read an artifact back and compare every code, scale, zero point and other tensor; return the rows of a table.
+
+    Raises:
+        ArtifactError: anything differs.
+    """
+    stored = read(folder)
+    if stored.layers != model.layers or set(stored.dense) != set(model.dense):
+        raise ArtifactError(f"{folder} holds other layers or tensors than its source")
+    codes = 0
+    for name, layer in model.layers.items():
+        pairs = []
+        if layer.weight is not None and layer.tied is None:
+            here, there = model.quantized(name), stored.quantized(name)
+            pairs = [(here.codes, there.codes), (here.scale, there.scale), (here.zero_point, there.zero_point)]
+            codes += here.codes.numel()
+        if layer.activation is not None:
+            pairs.append((model.activation_scale(name), stored.activation_scale(name)))
+        if not all(a is b or torch.equal(a.cpu(), b) for a, b in pairs):
+            raise ArtifactError(f"{folder} differs from its source in the layer {name!r}")
+    for name in model.dense:
+        if not torch.equal(model.dense[name].cpu(), stored.dense[name]):
+            raise ArtifactError(f"{folder} differs from its source in the tensor {name!r}")
+    return [("codes", f"0 of {codes:,} differ"), ("scales and other tensors", "equal to the bit")]
 
 
 def is_artifact(folder: Path) -> bool:
