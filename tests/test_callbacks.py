@@ -248,6 +248,13 @@ def test_perplexity_is_that_of_the_tokens():
     torch.testing.assert_close(language.metrics.compute()["perplexity"], expected)
 
 
+def test_a_nan_shows_in_the_metrics():
+    classification = task().eval()
+    for value in (0.0, math.nan):
+        classification.metrics.update(torch.full((2, 10), value), torch.zeros(2, dtype=torch.int64))
+    assert classification.metrics.compute()["loss"].isnan()
+
+
 def test_outputs_of_transformers_models_are_read():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

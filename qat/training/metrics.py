@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 
 def logits_of(output: Any) -> Tensor:
@@ -19,17 +20,35 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), label_smoothing=label_smoothing)
 
 
+class Mean(Metric):
+    """A mean over batches and ranks in which NaN stays NaN: torchmetrics' MeanMetric drops it, or else the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: int) -> None:
+        """Add the sum over so many values."""
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.count
+
+
 class ClassificationMetrics(nn.Module):
     """``accuracy`` (top-1) and ``loss`` (cross-entropy without smoothing)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss, self.accuracy = MeanMetric(), MeanMetric()
+        self.loss, self.accuracy = Mean(), Mean()
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch of logits (B, C) and classes (B,)."""
-        self.loss.update(cross_entropy(logits, targets), weight=targets.numel())
-        self.accuracy.update((logits.argmax(-1) == targets).float())
+        self.loss.update(cross_entropy(logits, targets) * targets.numel(), targets.numel())
+        self.accuracy.update((logits.argmax(-1) == targets).sum(), targets.numel())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over all batches and ranks, and start again."""
@@ -41,11 +60,11 @@ class LanguageMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = MeanMetric()
+        self.loss = Mean()
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch of logits (B, T, vocabulary) and next tokens (B, T)."""
-        self.loss.update(cross_entropy(logits, targets), weight=targets.numel())
+        self.loss.update(cross_entropy(logits, targets) * targets.numel(), targets.numel())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over all batches and ranks, and start again."""
@@ -53,7 +72,7 @@ class LanguageMetrics(nn.Module):
         return {"perplexity": values["loss"].exp(), **values}
 
 
-def _compute_and_reset(**metrics: MeanMetric) -> dict[str, Tensor]:
+def _compute_and_reset(**metrics: Mean) -> dict[str, Tensor]:
     values = {name: metric.compute() for name, metric in metrics.items()}
     for metric in metrics.values():
         metric.reset()

@@ -78,7 +78,8 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 def _quiet() -> None:
     """Keep what Lightning says of itself out of the output; its warnings stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The number of training batches")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 

@@ -77,6 +77,8 @@ class Task(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
         inputs, targets = batch
+        if self.compile_mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
         logits = self(inputs)
         loss = cross_entropy(logits, targets, self.label_smoothing)
         (teacher,) = self._teacher
@@ -92,8 +94,8 @@ class Task(LightningModule):
         self.metrics.update(self(inputs), targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()})
+        """Log the metrics, which are the same on every rank."""
+        self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""

@@ -1,0 +1,179 @@
+"""The command line from full precision to a measured 4-bit model, and what it says when something is wrong."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import qat
+from qat import evaluate as evaluate_command
+from qat import train as train_command
+from qat.checkpoint import read_checkpoint
+from qat.quantizers import LearnedStepSize
+from qat.training.evaluation import evaluate
+from qat.training.image_data import ImageData
+from qat.training.wandb_logger import is_logged_in
+
+DIGITS = "data=digits model.args.width=4 trainer.accelerator=cpu"
+SHORT = f"{DIGITS} trainer.max_steps=3 trainer.limit_val_batches=1"
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qat.training.command_line.TRACEBACK_WANTED", False)
+
+    def run(command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train", *command.split()])
+        train_command.main()
+
+    return run
+
+
+@pytest.fixture
+def fails(train, capfd):
+    """Run a command that is expected to fail, and return its one line."""
+
+    def run(command: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train(command)
+        assert stopped.value.code == 1
+        line = capfd.readouterr().err
+        assert line.startswith("error: ") and line.count("\n") == 1, line
+        return line
+
+    return run
+
+
+def test_from_full_precision_to_a_measured_4_bit_model(train, tmp_path, capsys):
+    train(f"{DIGITS} trainer.max_epochs=4 name=fp")
+    quantized = f"{DIGITS} policy=conv_w4a4 init_from=runs/fp/last.ckpt"
+    train(f"{quantized} trainer.max_epochs=0 policy.init=minmax name=rtn")
+    train(f"{quantized} trainer.max_epochs=2 optim.lr=0.02 name=w4a4")
+    printed = capsys.readouterr().out
+    checkpoint = tmp_path / "runs" / "w4a4" / "last.ckpt"
+    assert f"next        python -m qat.convert {checkpoint}" in printed
+    assert "calibrated 5 activation step sizes on 8 batches" in printed
+
+    accuracy = {}
+    for name in ("fp", "rtn", "w4a4"):
+        out = tmp_path / f"{name}.json"
+        evaluate_command.main([str(tmp_path / "runs" / name / "last.ckpt"), "data=digits", "--json", str(out)])
+        accuracy[name] = json.loads(out.read_text())["accuracy"]
+        assert f"accuracy {accuracy[name]:.4f}  loss" in printed
+        assert f"accuracy {accuracy[name]:.4f}\n" in capsys.readouterr().out
+    assert accuracy["fp"] > 0.9 and accuracy["w4a4"] > accuracy["fp"] - 0.05
+
+    start, trained = (read_checkpoint(tmp_path / "runs" / name / "last.ckpt") for name in ("rtn", "w4a4"))
+    full = read_checkpoint(tmp_path / "runs" / "fp" / "last.ckpt").state_dict
+    assert torch.equal(start.state_dict["classifier.weight"], full["classifier.weight"])
+    assert trained.example["shape"] == [1, 8, 8]
+    assert all(m.is_initialised for m in trained.build().modules() if isinstance(m, LearnedStepSize))
+    data = ImageData("digits", [0.305], [0.376], 32)
+    frozen = qat.freeze(trained.build())
+    assert evaluate(frozen, data)["accuracy"] == pytest.approx(accuracy["w4a4"])
+
+
+def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fails, tmp_path):
+    short = f"{SHORT} trainer.log_every_n_steps=1"
+    train(f"{short} name=a resume=auto")
+    assert "holds a checkpoint already: add resume=auto" in fails(f"{SHORT} name=a")
+    log = (tmp_path / "runs" / "a" / "metrics.csv").read_text()
+    train(f"{short} name=a resume=auto")
+    assert (tmp_path / "runs" / "a" / "metrics.csv").read_text() == log
+    train(f"{short} name=a resume=auto trainer.max_steps=5")
+    assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_a_run_depends_on_its_seed_alone(train, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(f"{SHORT} policy=conv_w4a4 name={name} seed={seed}")
+    a, b, c = (read_checkpoint(tmp_path / "runs" / name / "last.ckpt").state_dict for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["classifier.weight"], c["classifier.weight"])
+
+
+def test_checkpoint_of_another_shape_is_refused(train, fails):
+    train(f"{SHORT} name=small")
+    line = fails(f"{SHORT} name=large model.args.width=8 init_from=runs/small/last.ckpt")
+    assert (
+        "init_from=runs/small/last.ckpt does not fit ConvNet" in line
+        and "[10, 16] there, [10, 32] in the model" in line
+    )
+
+
+def test_a_quantized_run_can_start_another_one(train, tmp_path):
+    train(f"{SHORT} name=w4 policy=conv_w4a4")
+    train(f"{SHORT} name=w2 policy=conv_w4a4 policy.weight.bits=2 init_from=runs/w4/last.ckpt trainer.max_epochs=0")
+    w4, w2 = (read_checkpoint(tmp_path / "runs" / name / "last.ckpt").state_dict for name in ("w4", "w2"))
+    assert torch.equal(w4["features.1.0.weight"], w2["features.1.0.weight"])
+    scales = "features.1.0.weight_quantizer.step_size"
+    assert (w4[scales] < w2[scales]).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("optim.lr=1e30 trainer.log_every_n_steps=1", "lower optim.lr"),
+        ("data=cifar10 data.train=/no/such data.test=/no/such", "data.train=/no/such: there is nothing at that path"),
+        ("data=cifar10 data.test=x", "data.train=PATH"),
+        ("trainer.accelerator=cuda", "CUDAAccelerator"),
+        ("init_from=nowhere.ckpt", "there is no checkpoint at nowhere.ckpt"),
+        ("resume=nowhere.ckpt", "resume=auto finds the run's own"),
+        ("policy=conv_w4a4 policy.weight.bits=30", "bits=30: give a whole number from 2 to 8"),
+        ("policy=lm_w4", "the rule with match='lm_head' matched no layer"),
+        ("model.builder=resnet2", "did you mean 'resnet20'?"),
+        ("task.schedule=cosin", "did you mean 'cosine'?"),
+        ("optim.lr=fast", "optim.lr='fast': give a number"),
+        ("trainer.precision=low", "Precision 'low' is invalid"),
+    ],
+)
+def test_mistake_is_one_line(fails, overrides, said):
+    if "cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert said in fails(f"{SHORT} {overrides}")
+
+
+def test_jobs_of_a_sweep_have_their_own_folders(train, tmp_path):
+    train(f"-m {SHORT} name=sweep seed=1,2")
+    assert len(list((tmp_path / "runs" / "sweep").glob("*/last.ckpt"))) == 2
+
+
+def test_artifact_and_checkpoint_measure_the_same(train, tmp_path, capsys):
+    train(f"{DIGITS} policy=conv_w4a4 trainer.max_epochs=1 name=a")
+    checkpoint = tmp_path / "runs" / "a" / "last.ckpt"
+    qat.save(qat.freeze(read_checkpoint(checkpoint).build()), tmp_path / "artifact")
+    for path in (checkpoint, tmp_path / "artifact"):
+        evaluate_command.main([str(path), "data=digits", "--json", str(tmp_path / f"{path.stem}.json")])
+    assert (tmp_path / "last.json").read_text() == (tmp_path / "artifact.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.ckpt", "data=digits"], "there is no checkpoint at nowhere.ckpt"),
+        (["x", "data=digit"], "there is no data=digit (did you mean 'digits'?)"),
+        (["x", "data=digits", "data.sourc=x"], "did you mean 'data.source'?"),
+        (["x", "data.source=x"], "data=<OPTION>"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_command.main(arguments)
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and said in line
+
+
+def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not is_logged_in()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert is_logged_in()
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert is_logged_in()
