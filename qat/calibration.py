@@ -34,8 +34,10 @@ def calibrate(
         forward: how to run a batch; default ``model(batch)``, with ``batch[0]`` of a tuple or list.
 
     Raises:
-        StateError: no batch at all, a layer that no batch reached, or one that saw NaN.
+        StateError: the model is not prepared, no batch at all, a layer that no batch reached, or one that saw NaN.
     """
+    if not any(True for _ in quant_layers(model)):
+        raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
     waiting = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_initialised]
     if not waiting:
         return model

@@ -245,3 +245,8 @@ def test_ranks_start_from_the_same_scale(tmp_path):
     assert one[0] == [pytest.approx(2 * (22 / 12) / math.sqrt(7)), True, True]
     assert one[1] == [pytest.approx(2 * (10 / 4) / math.sqrt(15)), False, False]
     assert "saw NaN" in one[2] and "got no batch" in one[3]
+
+
+def test_a_model_that_is_not_prepared_is_said():
+    with pytest.raises(StateError, match="nothing to calibrate"):
+        qat.calibrate(torch.nn.Linear(4, 4), [torch.randn(2, 4)])

@@ -52,7 +52,10 @@ class LearnedStepSize(FixedDtype):
         initialised: bool buffer; saved, so that a resumed run is never calibrated again.
         enabled: False passes tensors through, for a delayed start.
         name: the layer's, for messages.
+        fix: what to do about a step size that was never initialised.
     """
+
+    fix = "load a trained checkpoint"
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, int], name: str, init: Init, device: torch.device) -> None:
         super().__init__()
@@ -87,10 +90,7 @@ class LearnedStepSize(FixedDtype):
     def require_initialised(self) -> None:
         """Raise StateError if no step size was ever set."""
         if not self._ready:
-            raise StateError(
-                f"the step size of {self.name!r} was never initialised: run qat.calibrate(model, batches) "
-                "(the training command does it) or load a trained checkpoint"
-            )
+            raise StateError(f"the step size of {self.name!r} was never initialised: {self.fix}")
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -99,6 +99,8 @@ class LearnedStepSize(FixedDtype):
 
 class WeightLSQ(LearnedStepSize):
     """Fake-quantizes a weight per tensor, channel or group."""
+
+    fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
         spec = replace(spec, signed=True)
@@ -144,6 +146,8 @@ class ActivationStatistics:
 class ActivationLSQ(LearnedStepSize):
     """Fake-quantizes an activation per tensor; signed or unsigned as given, or as calibration finds it."""
 
+    fix = "run qat.calibrate(model, batches) (the training command does it), or load a trained checkpoint"
+
     def __init__(self, spec: QuantSpec, device: torch.device, name: str, init: Init = Init.lsq) -> None:
         super().__init__(spec, (1, 1), name, init, device)
         self.observer: ActivationStatistics | None = None
@@ -157,9 +161,8 @@ class ActivationLSQ(LearnedStepSize):
         if not self.enabled:
             return x
         self.require_initialised()
-        features = (
-            x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
-        )  # without the batch axis
+        # N of the paper for activations: features, without the batch axis.
+        features = x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
         return fake_quantize(x, self.step_size, self.spec, 1 / math.sqrt(features * self.spec.q_p))
 
     def initialise(self, statistics: ActivationStatistics) -> None:
