@@ -34,7 +34,7 @@ test-slow: $(VENV)/installed-dev
 test-gpu: $(VENV)/installed-dev
 	$(PYTEST) -m "gpu" $(ARGS)
 
-test-clients: $(VENV)/installed-dev
+test-clients: $(VENV)/installed-dev,clients
 	$(PYTEST) -m "clients" $(ARGS)
 
 lint: $(VENV)/installed-dev
