@@ -16,7 +16,7 @@ from ..calibration import activation_quantizers, calibrate
 from ..errors import TrainingError
 from ..layers import quant_layers
 from ..numerics import stored_scale
-from ..quantizers import LearnedStepSize
+from ..quantizers import DynamicActivation, LearnedStepSize
 from .csv_logger import ResumableCSVLogger
 from .tasks import Task
 
@@ -75,7 +75,7 @@ class FakeQuantStart(Callback):
 def set_fake_quant(task: Task, enabled: bool) -> None:
     """Switch every quantizer of a task's network on or off."""
     for module in task.model.modules():
-        if isinstance(module, LearnedStepSize):
+        if isinstance(module, LearnedStepSize | DynamicActivation):
             module.enabled = enabled
 
 
@@ -128,7 +128,7 @@ def scale_statistics(task: Task) -> dict[str, float]:
     names, values = [], []
     for name, layer in quant_layers(task.model):
         for part, quantizer in (("weight", layer.weight_quantizer), ("input", layer.activation_quantizer)):
-            if quantizer is None:
+            if not isinstance(quantizer, LearnedStepSize):
                 continue
             scale = stored_scale(quantizer.step_size, quantizer.spec).float()
             statistics = {"mean": scale.mean()}

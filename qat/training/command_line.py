@@ -72,6 +72,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
         known = known_keys(config_name, overrides, without=key) if config_name else []
         return f"unknown key {key!r}{did_you_mean(key, known) if known else ''}; +{key}=VALUE adds a new key"
     cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and "is not a subclass of QuantSpec" in text + str(cause):
+        return f"{cause.full_key} takes fields, such as {{bits: 8}}; a runtime's own rounding is policy.dynamic=q8_0"
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key or text}: {first_line(cause.msg or str(cause))}"
     return " ".join(text.split())

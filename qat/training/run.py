@@ -39,6 +39,8 @@ def train(config: DictConfig) -> dict[str, float]:
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     _quiet()
     data = make(config.data)
     model = _model(config.model)
