@@ -15,9 +15,9 @@ from .quantizers import ActivationLSQ, ActivationStatistics
 
 
 def activation_quantizers(model: nn.Module) -> list[ActivationLSQ]:
-    """Return a prepared model's activation quantizers."""
-    layers = (layer for _, layer in quant_layers(model))
-    return [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
+    """Return a prepared model's activation quantizers that have a step size."""
+    quantizers = (layer.activation_quantizer for _, layer in quant_layers(model))
+    return [quantizer for quantizer in quantizers if isinstance(quantizer, ActivationLSQ)]
 
 
 def calibrate(

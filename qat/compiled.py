@@ -1,4 +1,4 @@
-"""fake_quantize as operators that torch.compile keeps whole.
+"""fake_quantize and round_dynamic as operators that torch.compile keeps whole.
 
 Inductor's generated code rounds differently from eager PyTorch: it drops float32 -> bf16 -> float32 casts, so the step
 size would not be rounded to the stored scale, and on a GPU it divides approximately. Either changes codes, and the
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .spec import QuantSpec
+from .quantizers import dynamic
+from .spec import Dynamic, QuantSpec
 
 
 def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
@@ -58,3 +59,40 @@ def _gradients(ctx, grad_output: Tensor):
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
+    """Do what ``quantizers.dynamic.round_dynamic`` does, inside a compiled graph."""
+    return _round(x, kind.value)
+
+
+@torch.library.custom_op("qat::round_dynamic", mutates_args=())
+def _round(x: Tensor, kind: str) -> Tensor:
+    return dynamic.rounded(x, Dynamic(kind))
+
+
+@torch.library.custom_op("qat::round_dynamic_backward", mutates_args=())
+def _round_backward(grad_output: Tensor, x: Tensor, kind: str) -> Tensor:
+    return dynamic.rounded_gradient(grad_output, x, Dynamic(kind))
+
+
+@_round.register_fake
+def _(x, kind):
+    return dynamic.rounded(x, Dynamic(kind))
+
+
+@_round_backward.register_fake
+def _(grad_output, x, kind):
+    return dynamic.rounded_gradient(grad_output, x, Dynamic(kind))
+
+
+def _keep_input(ctx, inputs, output) -> None:
+    x, ctx.kind = inputs
+    ctx.save_for_backward(x)
+
+
+def _round_gradients(ctx, grad_output: Tensor):
+    return _round_backward(grad_output, *ctx.saved_tensors, ctx.kind), None
+
+
+_round.register_autograd(_round_gradients, setup_context=_keep_input)

@@ -9,7 +9,7 @@ from torch import nn
 from .errors import LayerError, StateError
 from .layers import PackedWeight, frozen_layers, make_frozen_, quant_layers
 from .numerics import QuantizedTensor
-from .quantizers import FrozenActivation
+from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -27,7 +27,7 @@ def freeze(model: nn.Module) -> nn.Module:
         raise StateError("nothing to freeze: call qat.prepare(model, policy) and train first")
     for _, layer in layers:
         for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
-            if quantizer is not None:
+            if isinstance(quantizer, LearnedStepSize):
                 quantizer.require_initialised()
     packed: dict[int, PackedWeight] = {}
     frozen = []  # of all layers before the first one changes, so that an error leaves the model as it was
@@ -39,7 +39,9 @@ def freeze(model: nn.Module) -> nn.Module:
                 packed[key] = PackedWeight.from_tensor(_quantize(name, layer))
             weight = packed[key]
         activation = layer.activation_quantizer
-        if activation is not None:
+        if isinstance(activation, DynamicActivation):
+            activation = DynamicActivation(activation.spec)
+        elif activation is not None:
             activation = FrozenActivation(replace(activation.spec), activation.scale())
             if not activation.scale.isfinite().all():
                 raise LayerError(f"{name!r}: the scale of its input holds NaN or infinity")

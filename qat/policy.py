@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .errors import PolicyError, did_you_mean
-from .spec import Init, QuantSpec, as_member
+from .spec import Dynamic, Init, QuantSpec, as_member
 
 RULE_KEYS = ("match", "weight", "activation")
 FIRST, LAST = "@first", "@last"
@@ -22,12 +22,16 @@ class QuantPolicy:
 
     Args:
         weight: the spec of every weight; None leaves weights alone.
-        activation: the spec of every layer's input (granularity "tensor"); None leaves inputs alone.
+        activation: the spec of every layer's input (granularity "tensor"); None leaves inputs alone. In Python, in
+            rules and in files read without Hydra also a word of ``dynamic``.
         rules: ordered; the last rule that matches a layer wins. Each is a dict with ``match`` and ``weight`` and/or
             ``activation``. ``match`` is a layer's name, a glob ("*.mlp.*"), a regular expression ("re:.*[qk]_proj"), a
             layer type ("Conv2d"), or "@first" / "@last" for the first and last layer in definition order. ``weight``
             and ``activation`` are None, a QuantSpec, or a dict whose fields override the policy's own.
         init: how step sizes start: "lsq" or "minmax".
+        dynamic: "int8_token" or "q8_0": the input of every linear layer with a quantized weight is rounded to int8 as
+            ExecuTorch or llama.cpp round it at run time. A key of its own, since a typed config node that holds specs
+            holds no word.
 
     Raises:
         PolicyError, SpecError: an unknown key, or a value out of range.
@@ -37,29 +41,42 @@ class QuantPolicy:
     activation: Optional[QuantSpec] = None  # noqa: UP045
     rules: list[Any] = field(default_factory=list)
     init: Init = Init.lsq
+    dynamic: Optional[Dynamic] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
         self.init = as_member(Init, "init", self.init)
         self.weight = _spec(self.weight, QuantSpec())
-        self.activation = _spec(self.activation, QuantSpec(granularity="tensor"))
+        if self.dynamic is not None:
+            self.dynamic = as_member(Dynamic, "dynamic", self.dynamic)
+            if self.activation not in (None, self.dynamic):
+                raise PolicyError(f"activation and dynamic={self.dynamic.value} both round inputs: set one to null")
+        self.activation = _input(self.activation, QuantSpec(granularity="tensor"))
+        if isinstance(self.activation, Dynamic):
+            self.activation, self.dynamic = None, self.activation
+        if self.dynamic is not None and self.weight is None and not self.rules:
+            self.specs_of({"activation": self.dynamic})
         for rule in self.rules:
             _check_rule(rule)
             self.specs_of(rule)
 
-    def specs_of(self, rule: dict[str, Any] | None) -> tuple[QuantSpec | None, QuantSpec | None]:
+    def specs_of(self, rule: dict[str, Any] | None) -> tuple[QuantSpec | None, QuantSpec | Dynamic | None]:
         """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None."""
         weight, activation = self.weight, self.activation
         if rule is not None:
             if "weight" in rule:
                 weight = _spec(rule["weight"], self.weight or QuantSpec())
             if "activation" in rule:
-                activation = _spec(rule["activation"], self.activation or QuantSpec(granularity="tensor"))
+                activation = _input(rule["activation"], self.activation or QuantSpec(granularity="tensor"))
+        if self.dynamic is not None and weight is not None and "activation" not in (rule or {}):
+            activation = self.dynamic
+        if isinstance(activation, Dynamic) and weight is None:
+            raise PolicyError(f"{activation.value} rounds the inputs of layers with quantized weights: set weight too")
         if weight is not None and weight.signed is False:
             raise PolicyError("weights are always signed: drop signed=False from the weight spec")
-        if activation is not None and activation.granularity != "tensor":
+        if isinstance(activation, QuantSpec) and activation.granularity != "tensor":
             raise PolicyError(f"activations take granularity='tensor', not {activation.granularity.value!r}")
         for spec in (weight, activation):
-            if spec is not None and not spec.symmetric:
+            if isinstance(spec, QuantSpec) and not spec.symmetric:
                 raise PolicyError("LSQ learns symmetric grids: drop symmetric=False")
         return weight, activation
 
@@ -71,6 +88,8 @@ class QuantPolicy:
         """Return plain JSON values."""
 
         def plain(spec: Any) -> Any:
+            if isinstance(spec, Dynamic):
+                return spec.value
             return spec.to_dict() if isinstance(spec, QuantSpec) else spec
 
         rules = [{key: plain(value) for key, value in rule.items()} for rule in self.rules]
@@ -79,12 +98,13 @@ class QuantPolicy:
             "activation": plain(self.activation),
             "rules": rules,
             "init": self.init.value,
+            "dynamic": plain(self.dynamic),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantPolicy:
         """Build a policy from plain values; PolicyError names an unknown key."""
-        known = ("weight", "activation", "rules", "init")
+        known = ("weight", "activation", "rules", "init", "dynamic")
         for key in values:
             if key not in known:
                 raise PolicyError(f"unknown key {key!r} in the policy{did_you_mean(str(key), known)}")
@@ -152,6 +172,10 @@ def _spec(value: Any, base: QuantSpec) -> QuantSpec | None:
     if not isinstance(value, dict):
         raise PolicyError(f"{value!r} is no spec: give null, or fields such as {{bits: 4, group_size: 128}}")
     return base.override(value)
+
+
+def _input(value: Any, base: QuantSpec) -> QuantSpec | Dynamic | None:
+    return as_member(Dynamic, "activation", value) if isinstance(value, str) else _spec(value, base)
 
 
 def _check_rule(rule: Any) -> None:

@@ -16,8 +16,8 @@ from .checkpoint import load_state
 from .errors import ArtifactError, StateError
 from .layers import FROZEN, PackedWeight, frozen_layers, make_frozen_, plain_type, quant_layers
 from .numerics import QuantizedTensor
-from .quantizers import FrozenActivation
-from .spec import QuantSpec
+from .quantizers import DynamicActivation, FrozenActivation
+from .spec import Dynamic, QuantSpec, as_member
 
 
 @dataclass
@@ -28,28 +28,36 @@ class QuantizedLayer:
         type: "Linear" or "Conv2d".
         shape: of the weight.
         weight: its spec; None where only the input is quantized.
-        activation: the input's spec; None where the input is left alone.
+        activation: the input's spec, or how the runtime rounds it; None where the input is left alone.
         tied: the layer whose quantized weight this one shares; None for a weight of its own.
     """
 
     type: str
     shape: list[int]
     weight: QuantSpec | None
-    activation: QuantSpec | None
+    activation: QuantSpec | Dynamic | None
     tied: str | None = None
+
+    @property
+    def has_activation_scale(self) -> bool:
+        """Whether the input has a scale of its own, which was trained."""
+        return isinstance(self.activation, QuantSpec)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        specs = {
-            key: spec and spec.to_dict() for key, spec in (("weight", self.weight), ("activation", self.activation))
-        }
-        return {**vars(self), **specs}
+        activation = self.activation
+        if activation is not None:
+            activation = activation.to_dict() if self.has_activation_scale else activation.value
+        return {**vars(self), "weight": self.weight and self.weight.to_dict(), "activation": activation}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizedLayer:
         """Undo ``to_dict``."""
-        specs = {key: values[key] and QuantSpec.from_dict(values[key]) for key in ("weight", "activation")}
-        return cls(values["type"], values["shape"], **specs, tied=values["tied"])
+        weight, activation = values["weight"], values["activation"]
+        if activation is not None:
+            word = isinstance(activation, str)
+            activation = as_member(Dynamic, "activation", activation) if word else QuantSpec.from_dict(activation)
+        return cls(values["type"], values["shape"], weight and QuantSpec.from_dict(weight), activation, values["tied"])
 
 
 @dataclass
@@ -60,7 +68,7 @@ class QuantizedModel:
         architecture: for ``qat.models.build``; None for a model of the user's own.
         layers: by name.
         quantized: layer name -> its QuantizedTensor (layers that share a weight: ask for the one that owns it).
-        activation_scale: layer name -> its input's stored scale (1, 1).
+        activation_scale: layer name -> its input's stored scale (1, 1), where it has one.
         dense: every other tensor's name -> the tensor.
         tied: the name of a dense tensor -> the name of the same tensor in ``dense``.
         source: where it comes from, for messages.
@@ -142,7 +150,11 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
             packed[name] = packed[entry.tied]
         else:
             packed[name] = entry.weight and PackedWeight.from_tensor(quantized.quantized(name))
-        activation = entry.activation and FrozenActivation(entry.activation, quantized.activation_scale(name))
+        activation = None
+        if isinstance(entry.activation, Dynamic):
+            activation = DynamicActivation(entry.activation)
+        elif entry.activation is not None:
+            activation = FrozenActivation(entry.activation, quantized.activation_scale(name))
         make_frozen_(layer, packed[name], activation)
     inside = _quantized_names(model)
     state = {name: value for name, value in model.state_dict().items() if name in inside}

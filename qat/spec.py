@@ -35,6 +35,16 @@ class Init(StrEnum):
     minmax = "minmax"
 
 
+class Dynamic(StrEnum):
+    """How a runtime rounds a linear layer's input to int8 as it comes: ExecuTorch's way, or llama.cpp's.
+
+    A spec has a scale that is learned; here it follows from the values (``qat.quantizers.dynamic`` has the arithmetic).
+    """
+
+    int8_token = "int8_token"
+    q8_0 = "q8_0"
+
+
 @dataclass
 class QuantSpec:
     """Bits, granularity and scale dtype of a quantized tensor.

@@ -11,8 +11,9 @@ from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, frozen_layers, make_fake_quant_, plain_type, quant_layers
 from .numerics import scale_shape
 from .policy import QuantPolicy, match_rules
-from .quantizers import ActivationLSQ, LearnedStepSize, WeightLSQ
-from .spec import QuantSpec
+from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightLSQ
+from .quantizers.dynamic import BLOCK
+from .spec import Dynamic, QuantSpec
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Decision:
     name: str
     layer: nn.Module
     weight: QuantSpec | None
-    activation: QuantSpec | None
+    activation: QuantSpec | Dynamic | None
     reason: str = ""
 
 
@@ -59,7 +60,9 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
             if weight is None:
                 weight = WeightLSQ(decision.weight, layer.weight, decision.name, policy.init)
                 weight_quantizers[id(layer.weight)] = weight
-        if decision.activation is not None:
+        if isinstance(decision.activation, Dynamic):
+            activation = DynamicActivation(decision.activation)
+        elif decision.activation is not None:
             activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, policy.init)
         make_fake_quant_(layer, weight, activation)
     if verbose:
@@ -122,6 +125,8 @@ def _check_shapes(decisions: list[Decision]) -> None:
             problems.append(f"{decision.name!r}: {error}")
         if not weight.is_floating_point():
             problems.append(f"{decision.name!r}: its weight is {weight.dtype}, not a float: it is quantized already")
+        if isinstance(decision.activation, Dynamic):
+            problems += _dynamic_problems(decision)
         first = tied.setdefault(id(weight), decision)
         if first.weight != decision.weight:
             problems.append(
@@ -130,6 +135,16 @@ def _check_shapes(decisions: list[Decision]) -> None:
             )
     if problems:
         raise LayerError("the policy does not fit these layers:\n  " + "\n  ".join(problems))
+
+
+def _dynamic_problems(decision: Decision) -> list[str]:
+    kind, layer = decision.activation.value, decision.layer
+    if not isinstance(layer, nn.Linear):
+        fix = "give it a rule with a spec (bits: 8) or null for its activation"
+        return [f"{decision.name!r}: {kind} is for linear layers, not for a {type(layer).__name__}: {fix}"]
+    if decision.activation is Dynamic.q8_0 and layer.in_features % BLOCK:
+        return [f"{decision.name!r}: q8_0 rounds {BLOCK} inputs at a time, which do not divide its {layer.in_features}"]
+    return []
 
 
 def _table(model: nn.Module, decisions: list[Decision]) -> str:
@@ -186,6 +201,8 @@ def _weight_shape(layer: nn.Module):
 def _input(decision: Decision) -> str:
     if decision.activation is None:
         return "-"
+    if isinstance(decision.activation, Dynamic):
+        return f"{decision.activation.value} (dynamic)"
     return str(decision.activation) + (" (sign detected)" if decision.activation.signed is None else "")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..spec import Dynamic
 from . import gguf_blocks, gguf_client
 from .gguf_names import (
     ARCHITECTURES,
@@ -222,10 +223,13 @@ def _is_linear(name: str, stored: Any) -> bool:
 
 
 def _notes(model: QuantizedModel, config: dict[str, Any], kinds: dict[str, str]) -> list[str]:
+    trained = sum(model.layers[name].activation is Dynamic.q8_0 for name in kinds)
     notes = [
         f"{FILE}: "
         + ", ".join(f"{list(kinds.values()).count(kind)} layers in {kind}" for kind in sorted(set(kinds.values()))),
-        "llama.cpp rounds the inputs of these layers to int8 with one fp16 scale per 32 values (Q8_0) at run time",
+        "llama.cpp rounds the inputs of these layers to int8 with one fp16 scale per 32 values (Q8_0) at run time: "
+        f"{trained} of {len(kinds)} were trained with exactly that"
+        + ("" if trained == len(kinds) else " (policy: dynamic: q8_0)"),
     ]
     small = [name for name in kinds if model.layers[name].weight.bits not in (4, 8)]
     if small:

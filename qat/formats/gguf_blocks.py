@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..numerics import MIN_SCALE, QuantizedTensor
 from ..quantized_model import QuantizedLayer
-from ..spec import QuantSpec
+from ..spec import Dynamic, QuantSpec
 
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -34,7 +34,11 @@ def block_type(layer: QuantizedLayer) -> str:
     spec, inputs = layer.weight, layer.shape[-1]
     if layer.type != "Linear":
         raise ArtifactError(f"is a {layer.type}: use --to onnx")
-    if layer.activation is not None:
+    if layer.activation is Dynamic.int8_token:
+        raise ArtifactError(
+            "trained with its input rounded as int8_token, and llama.cpp rounds as q8_0: use --to executorch"
+        )
+    if layer.has_activation_scale:
         raise ArtifactError("has a trained activation scale, which llama.cpp has no place for: use --to onnx")
     if inputs % BLOCK or (spec.group_size or BLOCK) % BLOCK:
         what = f"{inputs} inputs" if inputs % BLOCK else f"groups of {spec.group_size}"

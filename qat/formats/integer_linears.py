@@ -14,7 +14,9 @@ from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
-from ..spec import QuantSpec
+from ..spec import Dynamic, QuantSpec
+
+ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format whose runtime rounds inputs that way
 
 
 def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, QuantizedLayer]:
@@ -32,6 +34,11 @@ def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, Quantize
     for name, layer in model.layers.items():
         if layer.type != "Linear":
             problems[name] = f"is a {layer.type}, and {method} holds linear layers only; --to onnx holds it"
+        elif isinstance(layer.activation, Dynamic):
+            problems[name] = (
+                f"trained with its input rounded as {layer.activation.value}, which {method} would drop; --to "
+                f"{ROUNDS[layer.activation]} rounds so, or train with dynamic: null"
+            )
         elif layer.activation is not None:
             problems[name] = (
                 f"trained with its input quantized to {layer.activation}, which {method} would drop; --to onnx keeps "

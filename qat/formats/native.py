@@ -3,8 +3,9 @@
 config.json holds the architecture (a transformers config at the top level, or a builder of ours under "architecture")
 and, under "quantization_config", the layers' specs and what is tied. A layer NAME with a quantized weight stores
 ``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale`` and, if asymmetric,
-``NAME.packed_weight.zero_point``; one with a quantized input ``NAME.activation_quantizer.scale``. Nothing in it is
-executable: names are looked up in fixed tables only.
+``NAME.packed_weight.zero_point``; one with a quantized input ``NAME.activation_quantizer.scale``, unless that is
+rounded as a runtime rounds it, which only the spec says. Nothing in it is executable: names are looked up in fixed
+tables only.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
             shards.add(f"{name}.packed_weight.scale", tensor.scale)
             if tensor.zero_point is not None:
                 shards.add(f"{name}.packed_weight.zero_point", tensor.zero_point)
-        if layer.activation is not None:
+        if layer.has_activation_scale:
             shards.add(f"{name}.activation_quantizer.scale", model.activation_scale(name))
     for name in model.dense:
         shards.add(name, model.dense[name])
@@ -106,7 +107,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
             here, there = model.quantized(name), stored.quantized(name)
             pairs = [(here.codes, there.codes), (here.scale, there.scale), (here.zero_point, there.zero_point)]
             codes += here.codes.numel()
-        if layer.activation is not None:
+        if layer.has_activation_scale:
             pairs.append((model.activation_scale(name), stored.activation_scale(name)))
         if not all(a is b or torch.equal(a.cpu(), b) for a, b in pairs):
             raise ArtifactError(f"{folder} differs from its source in the layer {name!r}")
@@ -184,7 +185,7 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
             inside |= {f"{name}.packed_weight.{part}" for part in ("packed", "scale", "zero_point")}
-        if layer.activation is not None:
+        if layer.has_activation_scale:
             inside.add(f"{name}.activation_quantizer.scale")
 
     def quantized(name: str) -> QuantizedTensor:

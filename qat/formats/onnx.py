@@ -20,7 +20,9 @@ from ..checkpoint import random_input
 from ..errors import ArtifactError
 from ..numerics import scale_dtype
 from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
+from ..spec import Dynamic
 from . import onnx_client
+from .integer_linears import ROUNDS, refuse
 from .onnx_graph import export, insert_quantized, strip_traces
 from .onnx_weights import decode
 
@@ -42,6 +44,15 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
         ArtifactError: torch cannot export the model, or its forward does not reach a quantized layer.
         OSError: the disk is full, or cannot be written.
     """
+    refuse(
+        "ONNX",
+        {
+            name: f"trained with its input rounded as {layer.activation.value}, which no operator of ONNX does; --to "
+            f"{ROUNDS[layer.activation]} rounds so, or train with dynamic: null"
+            for name, layer in model.layers.items()
+            if isinstance(layer.activation, Dynamic)
+        },
+    )
     _need("onnx", "onnxscript")
     import onnx_ir
 

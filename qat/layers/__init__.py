@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightLSQ
 from .conv import FrozenConv2d, QuantConv2d
 from .linear import FrozenLinear, QuantLinear
 from .packed import PackedWeight
@@ -39,14 +39,18 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
     return type(layer)
 
 
-def make_fake_quant_(layer: nn.Module, weight: WeightLSQ | None, activation: ActivationLSQ | None) -> None:
+def make_fake_quant_(
+    layer: nn.Module, weight: WeightLSQ | None, activation: ActivationLSQ | DynamicActivation | None
+) -> None:
     """Turn a plain layer into its fake-quant twin, in place."""
     layer.__class__ = FAKE_QUANT[type(layer)]
     layer.weight_quantizer = weight
     layer.activation_quantizer = activation
 
 
-def make_frozen_(layer: nn.Module, weight: PackedWeight | None, activation: FrozenActivation | None) -> None:
+def make_frozen_(
+    layer: nn.Module, weight: PackedWeight | None, activation: FrozenActivation | DynamicActivation | None
+) -> None:
     """Turn a plain or fake-quant layer into its frozen twin, in place; packed codes replace the weight."""
     layer.__class__ = FROZEN[plain_type(layer)]
     if "weight_quantizer" in layer._modules:

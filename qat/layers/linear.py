@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightLSQ
 from . import cpu_int4
 from .packed import PackedWeight
 
@@ -20,7 +20,7 @@ class QuantLinear(nn.Linear):
     """
 
     weight_quantizer: WeightLSQ | None
-    activation_quantizer: ActivationLSQ | None
+    activation_quantizer: ActivationLSQ | DynamicActivation | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
@@ -42,7 +42,7 @@ class FrozenLinear(nn.Linear):
     """
 
     packed_weight: PackedWeight | None
-    activation_quantizer: FrozenActivation | None
+    activation_quantizer: FrozenActivation | DynamicActivation | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""

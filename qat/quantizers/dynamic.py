@@ -1,0 +1,114 @@
+"""Inputs rounded as a runtime will round them: scales from each token's own values, at run time; nothing is learned.
+
+int8_token is ExecuTorch's 8da4w, int8 with a zero point for each token (the last axis), as XNNPACK computes it in
+float32 (``xnn_qd8_asymmetric_quantization_params`` and the f32-qs8-vcvt kernels, which round half to even):
+
+    low = min(0, x), high = max(0, x), f = 255 / (high - low), or 1 where high = low
+    z = clamp(round(d), -128, 127), d = -128 - low*f where -128 + low*f + 127 + high*f > 0, else 127 - high*f
+    code = clamp(round(x * f) + z, -128, 127)            x_hat = (code - z) * (1 / f)
+
+torchao's ``int8_asym_per_token`` divides by the scale (at least the smallest normal number) where XNNPACK multiplies by
+its inverse, and differs in a code where a value lies within one float32 rounding of the middle of two.
+
+q8_0 is llama.cpp's Q8_0, int8 for each 32 values, as ``quantize_row_q8_0`` of ggml-cpu computes it with AVX:
+
+    d = fp16(amax / 127), f = 127 / amax, or 0 where amax = 0
+    code = round(x * f), half to even                    x_hat = code * d
+
+The same function's reference (``_ref``) has f = 1 / (amax / 127) and rounds halves away from zero, and ARM's rounds
+half to even with that f: they too differ within one rounding of the middle of two codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..spec import Dynamic
+
+BLOCK = 32  # of q8_0
+
+
+class DynamicActivation(nn.Module):
+    """Rounds a linear layer's input as its runtime does, in training and in the frozen layer alike.
+
+    Attributes:
+        spec: which rounding.
+        enabled: False passes tensors through, for a delayed start.
+    """
+
+    def __init__(self, spec: Dynamic) -> None:
+        super().__init__()
+        self.spec, self.enabled = spec, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., K) rounded, in its own dtype; the gradient passes straight through, except where it clips."""
+        return round_dynamic(x, self.spec) if self.enabled else x
+
+
+def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
+    """Return x (..., K) rounded to int8 and back, in its own dtype; the arithmetic in between is float32."""
+    if torch.compiler.is_dynamo_compiling():
+        from .. import compiled  # keeps Inductor's own rounding out
+
+        return compiled.round_dynamic(x, kind)
+    return _RoundDynamic.apply(x, kind)
+
+
+def rounded(x: Tensor, kind: Dynamic) -> Tensor:
+    """Return the value of ``round_dynamic``, without gradients."""
+    codes, scale, zero_point = dynamic_codes(x, kind)
+    values = (codes if zero_point is None else codes - zero_point) * scale
+    return values.reshape(x.shape).to(x.dtype)
+
+
+def rounded_gradient(grad_output: Tensor, x: Tensor, kind: Dynamic) -> Tensor:
+    """Return the gradient of ``round_dynamic``: the incoming one, or 0 where a code of int8_token was clipped."""
+    if kind == Dynamic.q8_0:
+        return grad_output.clone()
+    codes, _ = _unclipped_int8_token(x)
+    return grad_output.masked_fill((codes < -128) | (codes > 127), 0)
+
+
+def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return whole-valued float32 codes, the scales and the zero points that a runtime would use for x (..., K).
+
+    Returns:
+        int8_token: codes (..., K), scale and zero point (..., 1). q8_0: codes (..., K/32, 32), scale (..., K/32, 1) on
+        the fp16 grid, no zero point.
+    """
+    if kind == Dynamic.int8_token:
+        codes, (factor, zero_point) = _unclipped_int8_token(x)
+        return codes.clamp(-128, 127), 1 / factor, zero_point
+    values = x.float().unflatten(-1, (-1, BLOCK))
+    largest = values.abs().amax(-1, keepdim=True)
+    most = torch.full_like(largest, 127)  # a number would make torch multiply by a reciprocal, which rounds twice
+    factor = torch.where(largest == 0, 0.0, most / largest)
+    return (values * factor).round(), (largest / most).half().float(), None
+
+
+def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return float32 codes of any size, and each token's factor and zero point (..., 1)."""
+    values = x.float()
+    low = values.amin(-1, keepdim=True).clamp_max(0)
+    high = values.amax(-1, keepdim=True).clamp_min(0)
+    factor = torch.where(low == high, 1.0, torch.full_like(low, 255) / (high - low))
+    least, most = low * factor, high * factor
+    zero_point = torch.where((-128 + least) + (127 + most) > 0, -128 - least, 127 - most).clamp(-128, 127).round()
+    return (values * factor).round() + zero_point, (factor, zero_point)
+
+
+class _RoundDynamic(torch.autograd.Function):
+    """Saves only its input; the backward computes what was clipped again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: Dynamic) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return rounded(x, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        return rounded_gradient(grad_output, *ctx.saved_tensors, ctx.kind), None
