@@ -30,6 +30,13 @@ PACKAGES = {
     "pyarrow": "data=cifar10",
     "transformers": "language models",
     "wandb": "logger=wandb",
+    "gguf": "convert --to gguf",
+    "xllamacpp": "its --verify",
+    "onnxscript": "convert --to onnx",
+    "onnxruntime": "its --verify",
+    "onnxruntime-genai": "--verify of gptq and awq",
+    "compressed-tensors": "--verify of compressed-tensors",
+    "mlx-lm": "--verify of mlx",
 }
 
 
@@ -40,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"qat {__version__} from {Path(__file__).parent}")
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name, purpose in PACKAGES.items():
-        print(f"  {name:<14}{version_of(name) or 'not installed':<16}{purpose}")
+        print(f"  {name:<20}{version_of(name) or 'not installed':<16}{purpose}")
     problems = name_problems(metadata.distributions(), sys.path)
     if util.find_spec("torch") is None:
         problems.append("torch is not installed: python -m pip install qat-lsq")
@@ -62,15 +69,15 @@ def devices() -> list[str]:
     """Return one line for each device: its name, and what multiplies by int4 weights there."""
     import torch
 
-    lines = [f"  {'cpu':<14}{torch.get_num_threads()} threads"]
-    lines.append(f"  {'':<14}int4 weights: torch's int4 operator for bf16 inputs, else dequantized on use")
+    lines = [f"  {'cpu':<20}{torch.get_num_threads()} threads"]
+    lines.append(f"  {'':<20}int4 weights: torch's int4 operator for bf16 inputs, else dequantized on use")
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind)
         for index in range(module.device_count() if module.is_available() else 0):
-            lines.append(f"  {f'{kind}:{index}':<14}{module.get_device_name(index)}{_build(torch)}")
-            lines.append(f"  {'':<14}int4 weights: {_try_kernel(torch.device(kind, index))}")
+            lines.append(f"  {f'{kind}:{index}':<20}{module.get_device_name(index)}{_build(torch)}")
+            lines.append(f"  {'':<20}int4 weights: {_try_kernel(torch.device(kind, index))}")
     if len(lines) == 2:
-        lines.append(f"  {'':<14}no GPU that this build of torch ({torch.__version__}) can use")
+        lines.append(f"  {'':<20}no GPU that this build of torch ({torch.__version__}) can use")
     if os.environ.get("TRITON_INTERPRET") == "1":
         lines.append("  TRITON_INTERPRET=1: Triton kernels are interpreted, for tests only; unset it to use them")
     return lines
