@@ -12,6 +12,7 @@ from torch import nn
 from .errors import StateError
 from .layers import quant_layers
 from .quantizers import ActivationLSQ, ActivationStatistics
+from .spec import Init
 
 
 def activation_quantizers(model: nn.Module) -> list[ActivationLSQ]:
@@ -61,7 +62,7 @@ def _observing(model: nn.Module, quantizers: list[ActivationLSQ]) -> Iterator[No
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for quantizer in quantizers:
-        quantizer.observer = ActivationStatistics(quantizer.step_size.device)
+        quantizer.observer = ActivationStatistics(quantizer.step_size.device, keep_sample=quantizer.init is Init.mse)
     try:
         yield
     finally:

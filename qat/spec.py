@@ -29,10 +29,13 @@ class ScaleDtype(StrEnum):
 
 
 class Init(StrEnum):
-    """How a step size starts: LSQ's 2<|v|>/sqrt(Q_P), or max|v|/Q_P, which is round-to-nearest if never trained."""
+    """How a step size starts: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; or the
+    one of least squared error.
+    """
 
     lsq = "lsq"
     minmax = "minmax"
+    mse = "mse"
 
 
 class Dynamic(StrEnum):

@@ -24,6 +24,9 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
+from .least_error import best_step_size, squared_errors
+
+SAMPLE = 2**16  # values that a calibration batch leaves for the search of the least error
 
 
 def lsq_step_size(mean_magnitude: Tensor, spec: QuantSpec) -> Tensor:
@@ -39,9 +42,10 @@ def minmax_step_size(max_magnitude: Tensor, spec: QuantSpec) -> Tensor:
 def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init) -> Tensor:
     """Return the initial step size of a weight, (rows, groups) float32."""
     magnitude = weight.detach().abs().float().reshape(*scale_shape(weight.shape, spec), -1)
-    if init is Init.minmax:
-        return minmax_step_size(magnitude.amax(-1), spec)
-    return lsq_step_size(magnitude.mean(-1), spec)
+    if init is Init.lsq:
+        return lsq_step_size(magnitude.mean(-1), spec)
+    largest = minmax_step_size(magnitude.amax(-1), spec)
+    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec), largest)
 
 
 class LearnedStepSize(FixedDtype):
@@ -122,11 +126,17 @@ class WeightLSQ(LearnedStepSize):
 
 
 class ActivationStatistics:
-    """Running sums over calibration batches: (sum of magnitudes, count, minimum, maximum), in float64."""
+    """Running sums over calibration batches: (sum of magnitudes, count, minimum, maximum), in float64.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where the batches are.
+        keep_sample: also keep some values of each batch, evenly spaced.
+    """
+
+    def __init__(self, device: torch.device, keep_sample: bool = False) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.extremes = torch.zeros(2, dtype=torch.float64, device=device)  # of -x and x; 0 is always representable
+        self.keep_sample, self.sample = keep_sample, [torch.zeros(0, device=device)]
 
     def update(self, x: Tensor) -> None:
         """Add a batch; an empty one, such as an expert that got no token, counts nothing."""
@@ -135,12 +145,22 @@ class ActivationStatistics:
         x = x.detach()
         self.sums += torch.stack([x.abs().sum(dtype=torch.float64), self.sums.new_tensor(x.numel())])
         self.extremes = self.extremes.maximum(torch.stack([-x.min(), x.max()]).double())
+        if self.keep_sample:
+            self.sample.append(x.flatten()[:: -(-x.numel() // SAMPLE)].float())
 
     def all_reduce(self) -> None:
-        """Combine with the other ranks, if there are any."""
+        """Combine sums and extremes with the other ranks, if there are any; samples stay."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.extremes, torch.distributed.ReduceOp.MAX)
+
+    def least_error_step_size(self, largest: Tensor, spec: QuantSpec) -> Tensor:
+        """Return the step size (1, 1) of least squared error over the samples of all ranks."""
+        largest = largest.to(self.sums.device, torch.float32).reshape(1, 1)
+        errors = squared_errors(torch.cat(self.sample), largest, spec)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(errors)
+        return best_step_size(errors, largest)
 
 
 class ActivationLSQ(LearnedStepSize):
@@ -178,10 +198,11 @@ class ActivationLSQ(LearnedStepSize):
         if not all(map(math.isfinite, (total, negative, positive))):
             raise StateError(f"{self.name!r} saw NaN or infinity during calibration: check the data and the model")
         self._set_signed(negative > 0 if self.spec.signed is None else self.spec.signed)
-        if self.init is Init.minmax:
-            step_size = minmax_step_size(torch.tensor(max(negative, positive)), self.spec)
-        else:
+        step_size = minmax_step_size(torch.tensor(max(negative, positive)), self.spec)
+        if self.init is Init.lsq:
             step_size = lsq_step_size(torch.tensor(total / count), self.spec)
+        elif self.init is Init.mse:
+            step_size = statistics.least_error_step_size(step_size, self.spec)
         self.set_step_size(step_size)
 
     def _set_signed(self, signed: bool) -> None:
