@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 RUNS = Path("runs/cifar10")
+WEIGHT_DECAY = {8: 1e-4, 4: 1e-4, 3: 5e-5, 2: 2.5e-5}  # the LSQ paper's, section 3.3
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def train_command(arguments: argparse.Namespace, name: str, seed: int) -> list[s
         full_precision = RUNS / "fp_0" / "last.ckpt"
         command += [f"init_from={full_precision}", f"teacher={full_precision}"]
         command += [f"policy.weight.bits={arguments.bits}", f"policy.activation.bits={arguments.bits}"]
+        command += [f"optim.weight_decay={WEIGHT_DECAY[arguments.bits]}"]
     return command + arguments.overrides
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -139,6 +141,15 @@ def scale_statistics(task: Task) -> dict[str, float]:
     return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
 
 
+def progress_bar(refresh_rate: int) -> TQDMProgressBar:
+    """Return Lightning's progress bar on a terminal, and one that shows nothing in a log file.
+
+    Args:
+        refresh_rate: steps between two updates.
+    """
+    return TQDMProgressBar(refresh_rate=refresh_rate if sys.stdout.isatty() else 0, leave=False)
+
+
 class Report(Callback):
     """Prints a line whenever validation ends."""
 
@@ -153,7 +164,7 @@ class Report(Callback):
         metrics = {name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items()}
         figures = "  ".join(f"{name} {value}" for name, value in metrics.items())
         seconds = time.monotonic() - self._started
-        print(f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}  {figures}  {seconds:.0f} s", flush=True)
+        trainer.print(f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}  {figures}  {seconds:.0f} s")
 
 
 def is_log_step(trainer: Trainer) -> bool:
