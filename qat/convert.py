@@ -155,7 +155,7 @@ def build_model(target: str | None) -> nn.Module | None:
 
 def _network(to: str, model: str | None) -> dict[str, nn.Module | None]:
     """A graph format traces the network, which for a user's own model only the user can build."""
-    return {"network": build_model(model)} if to == "onnx" else {}
+    return {"network": build_model(model)} if to in ("onnx", "executorch") else {}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ PACKAGES = {
     "onnxruntime-genai": "--verify of gptq and awq",
     "compressed-tensors": "--verify of compressed-tensors",
     "mlx-lm": "--verify of mlx",
+    "executorch": "convert --to executorch",
 }
 
 

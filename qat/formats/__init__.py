@@ -17,7 +17,9 @@ FORMATS = {
     "awq": "awq",
     "mlx": "mlx",
     "onnx": "onnx",
+    "executorch": "executorch",
 }
+SUFFIXES = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
 METHODS = {"qat": "native", "compressed-tensors": "compressed-tensors", "gptq": "gptq", "awq": "awq"}
 
 
@@ -28,11 +30,9 @@ def module(name: str) -> ModuleType:
 
 def format_of(path: Path) -> str | None:
     """Return the name of the format that a file or folder is in; None for none of ours."""
-    if path.suffix in (".gguf", ".onnx"):
-        return path.suffix[1:]
-    for suffix in ("gguf", "onnx"):
-        if path.is_dir() and any(path.glob(f"*.{suffix}")):
-            return suffix
+    for suffix, name in SUFFIXES.items():
+        if path.suffix == suffix or (path.is_dir() and any(path.glob(f"*{suffix}"))):
+            return name
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         method = config.get("quantization_config", {}).get("quant_method")

@@ -61,7 +61,7 @@ class Exported(nn.Module):
         return torch.onnx.ops.symbolic(f"qat::{kind}", (x,), attributes, dtype=x.dtype, shape=tuple(shape))
 
 
-class _Wrapped(nn.Module):
+class LogitsOnly(nn.Module):
     """Gives the logits of a language model, without a cache."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -70,6 +70,7 @@ class _Wrapped(nn.Module):
         self.options = {"use_cache": False} if hasattr(network, "config") else {}
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, or what another network returns."""
         output = self.network(x, **self.options)
         return getattr(output, "logits", output)
 
@@ -82,7 +83,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     """
     tokens = example.dtype == torch.int64
     axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
-    wrapped, exported = _Wrapped(network).eval(), {}
+    wrapped, exported = LogitsOnly(network).eval(), {}
     for name, layer in frozen_layers(network):
         entry = model.layers[name]
         multiply = entry.weight is not None and entry.type == "Linear" and not qdq and matmul_block(entry) is not None
