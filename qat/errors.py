@@ -36,6 +36,10 @@ class DataError(QATError, RuntimeError):
     """Data that is missing or not what was promised."""
 
 
+class ModelError(QATError, ValueError):
+    """An architecture that cannot be built."""
+
+
 class TrainingError(QATError, RuntimeError):
     """A training run that cannot go on."""
 

@@ -13,16 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import QATError, did_you_mean
+from ..errors import ModelError, did_you_mean
 from .cnn import cnn
 from .gpt import gpt
 from .resnet import resnet20
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "gpt": gpt, "resnet20": resnet20}
-
-
-class ModelError(QATError, ValueError):
-    """An architecture that cannot be built."""
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:
