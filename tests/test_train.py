@@ -177,3 +177,16 @@ def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert is_logged_in()
+
+
+def test_a_model_of_transformers_trains_in_training_mode(train, tmp_path, recwarn):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(tmp_path / "plain")
+    train(
+        "model=hf model.pretrained_model_name_or_path=plain data=topics data.seq_len=16 policy=lm_w4 task=language "
+        "optim=adamw trainer.accelerator=cpu trainer.max_steps=2 trainer.limit_val_batches=1 data.val_fraction=0.001"
+    )
+    assert not [warning for warning in recwarn if "eval mode" in str(warning.message)]
+    assert qat.quantized_tensors(read_checkpoint(tmp_path / "runs" / "run" / "last.ckpt").build())

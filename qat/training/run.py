@@ -125,7 +125,7 @@ def make(node: DictConfig, **arguments: Any) -> Any:
 
 def _model(node: DictConfig) -> nn.Module:
     if "_target_" in node:
-        return make(node)
+        return make(node).train()  # from_pretrained gives a model in eval mode, and Lightning leaves it there
     return build(OmegaConf.to_container(node, resolve=True))
 
 
