@@ -200,6 +200,22 @@ def test_a_language_model_of_ours(tmp_path, qdq, group):
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("qdq", [False, True])
+def test_openvino_runs_the_same_file(tmp_path, monkeypatch, qdq):
+    pytest.importorskip("openvino")
+    args = {"width": 192, "depth": 1, "heads": 2, "context": 32}
+    rules = [{"match": "lm_head", "weight": None}]
+    model = frozen(build({"builder": "gpt", "args": args}), qat.QuantSpec(group_size=32), None, rules, TOKENS)
+    notes, rows = written(model, tmp_path, qdq=qdq)
+    assert rows["OpenVINO, outputs"].endswith("argmax equal in 100.00%")
+    assert any("EXECUTION_MODE_HINT=ACCURACY" in note for note in notes)
+    run = onnx.onnx_client._run_openvino
+    monkeypatch.setattr(onnx.onnx_client, "_run_openvino", lambda file, x: run(file, x) * 1.001)
+    with pytest.raises(ArtifactError, match="outputs in OpenVINO differ"):
+        onnx.verify(tmp_path, model)
+
+
+@pytest.mark.clients
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_transformers_model_in_bfloat16(tmp_path, tied):
     transformers = pytest.importorskip("transformers")

@@ -1,7 +1,9 @@
-"""ONNX through onnxruntime: every weight, every activation's integers, and the whole model."""
+"""ONNX through onnxruntime: every weight, every activation's integers, and the whole model; this in OpenVINO too."""
 
 from __future__ import annotations
 
+import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..quantized_model import QuantizedModel
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 # Where inputs are quantized, a sum at the edge of two integers may fall to either side: one code, not 1e-5.
 ROUNDING_TOLERANCE = 0.05
+FLOAT32_ERRORS = 4  # a runtime's distance from float32, in multiples of float32's own distance from float64
 ROWS = 256  # of the identity matrix at a time
 
 
@@ -60,25 +63,54 @@ def compare_layers(file: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     return rows
 
 
-def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> tuple[str, str]:
-    """Run the whole model in onnxruntime, against the frozen one in float32.
+def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+    """Run the whole model in onnxruntime, and in OpenVINO where it is installed, against the frozen one in float32.
 
     Raises:
         ArtifactError: the outputs differ by more than the order of summation explains.
     """
-    running = session(file)
-    with torch.no_grad():
-        expected = frozen(x)
-        expected = getattr(expected, "logits", expected)
-    found = torch.from_numpy(running.run(None, {running.get_inputs()[0].name: x.numpy()})[0])
+    expected = _output(frozen, x)
+    rows = [_compare("onnxruntime", _run_onnxruntime(file, x), expected, frozen, x, model)]
+    if find_spec("openvino") is None:
+        return [*rows, ("OpenVINO", "not installed: pip install openvino")]
+    return [*rows, _compare("OpenVINO", _run_openvino(file, x), expected, frozen, x, model)]
+
+
+def _compare(
+    runtime: str, found: Tensor, expected: Tensor, frozen: nn.Module, x: Tensor, model: QuantizedModel
+) -> tuple[str, str]:
     if found.shape != expected.shape:
-        raise ArtifactError(f"{file} gives outputs of shape {list(found.shape)}, not {list(expected.shape)}")
+        raise ArtifactError(f"{runtime} gives outputs of shape {list(found.shape)}, not {list(expected.shape)}")
     gap, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     rounded = any(layer.activation is not None for layer in model.layers.values())
-    if not gap <= (ROUNDING_TOLERANCE if rounded else TOLERANCE) * largest:
-        raise ArtifactError(f"outputs of {file} in onnxruntime differ by {gap:g} (largest {largest:g})")
+    allowed = (ROUNDING_TOLERANCE if rounded else TOLERANCE) * largest
+    if gap > allowed and not rounded:  # in a deep model float32 itself may be further from exact than that
+        exact = _output(copy.deepcopy(frozen).double(), x.double() if x.is_floating_point() else x)
+        allowed = FLOAT32_ERRORS * (expected - exact).abs().max().item()
+    if not gap <= allowed:
+        raise ArtifactError(f"outputs in {runtime} differ by {gap:g} (largest {largest:g})")
     equal = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    return "onnxruntime, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); argmax equal in {equal:.2%}"
+    return f"{runtime}, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); argmax equal in {equal:.2%}"
+
+
+def _output(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = network(x)
+    return getattr(output, "logits", output)
+
+
+def _run_onnxruntime(file: Path, x: Tensor) -> Tensor:
+    running = session(file)
+    return torch.from_numpy(running.run(None, {running.get_inputs()[0].name: x.numpy()})[0])
+
+
+def _run_openvino(file: Path, x: Tensor) -> Tensor:
+    """Run a file as it is: without the hint ACCURACY, OpenVINO rounds the inputs of 4-bit products to int8."""
+    import openvino
+
+    hints = {"EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(file, "CPU", hints)
+    return torch.from_numpy(compiled([x.numpy()])[0].copy())
 
 
 def _weight(graph: Any, name: str, owner: str, shape: list[int]) -> Tensor:
