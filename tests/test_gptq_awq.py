@@ -9,30 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_quantized import LLAMA, random_tensor, rewrite, weight
 from safetensors.torch import load_file, save_file
 
 import qat
 from qat.errors import ArtifactError
 from qat.formats import awq, gptq
 from qat.formats.comparison import compare_own
-from qat.numerics import QuantizedTensor, scale_shape
+from qat.numerics import QuantizedTensor
 from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model, to_model
 
 ONE, TWO = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 FORMATS = {"gptq": gptq, "awq": awq}
-LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
-LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def random_tensor(rows, inputs, spec, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = scale_shape((rows, inputs), spec)
-
-    def integers(*size):
-        return torch.randint(-spec.q_n, spec.q_p + 1, size, dtype=torch.int8, generator=generator)
-
-    scale = torch.exp2(torch.rand(shape, generator=generator) * 20 - 17).to(getattr(torch, spec.scale_dtype))
-    return QuantizedTensor(integers(rows, inputs), scale, spec, None if spec.symmetric else integers(*shape))
 
 
 def model_of(tensors, config=()):
@@ -43,23 +31,12 @@ def model_of(tensors, config=()):
     return QuantizedModel({"transformers": values}, layers, tensors.__getitem__, {}.__getitem__, dense)
 
 
-def weight(bits=4, group_size=None, **options):
-    return qat.QuantSpec(bits=bits, group_size=group_size, signed=True, **options)
-
-
 def written(method, folder, tensors):
     """Return (model, stored tensors, quantization config, notes)."""
     model = model_of(tensors)
     notes = FORMATS[method].write(model, folder)
     config = json.loads((folder / "config.json").read_text())
     return model, load_file(folder / "model.safetensors"), config["quantization_config"], notes
-
-
-def rewrite(folder, change):
-    """Apply a mutation to the stored tensors."""
-    stored = load_file(folder / "model.safetensors")
-    change(stored)
-    save_file({name: value.contiguous() for name, value in stored.items()}, folder / "model.safetensors")
 
 
 def edit(folder, **changes):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from ..errors import DataError
 from .image_sources import Images, load_images
+from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
 
 
@@ -72,7 +72,7 @@ class ImageExamples:
         return top + torch.arange(height), left + torch.where(mirrored, columns.flip(0), columns)
 
 
-class ImageData(LightningDataModule):
+class ImageData(InMemoryData):
     """Training and test images.
 
     Args:
@@ -102,7 +102,6 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._train_loader: Loader | None = None
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.mean, self.std, self.crop_padding, self.flip = mean, std, crop_padding, flip
         self.train_images, self.test_images = load_images(source, train, test)
@@ -131,15 +130,3 @@ class ImageData(LightningDataModule):
         """Return the test batches on a device, in order."""
         examples = ImageExamples(self.test_images, self.mean, self.std, device=device)
         return Loader(examples, self.eval_batch_size, EpochSampler(len(examples)))
-
-    def train_dataloader(self) -> Loader:
-        """Return this rank's training batches: the same loader at every call."""
-        if self._train_loader is None:
-            trainer = self.trainer
-            device, rank, ranks = trainer.strategy.root_device, trainer.global_rank, trainer.world_size
-            self._train_loader = self.train_loader(device, rank, ranks)
-        return self._train_loader
-
-    def val_dataloader(self) -> Loader:
-        """Return the test batches: these data sets have no third part."""
-        return self.test_loader(self.trainer.strategy.root_device)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from ..errors import DataError, did_you_mean
+from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
 
 BYTES = "bytes"
@@ -37,7 +37,7 @@ class TokenWindows:
         return gather
 
 
-class TextData(LightningDataModule):
+class TextData(InMemoryData):
     """Training and validation text.
 
     Args:
@@ -68,7 +68,6 @@ class TextData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._train_loader: Loader | None = None
         self.seq_len, self.batch_size, self.eval_batch_size, self.seed = seq_len, batch_size, eval_batch_size, seed
         train_text, val_text = _texts(source, train, val, val_fraction)
         self.train_tokens, self.val_tokens = tokenize(train_text, tokenizer), tokenize(val_text, tokenizer)
@@ -91,18 +90,6 @@ class TextData(LightningDataModule):
         """Return the validation windows on a device, in order."""
         windows = TokenWindows(self.val_tokens, self.seq_len, device)
         return Loader(windows, self.eval_batch_size, EpochSampler(len(windows)))
-
-    def train_dataloader(self) -> Loader:
-        """Return this rank's training batches: the same loader at every call."""
-        if self._train_loader is None:
-            trainer = self.trainer
-            device, rank, ranks = trainer.strategy.root_device, trainer.global_rank, trainer.world_size
-            self._train_loader = self.train_loader(device, rank, ranks)
-        return self._train_loader
-
-    def val_dataloader(self) -> Loader:
-        """Return the validation batches."""
-        return self.test_loader(self.trainer.strategy.root_device)
 
 
 def tokenize(text: str, tokenizer: str) -> Tensor:
