@@ -33,6 +33,11 @@ from .shards import ShardWriter
 VERSION = 1
 METHOD = "qat"
 CONFIG = "config.json"
+DTYPES = {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16}
+DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+DTYPES |= {
+    f"{kind[0].upper()}{bits}": getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
@@ -133,24 +138,35 @@ def checksum(config: dict[str, Any]) -> str:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of open safetensors files, read when asked for.
+    """The tensors of safetensors files, read when asked for.
 
-    The files stay open, so that an artifact which is replaced meanwhile goes on being read whole.
+    The files stay open, so that an artifact which is replaced meanwhile goes on being read whole. They are read and not
+    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self._files = {}
         for file in files:
-            opened = safe_open(file, "pt")
-            self._files.update(dict.fromkeys(opened.keys(), opened))
+            with safe_open(file, "pt"):
+                pass  # its header and its length are right
+            stream = file.open("rb")
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            self._files.update({name: (stream, 8 + length, entry) for name, entry in header.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        stream, start, entry = self._files[name]
+        begin, end = entry["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        stream.seek(start + begin)
+        stream.readinto(memoryview(data.numpy()))
+        return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def header(self, name: str) -> tuple[list[int], str]:
         """Return a tensor's shape and its dtype as safetensors names it, without reading it."""
-        part = self._files[name].get_slice(name)
-        return part.get_shape(), part.get_dtype()
+        entry = self._files[name][2]
+        return entry["shape"], entry["dtype"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
