@@ -1,0 +1,165 @@
+"""Perplexity of an exported language model, measured by the runtime that it was exported for, on the CPU.
+
+    python recipes/client_perplexity.py CLIENT FOLDER --tokenizer DIR --text FILE [--windows 4]
+
+CLIENT is one of the names in CLIENTS; FOLDER is what ``python -m qat.convert`` wrote for it. The text's lines are
+tokenised at once; of its first non-overlapping windows of 512 tokens, the mean cross-entropy of 511 predictions each is
+taken, and e to it. The last line printed is JSON: perplexity, and the tokens a second of the fastest window. All run
+on one thread, as a busy machine makes several wait for each other, and in float32; but llama.cpp rounds the inputs of
+its quantized products to int8.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # read when torch and mlx are imported
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LENGTH = 512
+Logits = Callable[[Tensor], Tensor]  # tokens (1, T) -> (1, T, vocabulary)
+
+
+def qat_load(folder: Path) -> Logits:
+    """Our own runtime."""
+    import qat
+
+    model = qat.load(folder).float()
+    return lambda tokens: model(tokens).logits
+
+
+def transformers(folder: Path) -> Logits:
+    """Of a Hugging Face folder, through compressed-tensors, or of a GGUF file."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": "model.gguf"} if (folder / "model.gguf").is_file() else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return lambda tokens: model(tokens).logits
+
+
+def mlx_lm(folder: Path) -> Logits:
+    """Of an MLX or an AWQ folder; scales are taken to float32, which changes no value."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    return lambda tokens: torch.from_numpy(numpy.array(model(mx.array(tokens.numpy()))))
+
+
+def onnxruntime(folder: Path, cache: tuple[int, int] = (0, 0)) -> Logits:
+    """Of an ONNX file; one of onnxruntime-genai's also takes a mask and an empty cache of so many heads of a size."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def logits(tokens: Tensor) -> Tensor:
+        feeds = {"input_ids": tokens.numpy(), "attention_mask": numpy.ones(tokens.shape, numpy.int64)}
+        for value in session.get_inputs():
+            if value.name.startswith("past_key_values"):
+                feeds[value.name] = numpy.zeros((1, cache[0], 0, cache[1]), numpy.float32)
+        wanted = {value.name: feeds[value.name] for value in session.get_inputs()}
+        return torch.from_numpy(session.run(["logits"], wanted)[0])
+
+    return logits
+
+
+def onnxruntime_genai(folder: Path) -> Logits:
+    """Of a GPTQ or an AWQ folder, whose builder makes an ONNX file, and would round the embedding too."""
+    config = json.loads((folder / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as made:
+        command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", made]
+        command += ["-c", made, "-p", "int4", "-e", "cpu", "--extra_options"]
+        command += ["accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return onnxruntime(Path(made), (config["num_key_value_heads"], config["head_dim"]))
+
+
+def openvino(folder: Path) -> Logits:
+    """Of an ONNX file; without the hint ACCURACY it would round the inputs of 4-bit products to int8."""
+    import openvino
+
+    hints = {"EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(folder / "model.onnx", "CPU", hints)
+    return lambda tokens: torch.from_numpy(compiled([tokens.numpy()])[0].copy())
+
+
+def measure(logits: Logits, windows: Tensor) -> dict[str, float]:
+    """Return the perplexity and the speed."""
+    losses, seconds = [], []
+    with torch.inference_mode():
+        logits(windows[:1])  # the first call is slower
+        for window in windows:
+            start = time.perf_counter()
+            found = logits(window[None])
+            seconds.append(time.perf_counter() - start)
+            losses.append(F.cross_entropy(found[0, :-1].float(), window[1:]).item())
+    return {"perplexity": math.exp(sum(losses) / len(losses)), "tokens_per_second": LENGTH / min(seconds)}
+
+
+def llama_cpp(folder: Path, windows: Tensor) -> dict[str, float]:
+    """Of a GGUF file: one request a prediction, whose bias makes llama.cpp choose, and so report, the token that comes.
+
+    The probability is reported before the bias. Tokens read before stay in its cache, so that a request reads one.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_gpu_layers, params.n_parallel = str(folder / "model.gguf"), 640, 0, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_ram_mib, params.verbosity = 0, -1
+    server = xllamacpp.Server(params)
+    losses, seconds = [], []
+    for window in windows.tolist():
+        for length in range(LENGTH - 1, 0, -1):  # the first request reads the whole window
+            start = time.perf_counter()
+            request = {"prompt": window[:length], "max_tokens": 1, "logprobs": 1, "temperature": 0.0}
+            request |= {"cache_prompt": length < LENGTH - 1, "logit_bias": [[window[length], 1e4]]}
+            (answer,) = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+            if length == LENGTH - 1:
+                seconds.append(time.perf_counter() - start)
+            if answer["id"] != window[length]:
+                sys.exit(f"error: llama.cpp chose token {answer['id']} in spite of the bias")
+            losses.append(-answer["logprob"])
+    return {"perplexity": math.exp(sum(losses) / len(losses)), "tokens_per_second": (LENGTH - 1) / min(seconds)}
+
+
+CLIENTS = {client.__name__: client for client in (qat_load, transformers, mlx_lm, onnxruntime, onnxruntime_genai)}
+CLIENTS |= {"openvino": openvino, "llama_cpp": llama_cpp}
+
+
+def main() -> None:
+    """Measure, and print a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("client", choices=CLIENTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=4)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(arguments.tokenizer)(arguments.text.read_text(encoding="utf-8"))["input_ids"]
+    windows = torch.tensor(tokens[: LENGTH * arguments.windows]).view(-1, LENGTH)
+    client = CLIENTS[arguments.client]
+    result = client(arguments.folder, windows) if client is llama_cpp else measure(client(arguments.folder), windows)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
