@@ -34,6 +34,7 @@ PACKAGES = {
     "xllamacpp": "its --verify",
     "onnxscript": "convert --to onnx",
     "onnxruntime": "its --verify",
+    "openvino": "its --verify",
     "onnxruntime-genai": "--verify of gptq and awq",
     "compressed-tensors": "--verify of compressed-tensors",
     "mlx-lm": "--verify of mlx",
