@@ -88,7 +88,7 @@ def _compare(
         exact = _output(copy.deepcopy(frozen).double(), x.double() if x.is_floating_point() else x)
         allowed = FLOAT32_ERRORS * (expected - exact).abs().max().item()
     if not gap <= allowed:
-        raise ArtifactError(f"outputs in {runtime} differ by {gap:g} (largest {largest:g})")
+        raise ArtifactError(f"outputs of {runtime} differ by {gap:g} (largest {largest:g})")
     equal = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
     return f"{runtime}, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); argmax equal in {equal:.2%}"
 
