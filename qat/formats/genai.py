@@ -21,13 +21,18 @@ from .comparison import compare
 CLIENT = "onnxruntime-genai"
 
 
-def skip_notes(skipped: list[str]) -> list[str]:
-    """Return a warning that names the layers, unquantized in a quantized block, for which the loader fails."""
+def notes(skipped: list[str]) -> list[str]:
+    """Return what to tell the loader's user.
+
+    Args:
+        skipped: layers that are not quantized in a quantized block, for which the loader fails.
+    """
+    if not skipped:
+        exclude = "--extra_options accuracy_level=1 nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+        return [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {exclude}"]
     more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     named = ", ".join(skipped[:3]) + more
-    return (
-        [f"warning: {CLIENT} 0.18 reads no model that skips layers ({named}): use --to onnx there"] if skipped else []
-    )
+    return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({named}): use --to onnx there"]
 
 
 def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tuple[str, str]]:
