@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import StateError
-from .layers import quant_layers
+from .layers import is_prepared, quant_layers
 from .quantizers import ActivationLSQ, ActivationStatistics
 from .spec import Init
 
@@ -37,7 +37,7 @@ def calibrate(
     Raises:
         StateError: the model is not prepared, no batch at all, a layer that no batch reached, or one that saw NaN.
     """
-    if not any(True for _ in quant_layers(model)):
+    if not is_prepared(model):
         raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
     waiting = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_initialised]
     if not waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, QATError
 from .policy import QuantPolicy
+from .spec import Init
 from .surgery import prepare
 
 VERSION = 1
@@ -52,7 +53,8 @@ class Checkpoint:
 
             model = build(self.architecture)
         if not self.policy.quantizes_nothing():
-            prepare(model, self.policy, verbose=False)
+            # The step sizes come from the state dict: a search for their start would be work thrown away.
+            prepare(model, replace(self.policy, init=Init.lsq), verbose=False)
         load_state(model, self.state_dict, self.source)
         return model.eval()
 

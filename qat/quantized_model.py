@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_state
 from .errors import ArtifactError, StateError
-from .layers import FROZEN, PackedWeight, frozen_layers, make_frozen_, plain_type, quant_layers
+from .layers import FROZEN, PackedWeight, frozen_layers, is_frozen, is_prepared, make_frozen_, plain_type
 from .numerics import QuantizedTensor
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec, as_member
@@ -95,7 +95,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
     """
     from .models import architecture_of
 
-    if any(True for _ in quant_layers(model)):
+    if is_prepared(model):
         raise StateError("this model still trains: call qat.freeze(model) before qat.save")
     frozen = dict(frozen_layers(model))
     if not frozen:
@@ -141,7 +141,7 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
         from .models import build
 
         model = build(quantized.architecture)
-    elif any(True for _ in quant_layers(model)) or any(True for _ in frozen_layers(model)):
+    elif is_prepared(model) or is_frozen(model):
         raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
     packed: dict[str, PackedWeight | None] = {}
     for name, entry in quantized.layers.items():

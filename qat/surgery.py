@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import LayerError, PolicyError, StateError
-from .layers import FAKE_QUANT, frozen_layers, make_fake_quant_, plain_type, quant_layers
+from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
 from .numerics import scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightLSQ
@@ -46,7 +46,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         PolicyError: a rule that matches nothing or asks for what its layer cannot do.
         LayerError: shapes that do not fit; every such layer is listed with its fix.
     """
-    if any(True for _ in quant_layers(model)) or any(True for _ in frozen_layers(model)):
+    if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     decisions = decide(model, policy)
     _check_shapes(decisions)

@@ -406,9 +406,7 @@ MUTANTS = [
         "activation = ActivationLSQ(policy.activation,",
         surgery.check_rules,
     ),
-    Mutant(
-        "prepared twice", SURGERY, "if any(True for _ in quant_layers(model)) or", "if", surgery.check_prepared_twice
-    ),
+    Mutant("prepared twice", SURGERY, "if is_prepared(model) or", "if", surgery.check_prepared_twice),
     Mutant(
         "layers left alone are not printed",
         SURGERY,

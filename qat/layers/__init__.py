@@ -30,6 +30,16 @@ def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLayer]]:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, FrozenLayer))
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Return whether a model has fake-quant layers."""
+    return any(True for _ in quant_layers(model))
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Return whether a model has frozen layers."""
+    return any(True for _ in frozen_layers(model))
+
+
 def plain_type(layer: nn.Module) -> type[nn.Module]:
     """Return nn.Linear or nn.Conv2d for a fake-quant or frozen layer, else the layer's own type."""
     for table in (FAKE_QUANT, FROZEN):

@@ -125,6 +125,11 @@ class WeightLSQ(LearnedStepSize):
         return quantize_tensor(weight, self.scale(), self.spec)
 
 
+def several_ranks() -> bool:
+    """Return whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class ActivationStatistics:
     """Running sums over calibration batches: (sum of magnitudes, count, minimum, maximum), in float64.
 
@@ -150,7 +155,7 @@ class ActivationStatistics:
 
     def all_reduce(self) -> None:
         """Combine sums and extremes with the other ranks, if there are any; samples stay."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several_ranks():
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.extremes, torch.distributed.ReduceOp.MAX)
 
@@ -158,7 +163,7 @@ class ActivationStatistics:
         """Return the step size (1, 1) of least squared error over the samples of all ranks."""
         largest = largest.to(self.sums.device, torch.float32).reshape(1, 1)
         errors = squared_errors(torch.cat(self.sample), largest, spec)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several_ranks():
             torch.distributed.all_reduce(errors)
         return best_step_size(errors, largest)
 
