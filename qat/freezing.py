@@ -9,7 +9,7 @@ from torch import nn
 from .errors import LayerError, StateError
 from .layers import PackedWeight, frozen_layers, make_frozen_, quant_layers
 from .numerics import QuantizedTensor
-from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize
+from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -27,7 +27,7 @@ def freeze(model: nn.Module) -> nn.Module:
         raise StateError("nothing to freeze: call qat.prepare(model, policy) and train first")
     for _, layer in layers:
         for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
-            if isinstance(quantizer, LearnedStepSize):
+            if isinstance(quantizer, LearnedStepSize | WeightCodebook):
                 quantizer.require_initialised()
     packed: dict[int, PackedWeight] = {}
     frozen = []  # of all layers before the first one changes, so that an error leaves the model as it was

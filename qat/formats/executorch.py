@@ -28,7 +28,7 @@ from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..quantizers import DynamicActivation
 from ..spec import Dynamic
 from .companions import copy_companions
-from .integer_linears import ROUNDS, exact, grid, refuse, tensors
+from .integer_linears import ROUNDS, exact, grid, other_grid, refuse, tensors
 from .onnx import example_input
 from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
@@ -120,6 +120,8 @@ def _problem(layer: QuantizedLayer) -> str | None:
     if activation not in (None, Dynamic.int8_token):
         fix = f"--to {ROUNDS[activation] if isinstance(activation, Dynamic) else 'onnx'} keeps that"
         return f"trained with its input rounded as {activation}, and {METHOD} rounds as int8_token; {fix}"
+    if spec.codebook is not None:
+        return other_grid(layer, METHOD)
     if spec.bits > 4:
         return f"has {spec.bits} bits, and XNNPACK's groups 4; --to onnx holds it"
     if not spec.symmetric:

@@ -22,7 +22,7 @@ from ..numerics import scale_dtype
 from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..spec import Dynamic
 from . import onnx_client
-from .integer_linears import ROUNDS, refuse
+from .integer_linears import ROUNDS, other_grid, refuse
 from .onnx_graph import export, insert_quantized, strip_traces
 from .onnx_weights import decode
 
@@ -51,6 +51,11 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
             f"{ROUNDS[layer.activation]} rounds so, or train with dynamic: null"
             for name, layer in model.layers.items()
             if isinstance(layer.activation, Dynamic)
+        }
+        | {
+            name: other_grid(layer, "ONNX")
+            for name, layer in model.layers.items()
+            if layer.weight is not None and layer.weight.codebook is not None
         },
     )
     _need("onnx", "onnxscript")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, FrozenActivation, WeightCodebook, WeightLSQ
 from .linear import match_dtypes
 from .packed import PackedWeight
 
@@ -17,7 +17,7 @@ class QuantConv2d(nn.Conv2d):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | None
+    weight_quantizer: WeightLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | None
 
     def forward(self, x: Tensor) -> Tensor:
