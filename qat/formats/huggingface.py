@@ -53,6 +53,14 @@ def refuse_fused_experts(model: QuantizedModel, method: str) -> None:
     refuse(method, dict.fromkeys(fused_experts(model), reason))
 
 
+def fused_expert_notes(model: QuantizedModel) -> list[str]:
+    """Return a warning about the dense stacks of experts of a folder that only transformers reads, if it has any."""
+    experts = fused_experts(model)
+    if not experts:
+        return []
+    return [f"warning: only transformers reads {experts[0]!r} and its like, experts that it stacks"]
+
+
 def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:
     """Return the matrices that a loader might take for quantized layers: all but the vocabulary's."""
     vocabulary = model.architecture["transformers"].get("vocab_size")

@@ -59,10 +59,9 @@ def weight_only_layers(
 
 def other_grid(layer: QuantizedLayer, method: str) -> str:
     """Return what to say of a layer whose levels a format does not have, and the format that holds them."""
-    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes", Codebook.custom: "native"}
-    return (
-        f"has {layer.weight} weights, whose levels {method} does not have; --to {holds[layer.weight.codebook]} holds it"
-    )
+    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes"}
+    fix = holds.get(layer.weight.codebook, "native") if layer.type == "Linear" else "native"
+    return f"has {layer.weight} weights, whose levels {method} does not have; --to {fix} holds it"
 
 
 def refuse(method: str, problems: dict[str, str]) -> None:
@@ -81,8 +80,16 @@ def tensors(model: QuantizedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point, levels)
 
 
-def largest_size(layers: dict[str, QuantizedLayer], method: str, sizes: tuple[int, ...]) -> int:
+def largest_size(
+    layers: dict[str, QuantizedLayer], method: str, sizes: tuple[int, ...], other: str = "compressed-tensors"
+) -> int:
     """Return the largest group size, of those a format has, that repeats each layer's scales exactly.
+
+    Args:
+        layers: by name.
+        method: the format's name.
+        sizes: the largest first.
+        other: the format that holds any size.
 
     Raises:
         ArtifactError: there is none; the layers that fit none are named.
@@ -92,7 +99,7 @@ def largest_size(layers: dict[str, QuantizedLayer], method: str, sizes: tuple[in
         if all(own % size == 0 for own in owned.values()):
             return size
     known = f"{', '.join(map(str, sorted(sizes)))}"
-    fix = f"train with a multiple of {min(sizes)}, or use --to compressed-tensors"
+    fix = f"train with a multiple of {min(sizes)}, or use --to {other}"
     refuse(
         method,
         {
