@@ -17,11 +17,12 @@ FORMATS = {
     "awq": "awq",
     "mlx": "mlx",
     "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
     "onnx": "onnx",
     "executorch": "executorch",
 }
 SUFFIXES = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
-METHODS = {"qat": "native"} | {name: name for name in ("compressed-tensors", "gptq", "awq", "bitsandbytes")}
+METHODS = {"qat": "native"} | {name: name for name in ("compressed-tensors", "gptq", "awq", "bitsandbytes", "torchao")}
 
 
 def module(name: str) -> ModuleType:

@@ -32,14 +32,18 @@ WEIGHTS_ONLY = "activations stay in floating point: only the weights are quantiz
 def write_dense(model: QuantizedModel, shards: ShardWriter) -> dict[str, int]:
     """Write what is not quantized; return {name of a module that keeps a matrix as its weight: its rows}."""
     matrices = {}
-    names = list(model.dense) + ([] if _ties_embeddings(model) else list(model.tied))
-    for name in names:
+    for name in dense_names(model):
         tensor = model.dense[model.tied.get(name, name)]
         shards.add(name, tensor.clone() if name in model.tied else tensor)
         if tensor.dim() == 2:
             matrices[name] = tensor.shape[0]
     matrices.update({name: matrices[owner] for name, owner in model.tied.items() if owner in matrices})
     return {name.removesuffix(".weight"): rows for name, rows in matrices.items() if name.endswith(".weight")}
+
+
+def dense_names(model: QuantizedModel) -> list[str]:
+    """Return the names that ``write_dense`` writes."""
+    return list(model.dense) + ([] if _ties_embeddings(model) else list(model.tied))
 
 
 def fused_experts(model: QuantizedModel) -> list[str]:

@@ -147,18 +147,19 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of safetensors files, read when asked for.
 
     The files stay open, so that an artifact which is replaced meanwhile goes on being read whole. They are read and not
-    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory.
+    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory. ``metadata`` is the
+    files' own, merged.
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = {}
+        self._files, self.metadata = {}, {}
         for file in files:
             with safe_open(file, "pt"):
                 pass  # its header and its length are right
             stream = file.open("rb")
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
+            self.metadata.update(header.pop("__metadata__", {}))
             self._files.update({name: (stream, 8 + length, entry) for name, entry in header.items()})
 
     def __getitem__(self, name: str) -> Tensor:
