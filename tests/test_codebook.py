@@ -253,3 +253,4 @@ def test_configs_take_the_word(tmp_path):
     command += ["experiment=topics_w4", "policy.weight.codebook=nf4", "policy.weight.group_size=64"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert "codebook: nf4" in shown
+    assert str(qat.QuantPolicy.from_yaml("lm_nf4").weight) == "nf4 g64"

@@ -76,7 +76,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         "llm_int8_has_fp16_weight": False,
         "llm_int8_threshold": 6.0,
     }
-    hf.write_folder(model, folder, METHOD, {"quantization_config": description}, "vllm serve .")
+    hf.write_folder(model, folder, METHOD, {"quantization_config": description}, hf.RUN_TRANSFORMERS)
     return [
         f"{METHOD}: {hf.WEIGHTS_ONLY}",
         f"{METHOD}: one float32 scale a block, and no double quantization, which would round the trained scales",

@@ -26,6 +26,7 @@ from .shards import INDEX, ShardWriter
 
 CONFIG = "config.json"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+RUN_TRANSFORMERS = "python -c \"import transformers; transformers.AutoModelForCausalLM.from_pretrained('.')\""
 WEIGHTS_ONLY = "activations stay in floating point: only the weights are quantized, as they were in training"
 
 

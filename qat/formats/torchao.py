@@ -67,8 +67,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         "include_input_output_embeddings": False,
         "untie_embedding_weights": False,
     }
-    run = "python -c \"import transformers; transformers.AutoModelForCausalLM.from_pretrained('.')\""
-    hf.write_folder(model, folder, METHOD, {"quantization_config": description}, run)
+    hf.write_folder(model, folder, METHOD, {"quantization_config": description}, hf.RUN_TRANSFORMERS)
     return [
         f"{METHOD}: {hf.WEIGHTS_ONLY}",
         f"{METHOD}: one byte a code, as {TENSOR} keeps it; for files of 4 bits a weight use --to compressed-tensors",
