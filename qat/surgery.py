@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .adapters import own_modules
 from .codebook import stored_shape
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
@@ -81,12 +82,17 @@ def _weight_quantizer(decision: Decision, policy: QuantPolicy) -> WeightLSQ | We
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
     layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
-    described = [(name, type(layer).__name__, type(layer) in FAKE_QUANT) for name, layer in layers]
+    adapters = own_modules(model)
+    described = [
+        (name, type(layer).__name__, type(layer) in FAKE_QUANT and id(layer) not in adapters) for name, layer in layers
+    ]
     winners = match_rules(policy.rules, described)
     decisions = []
     for (name, layer), rule in zip(layers, winners, strict=True):
         weight, activation = policy.specs_of(rule)
-        if type(layer) in FAKE_QUANT:
+        if id(layer) in adapters:
+            decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
+        elif type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))

@@ -42,7 +42,7 @@ DTYPES |= {
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
-    """Write a model into an empty folder, a shard at a time; its tokenizer and generation files go with it.
+    """Write a model into an empty folder, a shard at a time; its tokenizer, generation files and adapters go with it.
 
     Returns:
         No notes: nothing about our own runtime needs saying.
@@ -50,7 +50,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    copy_companions(model.files, folder)
+    copy_companions(model, folder)
     shards = ShardWriter(folder)
     for name, layer in model.layers.items():
         if layer.weight is not None and layer.tied is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import refuse_beside
 from ..checkpoint import random_input
 from ..errors import ArtifactError
 from ..numerics import scale_dtype
@@ -44,6 +45,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
         ArtifactError: torch cannot export the model, or its forward does not reach a quantized layer.
         OSError: the disk is full, or cannot be written.
     """
+    refuse_beside(model, "ONNX")
     refuse(
         "ONNX",
         {

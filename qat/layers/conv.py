@@ -39,6 +39,11 @@ class FrozenConv2d(nn.Conv2d):
     packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | None
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight: a parameter where it is not quantized, else a copy to be read only."""
+        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution in the dtype of x (autocast's, where it is on)."""
         if self.activation_quantizer is not None:

@@ -44,6 +44,11 @@ class FrozenLinear(nn.Linear):
     packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | DynamicActivation | None
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight: a parameter where it is not quantized, else a copy to be read only."""
+        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
         if self.activation_quantizer is not None:

@@ -9,10 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..errors import StateError
 from ..numerics import QuantizedTensor, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import QuantSpec
+
+
+class DequantizedWeight(Tensor):
+    """A frozen layer's weight for who only looks at it, such as peft: a float32 copy, which refuses to be assigned."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    @property
+    def data(self) -> Tensor:
+        """Return the values as a plain tensor."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise StateError(
+            "this weight is frozen into codes: what is added to it would be lost. Keep an adapter beside it, or merge "
+            "before qat.prepare and train on"
+        )
 
 
 class PackedWeight(FixedDtype):
@@ -61,6 +80,10 @@ class PackedWeight(FixedDtype):
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
+
+    def look(self) -> DequantizedWeight:
+        """Return a float32 copy of the weight, to be read only."""
+        return self.dequantize(torch.float32).as_subclass(DequantizedWeight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``."""
