@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -40,6 +41,10 @@ def prepared(spec, inputs=64, rows=8, dtype=torch.float32, levels=TABLE):
 
 
 def test_nf4_levels_are_the_quantiles_of_qlora():
+    check_levels_of_nf4(codebook)
+
+
+def check_levels_of_nf4(codebook):
     """arXiv:2305.14314, appendix E, with the offset 0.9677083 of its implementation, which the paper leaves unsaid."""
     normal = torch.distributions.Normal(0.0, 1.0)
     positive = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1]).flip(0)
@@ -57,8 +62,12 @@ def test_the_mean_error_of_a_normal_weight_is_the_published_one():
 
 
 def test_nearest_levels_and_ties_by_hand():
+    check_by_hand(codebook)
+
+
+def check_by_hand(codebook):
     """With s = 4 the bounds lie at -3, -0.5 and 2.5; a tie goes to the lower level."""
-    x = torch.tensor([[-4.0, -3.1, -3.0, -2.9, -0.5, 0.0, 2.5, 2.6, 4.0, 0.0]])
+    x = torch.tensor([[-4.0, -3.1, -3.0, -2.9, -0.5, 0.0, 2.5, 2.6, 3.9, 0.0]])
     scale = codebook.block_scale(x, (1, 1))
     levels = torch.tensor([TABLE])
     codes = codebook.quantize(x, scale, levels)
@@ -67,11 +76,34 @@ def test_nearest_levels_and_ties_by_hand():
     assert codebook.dequantize(codes, scale, levels, torch.float32).tolist() == [[-4, -4, -4, -2, -2, 1, 1, 4, 4, 1]]
 
 
+def test_the_reciprocal_of_the_scale_multiplies():
+    check_reciprocal(codebook)
+
+
+def check_reciprocal(codebook):
+    """As in bitsandbytes, where x * (1 / s) and x / s lie on different sides of a bound; numpy's float32 is the judge."""
+    levels = numpy.array(codebook.NF4, dtype=numpy.float32)
+    bounds = (levels[1:] + levels[:-1]) / numpy.float32(2)
+    scale = numpy.random.default_rng(0).random((2000, 1), dtype=numpy.float32) + numpy.float32(0.1)
+    x = numpy.concatenate(
+        [numpy.nextafter(bounds * scale, numpy.float32(way)) for way in (-9, 9)] + [bounds * scale], 1
+    )
+    expected = ((x * (numpy.float32(1) / scale))[..., None] > bounds).sum(-1)
+    assert (expected != ((x / scale)[..., None] > bounds).sum(-1)).any()
+    made = codebook.quantize(torch.from_numpy(x), torch.from_numpy(scale), torch.from_numpy(levels)[None])
+    assert (made.numpy() == expected).all()
+
+
 def test_a_block_of_zeros_stays_zero():
+    check_zeros(codebook)
+
+
+def check_zeros(codebook):
     x = torch.zeros(1, 64)
     x[0, 32:] = torch.linspace(-1, 1, 32)
     values = codebook.fake_quantized(x, (1, 2), torch.tensor([codebook.NF4]))
     assert values[0, :32].eq(0).all() and values.isfinite().all() and values[0, -1] == 1
+    assert codebook.quantize(x, codebook.block_scale(x, (1, 2)), torch.tensor([codebook.NF4]))[0, :32].eq(7).all()
 
 
 @given(
@@ -118,7 +150,27 @@ def test_what_trains_is_what_is_frozen_saved_and_loaded(tmp_path, spec, dtype):
     assert torch.equal(fresh(x), model(x))
 
 
+def test_each_row_has_its_own_levels():
+    check_rows(codebook)
+
+
+def check_rows(codebook):
+    levels = torch.tensor([TABLE, [-1.0, 0.0, 0.5, 1.0]])
+    x = torch.tensor([[-4.0, 2.2, 1.0, 4.0], [-1.0, 0.55, 0.1, 1.0]])
+    made = codebook.fake_quantized(x, (2, 1), levels)
+    assert made.tolist() == [[-4.0, 1.0, 1.0, 4.0], [-1.0, 0.5, 0.0, 1.0]]
+
+
+def check_gradient(codebook):
+    x = torch.tensor([[-4.0, 0.3, 1.0, 4.0]], requires_grad=True)
+    made = codebook.fake_quantize(x, (1, 2), torch.tensor([TABLE]))
+    made.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert x.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert torch.equal(made, codebook.fake_quantized(x, (1, 2), torch.tensor([TABLE])))
+
+
 def test_gradients_pass_straight_through():
+    check_gradient(codebook)
     model = prepared(nf4(group_size=32))
     x, weight = torch.randn(5, 64), model[0].weight
     model[0](x).sum().backward()
