@@ -81,7 +81,7 @@ def test_the_reciprocal_of_the_scale_multiplies():
 
 
 def check_reciprocal(codebook):
-    """As in bitsandbytes, where x * (1 / s) and x / s lie on different sides of a bound; numpy's float32 is the judge."""
+    """As in bitsandbytes, where x * (1 / s) and x / s lie on different sides of a bound; numpy is the judge."""
     levels = numpy.array(codebook.NF4, dtype=numpy.float32)
     bounds = (levels[1:] + levels[:-1]) / numpy.float32(2)
     scale = numpy.random.default_rng(0).random((2000, 1), dtype=numpy.float32) + numpy.float32(0.1)
