@@ -22,6 +22,7 @@ from ..errors import ArtifactError
 from ..numerics import scale_dtype
 from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..spec import Dynamic
+from . import huggingface as hf
 from . import onnx_client
 from .integer_linears import ROUNDS, other_grid, refuse
 from .onnx_graph import export, insert_quantized, strip_traces
@@ -244,6 +245,8 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
         )
     if linear:
         notes.append("OpenVINO rounds these inputs to int8 too, unless it is told EXECUTION_MODE_HINT=ACCURACY")
+    if hf.fused_experts(model):
+        notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
     if "logits" in [value.name for value in graph.outputs]:
         notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
     return notes
