@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from .adapters import own_modules
-from .codebook import stored_shape
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
-from .numerics import scale_shape
+from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
@@ -171,9 +169,7 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
         if decision.weight is None:
             bits = decision.layer.weight.element_size() * 8.0
         else:
-            stored = math.prod(scale_shape(shape, decision.weight)) * _scale_bits(decision.weight)
-            stored += math.prod(stored_shape(shape, decision.weight) or (0,)) * 32
-            bits = decision.weight.bits + stored / weights
+            bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights
         note = decision.reason
         key = id(getattr(decision.layer, "packed_weight", None) or decision.layer.weight)
         if key in names:
@@ -219,7 +215,3 @@ def _input(decision: Decision) -> str:
     if isinstance(decision.activation, Dynamic):
         return f"{decision.activation.value} (dynamic)"
     return str(decision.activation) + (" (sign detected)" if decision.activation.signed is None else "")
-
-
-def _scale_bits(spec: QuantSpec) -> int:
-    return 32 if spec.scale_dtype == "float32" else 16

@@ -37,7 +37,8 @@ freezing, layers, codebook = load_checks("test_freezing"), load_checks("test_lay
 NUMERICS, LSQ, PACKING = "qat.numerics", "qat.quantizers.lsq", "qat.packing"
 POLICY, SURGERY, CALIBRATION = "qat.policy", "qat.surgery", "qat.calibration"
 FREEZING, LINEAR, CONV = "qat.freezing", "qat.layers.linear", "qat.layers.conv"
-PACKED, CPU_INT4, CODEBOOK = "qat.layers.packed", "qat.layers.cpu_int4", "qat.codebook"
+PACKED, CPU_INT4 = "qat.layers.packed", "qat.layers.cpu_int4"
+CODEBOOK, NESTED = "qat.codebook", "qat.double_quantization"
 
 
 class Mutant(NamedTuple):
@@ -331,10 +332,15 @@ MUTANTS = [
     Mutant(
         "the gradient halved",
         CODEBOOK,
-        "return grad_output, None, None",
-        "return grad_output / 2, None, None",
+        "return grad_output, None, None, None",
+        "return grad_output / 2, None, None, None",
         codebook.check_gradient,
     ),
+    Mutant("the offset forgotten", NESTED, "(values + self.offset)", "values", codebook.check_nested),
+    Mutant(
+        "a factor for all scales", NESTED, ".amax(-1)\n", ".amax(-1) * 0 + blocks.abs().amax()\n", codebook.check_nested
+    ),
+    Mutant("a nested tie goes up", NESTED, "out_int32=True)", "out_int32=True, right=True)", codebook.check_nested),
     # Packing
     Mutant(
         "nibbles swapped, both ways",
@@ -446,7 +452,7 @@ MUTANTS = [
     Mutant(
         "scales cost nothing",
         SURGERY,
-        "bits = decision.weight.bits + stored / weights",
+        "bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights",
         "bits = float(decision.weight.bits)",
         surgery.check_table,
     ),

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
-from ..spec import QuantSpec
+from ..spec import Codebook, QuantSpec
 
 
 class DequantizedWeight(Tensor):
@@ -39,7 +40,8 @@ class PackedWeight(FixedDtype):
 
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
-        scale: (rows, groups) in ``spec.scale_dtype``.
+        scale: (rows, groups) in ``spec.scale_dtype``; None where the scales are quantized too.
+        scale_codes, scale_factor, scale_offset, scale_levels: those scales' parts (``qat.double_quantization``).
         zero_point: int8 like the scale; None if symmetric.
         levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
@@ -52,13 +54,19 @@ class PackedWeight(FixedDtype):
         self.columns = math.prod(self.shape[1:])
         row_bytes = packed_row_bytes(self.columns, spec.bits)
         self.register_buffer("packed", torch.empty(self.shape[0], row_bytes, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(scale_shape(shape, spec), dtype=scale_dtype(spec)))
-        zero_point = None if spec.symmetric else torch.empty(self.scale.shape, dtype=torch.int8)
+        self.double, scales = spec.codebook is Codebook.nf4_double, scale_shape(shape, spec)
+        self.register_buffer("scale", None if self.double else torch.empty(scales, dtype=scale_dtype(spec)))
+        if self.double:
+            self.register_buffer("scale_codes", torch.empty(scales, dtype=torch.uint8))
+            self.register_buffer("scale_factor", torch.empty(-(-math.prod(scales) // BLOCK)))
+            self.register_buffer("scale_offset", torch.empty(()))
+            self.register_buffer("scale_levels", torch.empty(256))
+        zero_point = None if spec.symmetric else torch.empty(scales, dtype=torch.int8)
         self.register_buffer("zero_point", zero_point)
         own = codebook.stored_shape(shape, spec)
         levels = None
         if spec.codebook is not None:
-            levels = codebook.named_levels(spec, self.scale.device) if own is None else torch.empty(own)
+            levels = codebook.named_levels(spec, self.packed.device) if own is None else torch.empty(own)
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
 
@@ -68,7 +76,11 @@ class PackedWeight(FixedDtype):
         with torch.device("meta"):
             weight = cls(tensor.spec, tensor.codes.shape)
         weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
-        weight.scale = tensor.scale
+        if weight.double:
+            for part in PARTS:
+                setattr(weight, f"scale_{part}", getattr(tensor.nested, part))
+        else:
+            weight.scale = tensor.scale
         weight.zero_point = tensor.zero_point
         weight.levels = tensor.levels
         return weight
@@ -79,6 +91,9 @@ class PackedWeight(FixedDtype):
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
+        if self.double:
+            nested = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
+            return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
 
     def look(self) -> DequantizedWeight:
@@ -93,7 +108,7 @@ class PackedWeight(FixedDtype):
         self.cpu_operands = None
         super()._apply(fn, recurse)
         if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
-            self.levels = codebook.named_levels(self.spec, self.scale.device)  # which to_empty would leave undefined
+            self.levels = codebook.named_levels(self.spec, self.packed.device)  # which to_empty would leave undefined
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
