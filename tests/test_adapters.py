@@ -118,6 +118,20 @@ def test_exports_carry_the_adapter(tmp_path, capsys, to, options):
     assert gap <= 1e-5 * logits(model).abs().max()
 
 
+def test_adapters_keep_their_names(tmp_path):
+    model = quantized_with_lora("pf")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config, adapter_name="mine").eval()
+    model.add_adapter("other", config)
+    qat.save(model, tmp_path / "artifact")
+    convert(tmp_path / "artifact", tmp_path / "out", "torchao")
+    again = peft.PeftModel.from_pretrained(
+        qat.load(tmp_path / "artifact"), tmp_path / "out" / adapters.FOLDER / "mine", adapter_name="mine"
+    )
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert (tmp_path / "out" / adapters.FOLDER / "other" / adapters.CONFIG).is_file()
+
+
 @pytest.mark.parametrize("to", ["gguf", "onnx", "mlx", "executorch"])
 def test_formats_that_would_drop_the_adapter_refuse_it(tmp_path, to):
     qat.save(quantized_with_lora("plf"), tmp_path / "artifact")
