@@ -56,7 +56,12 @@ def main() -> None:
 
 def teacher_command() -> list[str]:
     """Return the training command of the wide network that teaches the others."""
-    keys = ["name=cifar10/teacher", "model.args.width=64", "trainer.max_epochs=80", "trainer.check_val_every_n_epoch=20"]
+    keys = [
+        "name=cifar10/teacher",
+        "model.args.width=64",
+        "trainer.max_epochs=80",
+        "trainer.check_val_every_n_epoch=20",
+    ]
     return train_command("cifar10_fp", *keys)
 
 
