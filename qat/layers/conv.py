@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, FrozenActivation, WeightCodebook, WeightLSQ
 from .linear import match_dtypes
 from .packed import PackedWeight
 
@@ -17,7 +17,7 @@ class QuantConv2d(nn.Conv2d):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | None
+    weight_quantizer: WeightLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +38,11 @@ class FrozenConv2d(nn.Conv2d):
 
     packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight: a parameter where it is not quantized, else a copy to be read only."""
+        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution in the dtype of x (autocast's, where it is on)."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from . import cpu_int4
 from .packed import PackedWeight
 
@@ -19,7 +19,7 @@ class QuantLinear(nn.Linear):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | None
+    weight_quantizer: WeightLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | DynamicActivation | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator where it
-    takes the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights on an even grid run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator
+    where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
@@ -43,6 +43,11 @@ class FrozenLinear(nn.Linear):
 
     packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | DynamicActivation | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight: a parameter where it is not quantized, else a copy to be read only."""
+        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
@@ -54,7 +59,8 @@ class FrozenLinear(nn.Linear):
         if cpu_int4.fits(x, self.packed_weight):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
         spec = self.packed_weight.spec
-        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and spec.symmetric:
+        even = spec.symmetric and spec.codebook is None
+        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and even:
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
