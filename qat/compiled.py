@@ -27,7 +27,7 @@ def _spec(bits: int, signed: bool, scale_dtype: str) -> QuantSpec:
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())
 def _forward(x: Tensor, step_size: Tensor, bits: int, signed: bool, scale_dtype: str, grad_scale: float) -> Tensor:
-    return numerics.fake_quantized(x, step_size, _spec(bits, signed, scale_dtype))
+    return numerics.arithmetic(x, step_size).fake_quantized(x, step_size, _spec(bits, signed, scale_dtype))
 
 
 @torch.library.custom_op("qat::fake_quantize_backward", mutates_args=())
@@ -35,17 +35,25 @@ def _backward(
     grad_output: Tensor, x: Tensor, step_size: Tensor, bits: int, signed: bool, scale_dtype: str, grad_scale: float
 ) -> tuple[Tensor, Tensor]:
     spec = _spec(bits, signed, scale_dtype)
-    return numerics.fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale)
+    gradients = numerics.arithmetic(x, step_size).fake_quantize_gradients
+    grad_x, grad_step = gradients(grad_output, x, step_size, spec, grad_scale)
+    layout = _layout(x, step_size)
+    return grad_x if grad_x.stride() == layout.stride() else layout.copy_(grad_x), grad_step
 
 
 @_forward.register_fake
 def _(x, step_size, bits, signed, scale_dtype, grad_scale):
-    return numerics.fake_quantized(x, step_size, _spec(bits, signed, scale_dtype))
+    return _layout(x, step_size)
 
 
 @_backward.register_fake
 def _(grad_output, x, step_size, bits, signed, scale_dtype, grad_scale):
-    return numerics.fake_quantize_gradients(grad_output, x, step_size, _spec(bits, signed, scale_dtype), grad_scale)
+    return _layout(x, step_size), torch.empty_like(step_size)
+
+
+def _layout(x: Tensor, step_size: Tensor) -> Tensor:
+    """Return an empty tensor like the fake-quantized x."""
+    return x.new_empty(x.shape) if step_size.shape[1] > 1 else torch.empty_like(x)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         "group index transposed",
         NUMERICS,
-        "x.reshape(*scale.shape, -1), scale[..., None]",
+        "x.contiguous().view(*scale.shape, -1), scale[..., None]",
         "x.reshape(scale.shape[1], scale.shape[0], -1), scale.t()[..., None]",
         numerics.check_codes,
     ),
@@ -211,8 +211,8 @@ MUTANTS = [
     Mutant(
         "a third tensor saved",
         NUMERICS,
-        ("ctx.save_for_backward(x, step_size)", "*ctx.saved_tensors,"),
-        ("ctx.save_for_backward(x, step_size, x / 2)", "*ctx.saved_tensors[:2],"),
+        ("ctx.save_for_backward(x, step_size)", "x, step_size = ctx.saved_tensors"),
+        ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, _ = ctx.saved_tensors"),
         numerics.check_saved_tensors,
     ),
     # LSQ
