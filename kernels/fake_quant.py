@@ -97,18 +97,20 @@ def _backward_kernel(
     x_ptr,  # (S, B)
     step_ptr,  # (S,)
     grad_x_ptr,  # (S, B), or None where it is not wanted
+    y_ptr,  # (S, B), or None where it is not wanted again
     sums_ptr,  # (S, programs along B): grad_step itself where there is one; None where it is not wanted
     S,
     B,
     tiles,  # along B that one program walks
     factor,  # of the sums
+    IN_PLACE: tl.constexpr,  # grad_x is grad_y: only what is masked is written
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Compute BLOCK_S rows of grad_x over ``tiles`` tiles, and the sums of what they add to grad_step."""
+    """Compute BLOCK_S rows of grad_x and y over ``tiles`` tiles, and the sums of what they add to grad_step."""
     row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     scale = _stored_scale(step_ptr, row, row < S, SCALE_DTYPE)[:, None]
     start = tl.program_id(1).to(tl.int64) * tiles * BLOCK_B
@@ -123,10 +125,13 @@ def _backward_kernel(
         inside = (ratio > LOW) & (ratio < HIGH)
         if grad_x_ptr is not None:
             grad_x = tl.where(inside, grad_y.to(tl.float32), 0.0)
-            tl.store(grad_x_ptr + place, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=valid)
+            written = valid & ~inside if IN_PLACE else valid
+            tl.store(grad_x_ptr + place, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=written)
+        codes = round_half_even(_clamp(ratio, LOW, HIGH))
+        if y_ptr is not None:
+            tl.store(y_ptr + place, round_to(codes * scale, y_ptr.dtype.element_ty), mask=valid)
         if sums_ptr is not None:
-            slope = round_half_even(_clamp(ratio, LOW, HIGH)) - tl.where(inside, ratio, 0.0)
-            total += grad_y.to(tl.float32) * slope
+            total += grad_y.to(tl.float32) * (codes - tl.where(inside, ratio, 0.0))
     if sums_ptr is not None:
         sums = tl.sum(total, 1) * factor
         place = row * tl.num_programs(1) + tl.program_id(1)
@@ -142,10 +147,10 @@ def _sum_kernel(sums_ptr, grad_step_ptr, count, factor, BLOCK: tl.constexpr):
     tl.store(grad_step_ptr + tl.program_id(0), round_to(total, grad_step_ptr.dtype.element_ty))
 
 
-def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec) -> Tensor:
+def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.dtype | None = None) -> Tensor:
     """Do what ``qat.numerics.fake_quantized`` does, for bf16, fp16 and fp32 on a device that Triton compiles for."""
     source = in_memory_order(x, step_size)
-    y = torch.empty_like(source)
+    y = torch.empty_like(source, dtype=dtype)
     if x.numel():
         scales, block = step_size.numel(), x.numel() // step_size.numel()
         block_s, block_b = _tile(scales, block)
@@ -163,40 +168,68 @@ def fake_quantize_gradients(
     """Do what ``qat.numerics.fake_quantize_gradients`` does, under the same conditions."""
     source = in_memory_order(x, step_size)
     grad_x = torch.empty_like(source) if wanted[0] else None
-    grad_step = torch.zeros_like(step_size) if wanted[1] and not x.numel() else None
-    if x.numel():
-        if grad_output.stride() != source.stride():
-            grad_output = torch.empty_like(source, dtype=grad_output.dtype).copy_(grad_output)
-        scales, block = step_size.numel(), x.numel() // step_size.numel()
-        block_s, block_b = _tile(scales, block)
-        rows, tiles = triton.cdiv(scales, block_s), triton.cdiv(block, block_b)
-        programs = min(tiles, max(1, PARTIAL_SUMS // rows))  # along B
-        tiles = triton.cdiv(tiles, programs)
-        programs = triton.cdiv(block, block_b * tiles)
-        sums = None
-        if wanted[1]:
-            grad_step = torch.empty(step_size.shape, dtype=step_size.dtype, device=x.device)
-            sums = grad_step if programs == 1 else x.new_empty(scales, programs, dtype=torch.float32)
-        with on_device(x):
-            _backward_kernel[rows, programs](
-                grad_output,
-                source,
-                step_size.contiguous(),
-                grad_x,
-                sums,
-                scales,
-                block,
-                tiles,
-                grad_scale if programs == 1 else 1.0,
-                *_grid(spec),
-                block_s,
-                block_b,
-                num_warps=4,
-            )
-            if wanted[1] and programs > 1:
-                size = triton.next_power_of_2(programs)
-                _sum_kernel[(scales,)](sums, grad_step, programs, grad_scale, size, num_warps=4)
+    if grad_output.stride() != source.stride():
+        grad_output = torch.empty_like(source, dtype=grad_output.dtype).copy_(grad_output)
+    grad_step = _backward(grad_output, source, step_size, spec, grad_scale, grad_x, None, wanted[1])
     return None if grad_x is None else _laid_out_as(x, grad_x, step_size), grad_step
+
+
+def requantize_(
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+    wanted=(True, True),
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Do what ``qat.numerics.requantize_`` does in one pass, where the layouts allow."""
+    if not (x.stride() == grad_output.stride() and in_memory_order(x, step_size) is x):
+        y = None if dtype is None else fake_quantized(x, step_size, spec, dtype)
+        return y, *fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale, wanted)
+    y = None if dtype is None else torch.empty_like(x, dtype=dtype)
+    grad_x = None
+    if wanted[0]:
+        grad_x = grad_output if grad_output.dtype == x.dtype else torch.empty_like(x)
+    grad_step = _backward(grad_output, x, step_size, spec, grad_scale, grad_x, y, wanted[1])
+    return y, grad_x, grad_step
+
+
+def _backward(grad_y, x, step_size, spec, grad_scale, grad_x, y, step_wanted: bool) -> Tensor | None:
+    """Fill grad_x and y where they are given, and return the gradient of the step size where it is wanted."""
+    if not x.numel() or (grad_x is None and y is None and not step_wanted):
+        return torch.zeros_like(step_size) if step_wanted else None
+    scales, block = step_size.numel(), x.numel() // step_size.numel()
+    block_s, block_b = _tile(scales, block)
+    rows, tiles = triton.cdiv(scales, block_s), triton.cdiv(block, block_b)
+    tiles_each = triton.cdiv(tiles, max(1, PARTIAL_SUMS // rows))
+    programs = triton.cdiv(tiles, tiles_each)  # along B
+    grad_step = sums = None
+    if step_wanted:
+        grad_step = torch.empty(step_size.shape, dtype=step_size.dtype, device=x.device)
+        sums = grad_step if programs == 1 else x.new_empty(scales, programs, dtype=torch.float32)
+    with on_device(x):
+        _backward_kernel[rows, programs](
+            grad_y,
+            x,
+            step_size.contiguous(),
+            grad_x,
+            y,
+            sums,
+            scales,
+            block,
+            tiles_each,
+            grad_scale if programs == 1 else 1.0,
+            grad_x is grad_y,
+            *_grid(spec),
+            block_s,
+            block_b,
+            num_warps=4,
+        )
+        if step_wanted and programs > 1:
+            size = triton.next_power_of_2(programs)
+            _sum_kernel[(scales,)](sums, grad_step, programs, grad_scale, size, num_warps=4)
+    return grad_step
 
 
 def in_memory_order(x: Tensor, step_size: Tensor) -> Tensor:

@@ -76,22 +76,22 @@ def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
 
 @torch.library.custom_op("qat::round_dynamic", mutates_args=())
 def _round(x: Tensor, kind: str) -> Tensor:
-    return dynamic.rounded(x, Dynamic(kind))
+    return dynamic.arithmetic(x).rounded(x, Dynamic(kind)).contiguous()
 
 
 @torch.library.custom_op("qat::round_dynamic_backward", mutates_args=())
 def _round_backward(grad_output: Tensor, x: Tensor, kind: str) -> Tensor:
-    return dynamic.rounded_gradient(grad_output, x, Dynamic(kind))
+    return dynamic.arithmetic(x).rounded_gradient(grad_output, x, Dynamic(kind)).contiguous()
 
 
 @_round.register_fake
 def _(x, kind):
-    return dynamic.rounded(x, Dynamic(kind))
+    return x.new_empty(x.shape)
 
 
 @_round_backward.register_fake
 def _(grad_output, x, kind):
-    return dynamic.rounded_gradient(grad_output, x, Dynamic(kind))
+    return x.new_empty(x.shape)
 
 
 def _keep_input(ctx, inputs, output) -> None:

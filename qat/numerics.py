@@ -139,10 +139,10 @@ def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: flo
     return _FakeQuantize.apply(x, step_size, spec, grad_scale)
 
 
-def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the value of ``fake_quantize``, without gradients: the reference of ``qat.kernels.fake_quant``."""
+def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the value of ``fake_quantize``, without gradients, in ``dtype`` (that of x): the kernels' reference."""
     scale = stored_scale(step_size, spec)
-    return dequantize(quantize(x, scale, spec), scale, x.dtype)
+    return dequantize(quantize(x, scale, spec), scale, dtype or x.dtype)
 
 
 def fake_quantize_gradients(
@@ -160,6 +160,23 @@ def fake_quantize_gradients(
         total = terms.sum() if step_size.numel() == 1 else terms.reshape(*step_size.shape, -1).sum(-1)
         grad_step = (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)
     return grad_x, grad_step
+
+
+def requantize_(
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+    wanted=(True, True),
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (fake-quantized x in ``dtype``, or None; gradient of x; gradient of the step size).
+
+    For a backward that kept x alone and needs its fake-quantized value again. ``grad_output`` may be overwritten.
+    """
+    y = None if dtype is None else fake_quantized(x, step_size, spec, dtype)
+    return y, *fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale, wanted)
 
 
 class _FakeQuantize(torch.autograd.Function):

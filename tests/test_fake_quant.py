@@ -66,6 +66,12 @@ def assert_like_the_reference(x, step_size, grad, spec, grad_scale=0.37, wanted=
         assert_close_to_float64(got[1], grad, x, step_size, spec, grad_scale)
         again = fake_quant.fake_quantize_gradients(grad, x, step_size, spec, grad_scale, wanted)[1]
         assert same_bits(got[1], again)
+    for dtype in (None, torch.bfloat16, torch.float32):
+        owned = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        y, *again = fake_quant.requantize_(owned, x, step_size, spec, grad_scale, wanted, dtype)
+        assert y is None if dtype is None else same_bits(y, fake_quantized(x, step_size, spec, dtype))
+        for one, other in zip(again, got, strict=True):
+            assert one is other is None or same_bits(one.contiguous(), other.contiguous())
 
 
 def assert_close_to_float64(grad_step, grad, x, step_size, spec, grad_scale):
