@@ -490,15 +490,15 @@ MUTANTS = [
     Mutant(
         "the input is not quantized in training",
         LINEAR,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "x_rounding = None if activation is None else activation.rounding(x)",
+        "x_rounding = None",
         layers.check_linear_forward,
     ),
     Mutant(
         "no bias in training",
         LINEAR,
-        "F.linear(x, weight, self.bias)",
-        "F.linear(x, weight)",
+        "product(x, self.weight, self.bias,",
+        "product(x, self.weight, None,",
         layers.check_linear_forward,
     ),
     Mutant(
@@ -525,15 +525,15 @@ MUTANTS = [
     Mutant(
         "conv: the input is not quantized in training",
         CONV,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "return product(x, self.weight, self.bias, x_rounding, ",
+        "return product(x, self.weight, self.bias, None, ",
         layers.check_conv_forward,
     ),
     Mutant(
         "conv: no bias in training",
         CONV,
-        "_conv_forward(x, weight, self.bias)",
-        "_conv_forward(x, weight, None)",
+        "return product(x, self.weight, self.bias,",
+        "return product(x, self.weight, None,",
         layers.check_conv_forward,
     ),
     Mutant(
@@ -546,8 +546,8 @@ MUTANTS = [
     Mutant(
         "conv: no frozen bias",
         CONV,
-        "dequantize(x.dtype), bias)",
-        "dequantize(x.dtype), None)",
+        "return self._conv_forward(x, weight, bias)",
+        "return self._conv_forward(x, weight, None)",
         lambda m: layers.check_frozen_forward(qat.layers.linear, m),
     ),
     Mutant(

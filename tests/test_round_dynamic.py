@@ -1,4 +1,4 @@
-"""Fused dynamic rounding against qat.quantizers.dynamic: Triton's interpreter on a CPU; ``-m gpu`` compiles for CUDA."""
+"""Fused dynamic rounding against qat.quantizers.dynamic: interpreted on a CPU; ``-m gpu`` compiles for CUDA."""
 
 import math
 

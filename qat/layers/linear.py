@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightLSQ
+from ..quantizers.rounding import Rounding
 from . import cpu_int4
 from .packed import PackedWeight
+from .product import product
 
 
 class QuantLinear(nn.Linear):
@@ -24,10 +26,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return F.linear(x, weight, self.bias)
+        x_rounding, weight_rounding = roundings(self, x)
+        return product(x, self.weight, self.bias, x_rounding, weight_rounding)
 
 
 class FrozenLinear(nn.Linear):
@@ -59,6 +59,13 @@ class FrozenLinear(nn.Linear):
 
             return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+
+
+def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Rounding | None]:
+    """Return what a fake-quant layer does to its input and to its weight; None for nothing."""
+    activation, weight = layer.activation_quantizer, layer.weight_quantizer
+    x_rounding = None if activation is None else activation.rounding(x)
+    return x_rounding, None if weight is None else weight.rounding(layer.weight)
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

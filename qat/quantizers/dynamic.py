@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..spec import Dynamic
+
+if TYPE_CHECKING:
+    from .rounding import Rounding  # imports this module
 
 BLOCK = 32  # of q8_0
 
@@ -49,6 +53,12 @@ class DynamicActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., K) rounded, in its own dtype; the gradient passes straight through, except where it clips."""
         return round_dynamic(x, self.spec) if self.enabled else x
+
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if it passes through."""
+        from .rounding import Rounding
+
+        return Rounding(self.spec) if self.enabled else None
 
 
 def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
