@@ -25,6 +25,7 @@ from qat.numerics import MIN_SCALE
 from qat.spec import QuantSpec
 
 TILE = 4096  # elements a program holds at a time
+WARPS = 4
 PARTIAL_SUMS = 4096  # of one step size at most, so that one tile adds them up
 
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
@@ -157,7 +158,7 @@ def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.d
         grid = (triton.cdiv(scales, block_s), triton.cdiv(block, block_b))
         with on_device(x):
             _forward_kernel[grid](
-                source, step_size.contiguous(), y, scales, block, *_grid(spec), block_s, block_b, num_warps=4
+                source, step_size.contiguous(), y, scales, block, *_grid(spec), block_s, block_b, num_warps=WARPS
             )
     return _laid_out_as(x, y, step_size)
 
@@ -224,11 +225,11 @@ def _backward(grad_y, x, step_size, spec, grad_scale, grad_x, y, step_wanted: bo
             *_grid(spec),
             block_s,
             block_b,
-            num_warps=4,
+            num_warps=WARPS,
         )
         if step_wanted and programs > 1:
             size = triton.next_power_of_2(programs)
-            _sum_kernel[(scales,)](sums, grad_step, programs, grad_scale, size, num_warps=4)
+            _sum_kernel[(scales,)](sums, grad_step, programs, grad_scale, size, num_warps=WARPS)
     return grad_step
 
 
