@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         "group index transposed",
         NUMERICS,
-        "x.reshape(*scale.shape, -1), scale[..., None]",
+        "x.contiguous().view(*scale.shape, -1), scale[..., None]",
         "x.reshape(scale.shape[1], scale.shape[0], -1), scale.t()[..., None]",
         numerics.check_codes,
     ),
@@ -211,8 +211,8 @@ MUTANTS = [
     Mutant(
         "a third tensor saved",
         NUMERICS,
-        ("ctx.save_for_backward(x, step_size)", "*ctx.saved_tensors,"),
-        ("ctx.save_for_backward(x, step_size, x / 2)", "*ctx.saved_tensors[:2],"),
+        ("ctx.save_for_backward(x, step_size)", "x, step_size = ctx.saved_tensors"),
+        ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, _ = ctx.saved_tensors"),
         numerics.check_saved_tensors,
     ),
     # LSQ
@@ -519,15 +519,15 @@ MUTANTS = [
     Mutant(
         "the input is not quantized in training",
         LINEAR,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "x_rounding = None if activation is None else activation.rounding(x)",
+        "x_rounding = None",
         layers.check_linear_forward,
     ),
     Mutant(
         "no bias in training",
         LINEAR,
-        "F.linear(x, weight, self.bias)",
-        "F.linear(x, weight)",
+        "product(x, self.weight, self.bias,",
+        "product(x, self.weight, None,",
         layers.check_linear_forward,
     ),
     Mutant(
@@ -554,15 +554,15 @@ MUTANTS = [
     Mutant(
         "conv: the input is not quantized in training",
         CONV,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "return product(x, self.weight, self.bias, x_rounding, ",
+        "return product(x, self.weight, self.bias, None, ",
         layers.check_conv_forward,
     ),
     Mutant(
         "conv: no bias in training",
         CONV,
-        "_conv_forward(x, weight, self.bias)",
-        "_conv_forward(x, weight, None)",
+        "return product(x, self.weight, self.bias,",
+        "return product(x, self.weight, None,",
         layers.check_conv_forward,
     ),
     Mutant(
@@ -575,8 +575,8 @@ MUTANTS = [
     Mutant(
         "conv: no frozen bias",
         CONV,
-        "dequantize(x.dtype), bias)",
-        "dequantize(x.dtype), None)",
+        "return self._conv_forward(x, weight, bias)",
+        "return self._conv_forward(x, weight, None)",
         lambda m: layers.check_frozen_forward(qat.layers.linear, m),
     ),
     Mutant(
