@@ -526,8 +526,8 @@ MUTANTS = [
     Mutant(
         "no bias in training",
         LINEAR,
-        "product(x, self.weight, self.bias,",
-        "product(x, self.weight, None,",
+        "product(x, weight, self.bias,",
+        "product(x, weight, None,",
         layers.check_linear_forward,
     ),
     Mutant(
@@ -554,15 +554,15 @@ MUTANTS = [
     Mutant(
         "conv: the input is not quantized in training",
         CONV,
-        "return product(x, self.weight, self.bias, x_rounding, ",
-        "return product(x, self.weight, self.bias, None, ",
+        "return product(x, weight, self.bias, x_rounding, ",
+        "return product(x, weight, self.bias, None, ",
         layers.check_conv_forward,
     ),
     Mutant(
         "conv: no bias in training",
         CONV,
-        "return product(x, self.weight, self.bias,",
-        "return product(x, self.weight, None,",
+        "return product(x, weight, self.bias,",
+        "return product(x, weight, None,",
         layers.check_conv_forward,
     ),
     Mutant(
