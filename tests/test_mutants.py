@@ -137,7 +137,7 @@ MUTANTS = [
     Mutant(
         "group index transposed",
         NUMERICS,
-        "x.reshape(*scale.shape, -1), scale[..., None]",
+        "x.contiguous().view(*scale.shape, -1), scale[..., None]",
         "x.reshape(scale.shape[1], scale.shape[0], -1), scale.t()[..., None]",
         numerics.check_codes,
     ),
@@ -212,8 +212,8 @@ MUTANTS = [
     Mutant(
         "a third tensor saved",
         NUMERICS,
-        ("ctx.save_for_backward(x, step_size)", "*ctx.saved_tensors,"),
-        ("ctx.save_for_backward(x, step_size, x / 2)", "*ctx.saved_tensors[:2],"),
+        ("ctx.save_for_backward(x, step_size)", "x, step_size = ctx.saved_tensors"),
+        ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, _ = ctx.saved_tensors"),
         numerics.check_saved_tensors,
     ),
     # LSQ
@@ -525,15 +525,15 @@ MUTANTS = [
     Mutant(
         "the input is not quantized in training",
         LINEAR,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "x_rounding = None if activation is None else activation.rounding(x)",
+        "x_rounding = None",
         layers.check_linear_forward,
     ),
     Mutant(
         "no bias in training",
         LINEAR,
-        "F.linear(x, weight, self.bias)",
-        "F.linear(x, weight)",
+        "product(x, weight, self.bias,",
+        "product(x, weight, None,",
         layers.check_linear_forward,
     ),
     Mutant(
@@ -560,15 +560,15 @@ MUTANTS = [
     Mutant(
         "conv: the input is not quantized in training",
         CONV,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "return product(x, weight, self.bias, x_rounding, ",
+        "return product(x, weight, self.bias, None, ",
         layers.check_conv_forward,
     ),
     Mutant(
         "conv: no bias in training",
         CONV,
-        "_conv_forward(x, weight, self.bias)",
-        "_conv_forward(x, weight, None)",
+        "return product(x, weight, self.bias,",
+        "return product(x, weight, None,",
         layers.check_conv_forward,
     ),
     Mutant(
@@ -581,8 +581,8 @@ MUTANTS = [
     Mutant(
         "conv: no frozen bias",
         CONV,
-        "dequantize(x.dtype), bias)",
-        "dequantize(x.dtype), None)",
+        "return self._conv_forward(x, weight, bias)",
+        "return self._conv_forward(x, weight, None)",
         lambda m: layers.check_frozen_forward(qat.layers.linear, m),
     ),
     Mutant(
