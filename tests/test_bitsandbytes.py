@@ -108,6 +108,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         tensors = {ONE: random_tensor(8, 64, nf4()), TWO: random_tensor(8, inputs, spec)}
         with pytest.raises(ArtifactError, match=message):
             bitsandbytes.write(model_of(tensors), tmp_path)
+    alike = model_of({"model.lm_head": random_tensor(8, 64, nf4())})
+    with pytest.raises(ArtifactError, match=r"'model.lm_head' would be skipped with 'lm_head'"):
+        bitsandbytes.write(alike, tmp_path)
     with pytest.raises(ArtifactError, match="is a Conv2d, and bitsandbytes holds linear layers only"):
         bitsandbytes.write(model_of({ONE: random_tensor(8, 64, nf4())}, kind="Conv2d"), tmp_path)
 
@@ -177,6 +180,12 @@ def swap_the_kind(stored):
         (with_state(lambda state: state.update(blocksize=128)), r"blocks of 128 span the rows of its \[4, 64\]"),
         (lambda stored: stored[f"{ONE}.weight.quant_map"].mul_(0.5), "other levels than NF4's"),
         (lambda stored: stored.pop(f"{ONE}.weight.quant_map"), "quant_map"),
+        (lambda stored: stored.update({f"{ONE}.weight": stored[f"{ONE}.weight"][:-1]}), "127 bytes and 4 scales"),
+        (lambda stored: stored.update({f"{ONE}.weight.absmax": torch.ones(3)}), "128 bytes and 3 scales"),
+        (
+            lambda stored: stored.update({f"{ONE}.weight.absmax": torch.ones(4, dtype=torch.uint8)}),
+            f"{ONE}.weight.nested_absmax",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, change, message):
