@@ -53,15 +53,15 @@ def with_state(change):
 
 
 def test_nibbles_scales_and_state(tmp_path):
-    codes = (torch.arange(64) % 16).to(torch.int8).view(2, 32)
-    tensor = QuantizedTensor(codes, torch.tensor([[0.1], [2.0]]), nf4(32))
+    codes = (torch.arange(128) % 16).to(torch.int8).view(2, 64)
+    tensor = QuantizedTensor(codes, torch.tensor([[0.1, 3.0], [2.0, 4.0]]), nf4(32))
     _, stored, quantization = written(tmp_path, {ONE: tensor}, dtype=torch.bfloat16)
-    assert stored[f"{ONE}.weight"].shape == (32, 1)
-    assert stored[f"{ONE}.weight"].flatten().tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 4
-    assert stored[f"{ONE}.weight.absmax"].tolist() == torch.tensor([0.1, 2.0]).tolist()
+    assert stored[f"{ONE}.weight"].shape == (64, 1)
+    assert stored[f"{ONE}.weight"].flatten().tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 8
+    assert stored[f"{ONE}.weight.absmax"].tolist() == torch.tensor([0.1, 3.0, 2.0, 4.0]).tolist()
     assert stored[f"{ONE}.weight.quant_map"].tolist() == torch.tensor(codebook.NF4).tolist()
     state = json.loads(bytes(stored[f"{ONE}.weight.quant_state.bitsandbytes__nf4"].tolist()))
-    assert state == {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [2, 32]}
+    assert state == {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [2, 64]}
     assert quantization["quant_method"] == "bitsandbytes" and quantization["load_in_4bit"]
     assert quantization["llm_int8_skip_modules"] == ["model.embed_tokens", "lm_head"]
     assert formats.format_of(tmp_path) == "bitsandbytes"
