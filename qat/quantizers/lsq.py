@@ -24,6 +24,7 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
+from .half_quadratic import half_quadratic_step_size
 from .least_error import best_step_size, squared_errors
 
 SAMPLE = 2**16  # values that a calibration batch leaves for the search of the least error
@@ -45,6 +46,8 @@ def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init) -> Tensor:
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
+    if init is Init.hqq:
+        return half_quadratic_step_size(weight, largest, spec)
     return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec), largest)
 
 
@@ -102,14 +105,16 @@ class LearnedStepSize(FixedDtype):
 
 
 class WeightLSQ(LearnedStepSize):
-    """Fake-quantizes a weight per tensor, channel or group."""
+    """Fake-quantizes a weight per tensor, channel or group; its step size waits for data if its init reads any."""
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
         spec = replace(spec, signed=True)
         super().__init__(spec, scale_shape(weight.shape, spec), name, init, weight.device)
-        if not weight.is_meta:
+        if init.reads_data:
+            self.fix = f"init={init.value} reads data: run qat.calibrate(model, batches) (the training command does it)"
+        elif not weight.is_meta:
             self.set_step_size(weight_step_size(weight, spec, init))
 
     def forward(self, weight: Tensor) -> Tensor:
