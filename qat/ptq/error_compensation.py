@@ -65,7 +65,7 @@ def factors_of(moments: Moments, options: Options) -> list[Factor]:
 def quantize_layer(layer: QuantLayer, moments: Moments, factors: list[Factor], act_order: bool) -> float:
     """Quantize one layer; return its output error as a multiple of round-to-nearest's."""
     spec = layer.weight_quantizer.spec
-    weight = layer.weight.detach().float().flatten(1)
+    weight = layer.weight.detach().float().flatten(1).clone()
     shared = weight_step_size(weight, spec, Init.mse) if spec.granularity is Granularity.tensor else None
     parts = weight.chunk(len(factors))
     pairs = [gptq(part, factor, spec, act_order, shared) for part, factor in zip(parts, factors, strict=True)]

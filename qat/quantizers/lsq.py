@@ -40,15 +40,22 @@ def minmax_step_size(max_magnitude: Tensor, spec: QuantSpec) -> Tensor:
     return max_magnitude / spec.q_p
 
 
-def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init) -> Tensor:
-    """Return the initial step size of a weight, (rows, groups) float32."""
+def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tensor | None = None) -> Tensor:
+    """Return the initial step size of a weight, (rows, groups) float32.
+
+    Args:
+        weight: any float tensor.
+        spec: the grid.
+        init: one that reads no data.
+        weights: of the squared errors, for Init.mse: float32 that broadcasts to the weight; None for 1.
+    """
     magnitude = weight.detach().abs().float().reshape(*scale_shape(weight.shape, spec), -1)
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
     if init is Init.hqq:
         return half_quadratic_step_size(weight, largest, spec)
-    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec), largest)
+    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
 
 
 class LearnedStepSize(FixedDtype):
