@@ -72,8 +72,9 @@ class Finished:
         """Write a unit that is done; the file appears whole or not at all."""
         if self.folder is None or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             return
-        parts = {part: getattr(report, part) for part in ("losses", "fallbacks", "notes")}
-        mine = {part: {key: v for key, v in values.items() if key in unit.layers} for part, values in parts.items()}
+        mine, names = {}, {unit.name, *unit.layers}
+        for part in ("losses", "fallbacks", "notes"):
+            mine[part] = {name: value for name, value in getattr(report, part).items() if name in names}
         metadata = {"digest": self._digests[unit.name], "report": json.dumps(mine)}
         state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _state(unit).items()}
         new = self._path(unit).with_suffix(".tmp")
