@@ -51,6 +51,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     decisions = decide(model, policy)
     _check_shapes(decisions)
     weight_quantizers: dict[int, WeightLSQ] = {}
+    init = policy.init.of_activations
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
             continue
@@ -63,9 +64,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
         elif decision.activation is not None:
-            activation = ActivationLSQ(
-                decision.activation, layer.weight.device, decision.name, policy.init.of_activations
-            )
+            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, init)
         make_fake_quant_(layer, weight, activation)
     if verbose:
         print(_table(model, decisions))

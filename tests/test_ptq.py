@@ -97,7 +97,7 @@ def test_gptq_is_the_optimal_brain_quantizer(act_order, inputs):
 
 
 def test_gptaq_corrects_later_columns_for_what_earlier_layers_changed():
-    """P[j, F] = alpha D[j, F] H[F, F]^-1 with F the columns after j; and the unquantized model's output comes closer."""
+    """P[j, F] = alpha D[j, F] H[F, F]^-1 with F the columns after j; the unquantized model's output comes closer."""
     x = correlated_inputs(inputs=8).double()
     unquantized = x + 0.3 * x @ torch.randn(8, 8).double()
     hessian, difference = x.T @ x / len(x), (unquantized - x).T @ x / len(x)
