@@ -76,18 +76,16 @@ def read_model(path: str) -> nn.Module:
     """
     from . import load
     from .checkpoint import read_checkpoint
-    from .formats.native import is_artifact
+    from .formats import format_of
 
-    if not Path(path).is_dir():
+    folder = Path(path)
+    if not folder.is_dir():
         return read_checkpoint(path).build()
-    if is_artifact(Path(path)):
+    if format_of(folder) is not None or not (folder / "config.json").is_file():
         return load(path)
-    try:
-        from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(path)
-    except (ImportError, OSError, ValueError):
-        return load(path)  # whose message says what is wrong
+    return AutoModelForCausalLM.from_pretrained(path)
 
 
 if __name__ == "__main__":

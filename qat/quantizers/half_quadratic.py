@@ -17,7 +17,7 @@ from ..spec import QuantSpec
 P = 0.7
 BETA, GROWTH = 10.0, 1.01  # of the quadratic penalty, and its growth an iteration
 ITERATIONS = 20
-STARTS = [share / 20 for share in range(20, 7, -1)]  # of the step size that clips nothing: the splitting is local
+STARTS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the step size that clips nothing: the splitting is local
 
 
 def half_quadratic_step_size(weight: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
