@@ -209,7 +209,8 @@ def table(entries: list[dict]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for entry in entries:
         spread = f" ± {entry['spread']:.2f}" if entry["spread"] else ""
-        recovery = f"{entry['recovery']:.0%}" if "recovery" in entry else ""
+        known = not math.isnan(entry.get("recovery", math.nan))
+        recovery = f"{entry['recovery']:.0%}" if known else ""
         numbers = f"{entry['perplexity']:.2f}{spread} | {entry['kl']:.4f} | {entry['agreement']:.1%} | {recovery}"
         lines.append(f"| {entry['bits']} | {entry['row']} | {numbers} |")
     return "\n".join(lines) + "\n"
