@@ -113,7 +113,7 @@ def fold(producer: nn.Module, layers: list[QuantLayer], scales: Tensor) -> None:
     """Divide the producer's output channels by s, and multiply the layers' input channels by it."""
     scales = scales.to(producer.weight.dtype)
     producer.weight.div_(scales if producer.weight.dim() == 1 else scales[:, None])
-    if producer.bias is not None if hasattr(producer, "bias") else False:
+    if getattr(producer, "bias", None) is not None:
         producer.bias.div_(scales)
     for layer in layers:
         layer.weight.mul_(scales)

@@ -91,7 +91,10 @@ def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
     """
     unit.find_stages()
     layers = {name: layer for name, layer in unit.layers.items() if name in unit.calls}
-    targets = [first(unit.run(unit.twin, batch)) for batch in range(unit.batches)]
+    targets = []
+    for batch in range(unit.batches):
+        target = first(unit.run(unit.twin, batch))
+        targets.append(target if options.device is None else target.cpu())
     if not all(target.isfinite().all() for target in targets):
         raise CalibrationError(f"the output of {unit.name!r} holds NaN or infinity: check the data and the model")
     nearest, roundings = [{name: SignRounding(layer) for name, layer in layers.items()} for _ in range(2)]
@@ -173,7 +176,7 @@ def descend(
 def batch_loss(unit: Unit, batch: int, targets: list[Tensor]) -> Tensor:
     """Return the mean squared difference of the unit's output to the unquantized one."""
     output = first(unit.run(unit.module, batch))
-    return F.mse_loss(output.float(), targets[batch].float())
+    return F.mse_loss(output.float(), targets[batch].to(output.device).float())
 
 
 def total_loss(unit: Unit, targets: list[Tensor]) -> float:

@@ -26,7 +26,7 @@ from . import awq, block_training, error_compensation
 from .options import Options
 from .report import Report
 from .resume import Finished
-from .units import Chain, Forward, Layers, Unit, find_blocks, hooked, is_chain
+from .units import Chain, Forward, Layers, Unit, find_blocks, probe
 
 METHODS: dict[Init, Callable[[Unit, Options, Report], None]] = {
     Init.gptq: error_compensation.quantize_unit,
@@ -96,18 +96,18 @@ def walk(
         return Unit(name, model, part, lambda module, batch: forward(module, batches[batch]), len(batches), twin)
 
     found = find_blocks(model, layers)
-    if found is None or not is_chain(model, found[1], batches[0], forward):
+    seen = found and probe(model, found[1], layers, batches[0], forward)
+    if not seen or not seen.chained:
         yield whole("model", layers)
         return
     name, blocks = found
     inside = {id(module) for module in blocks.modules()}
-    early = called_before(model, blocks[0], layers, batches[0], forward)
     outside = {name: layer for name, layer in layers.items() if id(layer) not in inside}
-    before = {name: layer for name, layer in outside.items() if name in early}
-    after = {name: layer for name, layer in outside.items() if name not in early}
+    before = {name: layer for name, layer in outside.items() if name in seen.early}
+    after = {name: layer for name, layer in outside.items() if name not in seen.early}
     if before:
         yield whole("before", before)
-    chain = Chain(model, blocks, batches, forward, twins)
+    chain = Chain(model, blocks, seen.rest, batches, forward)
     for index, block in enumerate(blocks):
         home = next(block.parameters()).device
         block.to(options.device or home)
@@ -116,24 +116,13 @@ def walk(
         part = {name: layer for name, layer in layers.items() if id(layer) in members}
         run = chain.runner(index, twin, options.device)
         unit = Unit(f"{name}.{index}", block, part, run, len(batches), twin)
-        yield unit
+        if part:
+            yield unit
         chain.advance(unit)
         block.to(home)
     del chain
     if after:
         yield whole("after", after)
-
-
-def called_before(model: nn.Module, block: nn.Module, layers: Layers, batch: Any, forward: Forward) -> set[str]:
-    """Return the names of layers that a forward reaches before a block."""
-    seen: list[str] = []
-    handle = block.register_forward_pre_hook(lambda *_: seen.append(""))
-    try:
-        with hooked(layers, lambda name, _: seen.append(name)):
-            forward(model, batch)
-    finally:
-        handle.remove()
-    return set(seen[: seen.index("")])
 
 
 def unquantized_copy(module: nn.Module) -> nn.Module:

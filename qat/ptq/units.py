@@ -1,7 +1,7 @@
 """How a model is walked one part at a time: its decoder blocks in order, and what lies before and after them.
 
 A unit is run again and again on the inputs that it gets from what is quantized already, while the rest of the model
-waits. Blocks are the ModuleList that holds the most layers to quantize and whose members feed one another, as in every
+waits. Blocks are the ModuleList that holds the most layers to quantize, if its members feed one another, as in every
 transformer; a model without one is a single unit, which is run from the start for every layer in it.
 """
 
@@ -104,14 +104,14 @@ def hooked(layers: Layers, observe: Callable[[str, Tensor], None]) -> Iterator[N
 
 
 def find_blocks(model: nn.Module, layers: Layers) -> tuple[str, nn.ModuleList] | None:
-    """Return the ModuleList, of two members or more, that holds most of the layers in every one of its members."""
+    """Return the outermost ModuleList, of two members or more, that holds most of the layers; None without one."""
     waiting = {id(layer) for layer in layers.values()}
     best, most = None, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
-            counts = [sum(id(part) in waiting for part in block.modules()) for block in module]
-            if all(counts) and sum(counts) > most:
-                best, most = (name, module), sum(counts)
+            held = sum(id(part) in waiting for part in module.modules())
+            if held > most:
+                best, most = (name, module), held
     return best
 
 
@@ -120,16 +120,16 @@ class Chain:
 
     Attributes:
         stream: each batch's input of the block that comes next, behind quantized blocks.
-        unquantized: the same behind unquantized ones; None if nobody asked for it.
+        unquantized: the same behind unquantized ones, where units have a twin.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: nn.ModuleList, batches: list[Any], forward: Forward, unquantized: bool
+        self, model: nn.Module, blocks: nn.ModuleList, rest: tuple | None, batches: list[Any], forward: Forward
     ) -> None:
         self.stream: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []  # of a batch, of a block: what else it is called with
-        self._record(model, blocks, batches, forward)
-        self.unquantized = list(self.stream) if unquantized else None
+        self._record(model, blocks, rest, batches, forward)
+        self.unquantized = list(self.stream)
 
     def runner(self, index: int, twin: nn.Module | None, device: torch.device | str | None) -> Callable:
         """Return how to run block ``index``, or its twin, on a batch."""
@@ -148,15 +148,10 @@ class Chain:
             if unit.twin is not None:
                 self.unquantized[batch] = first(unit.run(unit.twin, batch)).to(hidden.device)
 
-    def _record(self, model: nn.Module, blocks: nn.ModuleList, batches: list[Any], forward: Forward) -> None:
+    def _record(
+        self, model: nn.Module, blocks: nn.ModuleList, rest: tuple | None, batches: list[Any], forward: Forward
+    ) -> None:
         """Keep the first block's inputs, and what else each block is called with: none of them runs."""
-        outputs: list[Any] = []
-        handle = blocks[0].register_forward_hook(lambda *given: outputs.append(given[-1]))
-        try:
-            forward(model, batches[0])  # to learn what a block returns: a tensor, or a tuple that starts with it
-        finally:
-            handle.remove()
-        rest = outputs[0][1:] if isinstance(outputs[0], tuple) else None
 
         def stub(index: int) -> Callable:
             def passed_on(*args: Any, **kwargs: Any) -> Any:
@@ -179,23 +174,41 @@ class Chain:
                 block.__dict__.pop("forward", None)
 
 
-def is_chain(model: nn.Module, blocks: nn.ModuleList, batch: Any, forward: Forward) -> bool:
-    """Return whether each block is called once, on what the one before it returned."""
+@dataclass
+class Probe:
+    """What one forward shows of blocks.
+
+    Attributes:
+        chained: whether each is called once, on what the one before it returned.
+        rest: what a block returns beside its main output; None where it returns only that.
+        early: the names of layers that run before the first block.
+    """
+
+    chained: bool
+    rest: tuple | None
+    early: set[str]
+
+
+def probe(model: nn.Module, blocks: nn.ModuleList, layers: Layers, batch: Any, forward: Forward) -> Probe:
+    """Run a batch through the whole model and look."""
     outputs: list[Any] = []
     fits: list[bool] = []
+    early: set[str] = set()
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = split_call(args, kwargs)[0]
-        fits.append(isinstance(hidden, Tensor) and (not outputs or hidden is outputs[-1]))
+        fits.append(isinstance(hidden, Tensor) and (not outputs or hidden is first(outputs[-1])))
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(lambda *given: outputs.append(first(given[-1]))) for block in blocks]
+    handles += [block.register_forward_hook(lambda *given: outputs.append(given[-1])) for block in blocks]
     try:
-        forward(model, batch)
+        with hooked(layers, lambda name, _: None if fits else early.add(name)):
+            forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return len(fits) == len(blocks) and all(fits)
+    rest = outputs[0][1:] if outputs and isinstance(outputs[0], tuple) else None
+    return Probe(len(fits) == len(blocks) and all(fits), rest, early)
 
 
 def split_call(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
