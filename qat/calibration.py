@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import StateError
 from .layers import is_prepared, quant_layers
-from .quantizers import ActivationLSQ, ActivationStatistics
+from .quantizers import ActivationLSQ, ActivationStatistics, WeightLSQ
 from .spec import Init
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def calibrate(
 
 def weights_wait(model: nn.Module) -> bool:
     """Return whether a prepared model has weights that ``calibrate`` is to set."""
-    quantizers = [layer.weight_quantizer for _, layer in quant_layers(model) if layer.weight_quantizer is not None]
-    return any(quantizer.init.reads_data and not quantizer.is_initialised for quantizer in quantizers)
+    quantizers = [layer.weight_quantizer for _, layer in quant_layers(model)]
+    return any(isinstance(quantizer, WeightLSQ) and quantizer.waits_for_data for quantizer in quantizers)
 
 
 @contextmanager

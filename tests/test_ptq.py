@@ -581,6 +581,15 @@ def test_a_layer_that_is_never_reached(init, capsys):
     assert model.rare.weight_quantizer.is_initialised
 
 
+@pytest.mark.parametrize("init", READ_DATA)
+def test_codebooks_wait_for_nothing(init):
+    rules = [{"match": "2", "weight": {"codebook": "nf4", "bits": 4}}]
+    before = qat.quantized_tensors(prepared(mlp(), "mse", rules=rules))
+    model = prepared(mlp(), init, rules=rules)
+    qat.calibrate(model, [torch.randn(64, 32)], options=QUICK)
+    assert torch.equal(qat.quantized_tensors(model)["2"].codes, before["2"].codes)
+
+
 def test_nothing_rounds_to_nearest_before_calibration():
     model = prepared(mlp(), "gptq")
     with pytest.raises(StateError, match=r"'0' was never initialised: init=gptq reads data: run qat.calibrate"):

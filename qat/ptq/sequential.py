@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
 from ..layers import quant_layers
-from ..quantizers import DynamicActivation, LearnedStepSize
+from ..quantizers import DynamicActivation, LearnedStepSize, WeightLSQ
 from ..quantizers.lsq import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation
@@ -43,7 +43,7 @@ def waiting_layers(model: nn.Module) -> Layers:
     found: dict[int, tuple[str, Any]] = {}
     for name, layer in quant_layers(model):
         quantizer = layer.weight_quantizer
-        if quantizer is not None and quantizer.init.reads_data and not quantizer.is_initialised:
+        if isinstance(quantizer, WeightLSQ) and quantizer.waits_for_data:
             found.setdefault(id(quantizer), (name, layer))
     return dict(found.values())
 

@@ -138,6 +138,11 @@ class WeightLSQ(LearnedStepSize):
         elements = weight.numel() // self.step_size.numel()  # that share a scale
         return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p))
 
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether ``qat.calibrate`` is to set it, by an init that reads data."""
+        return self.init.reads_data and not self.is_initialised
+
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
         return quantize_tensor(weight, self.scale(), self.spec)
