@@ -31,8 +31,8 @@ class Decision:
 def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.Module:
     """Make a model train as the quantized model it will be; in place.
 
-    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes wait
-    for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
+    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes, and
+    weights whose init reads data, wait for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
 
     Args:
         model: any module; its ``nn.Linear`` and ``nn.Conv2d`` layers can be quantized.
@@ -52,6 +52,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     decisions = decide(model, policy)
     _check_shapes(decisions)
     weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
+    init = policy.init.of_activations
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
             continue
@@ -64,7 +65,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
         elif decision.activation is not None:
-            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, policy.init)
+            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, init)
         make_fake_quant_(layer, weight, activation)
     if verbose:
         print(_table(model, decisions))

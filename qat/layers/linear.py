@@ -70,13 +70,15 @@ class FrozenLinear(nn.Linear):
 def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
     """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
 
-    The weight comes back rounded where a codebook does it, which has no step size to take part in the backward.
+    The weight comes back rounded where something other than LSQ does it, such as a codebook.
     """
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
     x_rounding = None if activation is None else activation.rounding(x)
-    if isinstance(quantizer, WeightCodebook):
-        return x_rounding, quantizer(layer.weight), None
-    return x_rounding, layer.weight, None if quantizer is None else quantizer.rounding(layer.weight)
+    if quantizer is None:
+        return x_rounding, layer.weight, None
+    if isinstance(quantizer, WeightLSQ):
+        return x_rounding, layer.weight, quantizer.rounding(layer.weight)
+    return x_rounding, quantizer(layer.weight), None
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
