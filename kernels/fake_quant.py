@@ -18,7 +18,7 @@ Bytes moved, at least: x and y forward; grad_y, x and grad_x backward. Nothing i
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.launching import launch
+from qat.kernels.launching import ceil_div, launch, next_power_of_2
 from qat.kernels.rounding import INTERPRETED, round_half_even, round_to
 from torch import Tensor
 
@@ -157,10 +157,10 @@ def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.d
     if x.numel():
         scales, block = step_size.numel(), x.numel() // step_size.numel()
         block_s, block_b = _tile(scales, block)
-        tiles = triton.cdiv(block, block_b)
+        tiles = ceil_div(block, block_b)
         arguments = source, step_size.contiguous(), y, scales, block, tiles
         constants = *_bounds(spec), block_s, block_b
-        launch(_forward_kernel, (triton.cdiv(scales, block_s) * tiles,), arguments, constants, num_warps=WARPS)
+        launch(_forward_kernel, (ceil_div(scales, block_s) * tiles,), arguments, constants, num_warps=WARPS)
     return _laid_out_as(x, y, step_size)
 
 
@@ -203,9 +203,9 @@ def _backward(grad_y, x, step_size, spec, grad_scale, grad_x, y, step_wanted: bo
         return torch.zeros_like(step_size) if step_wanted else None
     scales, block = step_size.numel(), x.numel() // step_size.numel()
     block_s, block_b = _tile(scales, block)
-    rows, tiles = triton.cdiv(scales, block_s), triton.cdiv(block, block_b)
-    tiles_each = triton.cdiv(tiles, max(1, PARTIAL_SUMS // rows))
-    programs = triton.cdiv(tiles, tiles_each)  # along B
+    rows, tiles = ceil_div(scales, block_s), ceil_div(block, block_b)
+    tiles_each = ceil_div(tiles, max(1, PARTIAL_SUMS // rows))
+    programs = ceil_div(tiles, tiles_each)  # along B
     grad_step = sums = None
     if step_wanted:
         grad_step = torch.empty(step_size.shape, dtype=step_size.dtype, device=x.device)
@@ -215,7 +215,7 @@ def _backward(grad_y, x, step_size, spec, grad_scale, grad_x, y, step_wanted: bo
     constants = grad_x is grad_y, *_bounds(spec), block_s, block_b
     launch(_backward_kernel, (rows, programs), arguments, constants, num_warps=WARPS)
     if step_wanted and programs > 1:
-        size = triton.next_power_of_2(programs)
+        size = next_power_of_2(programs)
         launch(_sum_kernel, (scales,), (sums, grad_step, programs, grad_scale), (size,), num_warps=WARPS)
     return grad_step
 
@@ -239,8 +239,8 @@ def _laid_out_as(x: Tensor, result: Tensor, step_size: Tensor) -> Tensor:
 
 
 def _tile(scales: int, block: int) -> tuple[int, int]:
-    block_b = min(TILE, triton.next_power_of_2(block))
-    return min(TILE // block_b, triton.next_power_of_2(scales)), block_b
+    block_b = min(TILE, next_power_of_2(block))
+    return min(TILE // block_b, next_power_of_2(scales)), block_b
 
 
 def _bounds(spec: QuantSpec) -> tuple[float, float, tl.dtype]:

@@ -41,6 +41,16 @@ def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: tuple, **
         compiled[grid + (1,) * (3 - len(grid))](*arguments, *constants)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up; ``triton.cdiv`` takes ten times as long outside a kernel."""
+    return -(-a // b)
+
+
+def next_power_of_2(a: int) -> int:
+    """Return the least power of two that is at least a, which is at least 1."""
+    return 1 << (a - 1).bit_length()
+
+
 def _specialization(argument) -> tuple | None:
     """Return what Triton compiles a kernel for: alignment, the width of integers, ones."""
     if isinstance(argument, Tensor):

@@ -17,7 +17,7 @@ written, and y where it is wanted again.
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.launching import launch
+from qat.kernels.launching import ceil_div, launch, next_power_of_2
 from qat.kernels.rounding import round_half_even, round_to
 from torch import Tensor
 
@@ -119,11 +119,11 @@ def _launch(x: Tensor, y: Tensor | None, grad_y: Tensor | None, grad_x: Tensor |
     if not x.numel():
         return
     k = _BLOCK if kind == Dynamic.q8_0 else x.shape[-1]
-    tokens, block_k = x.numel() // k, triton.next_power_of_2(k)
+    tokens, block_k = x.numel() // k, next_power_of_2(k)
     block_t = max(1, TILE // block_k)
     launch(
         _round_kernel,
-        (triton.cdiv(tokens, block_t),),
+        (ceil_div(tokens, block_t),),
         (x, y, grad_y, grad_x, tokens, k),
         (kind == Dynamic.q8_0, block_t, block_k),
         num_warps=min(16, max(4, block_t * block_k // 1024)),
