@@ -33,7 +33,7 @@ def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: tuple, **
         with torch.accelerator.device_index(device.index):
             launch(kernel, grid, arguments, constants, **options)
         return
-    key = (kernel, device, constants, *options.values(), *map(_specialization, arguments))
+    key = (kernel.fn, device, constants, *options.values(), *map(_specialization, arguments))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, *constants, **options)
