@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import numerics
+from . import codebook, numerics
 from .layers import product as products
 from .layers.product import Convolution
 from .quantizers import dynamic
@@ -107,6 +107,24 @@ def _round_gradients(ctx, grad_output: Tensor):
 
 
 _round.register_autograd(_round_gradients, setup_context=_keep_input)
+
+
+def codebook_fake_quantize(x: Tensor, shape: tuple[int, int], levels: Tensor) -> Tensor:
+    """Do what ``codebook.fake_quantize`` does, inside a compiled graph."""
+    return _codebook(x, *shape, levels)
+
+
+@torch.library.custom_op("qat::codebook_fake_quantize", mutates_args=())
+def _codebook(x: Tensor, rows: int, groups: int, levels: Tensor) -> Tensor:
+    return codebook.fake_quantized(x, (rows, groups), levels)
+
+
+@_codebook.register_fake
+def _(x, rows, groups, levels):
+    return torch.empty_like(x)
+
+
+_codebook.register_autograd(lambda ctx, grad_output: (grad_output, None, None, None))
 
 
 def product(

@@ -38,6 +38,9 @@ PACKAGES = {
     "onnxruntime-genai": "--verify of gptq and awq",
     "compressed-tensors": "--verify of compressed-tensors",
     "mlx-lm": "--verify of mlx",
+    "bitsandbytes": "--verify of bitsandbytes",
+    "torchao": "--verify of torchao",
+    "peft": "adapters on a quantized model",
     "executorch": "convert --to executorch",
 }
 

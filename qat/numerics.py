@@ -3,7 +3,8 @@
     codes = clamp(round_half_even(x / s) + z, -q_n, q_p)          x_hat = (codes - z) * s
 
 computed in float32 (float64 for float64 inputs) with the scale already rounded to the dtype it is stored in, and
-rounded once, at the end, to the dtype asked for. For whole bounds this equals LSQ's round(clip(x / s)).
+rounded once, at the end, to the dtype asked for. For whole bounds this equals LSQ's round(clip(x / s)). Grids that are
+not even have their arithmetic in ``qat.codebook``.
 
 A scale has shape (rows, groups): (1, 1) per tensor, (O, 1) per channel, (O, G) per group. The tensor it belongs to is
 read row-major as (rows, groups, block), where ``block`` elements share a scale.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend
+from . import backend, codebook
 from .errors import LayerError
 from .spec import Granularity, QuantSpec
 
@@ -86,15 +87,23 @@ class QuantizedTensor:
         scale: (rows, groups) in ``spec.scale_dtype``.
         zero_point: int8, the scale's shape, in the range of the codes; None if symmetric.
         spec: the grid.
+        levels: of the codebook, float32 (1 or rows, 2^bits), where the spec has one; a named one's follow from it.
     """
 
     codes: Tensor
     scale: Tensor
     spec: QuantSpec
     zero_point: Tensor | None = None
+    levels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.spec.codebook is not None and self.levels is None:
+            self.levels = codebook.named_levels(self.spec, self.codes.device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return (codes - zero_point) * scale, rounded once to ``dtype``."""
+        """Return (codes - zero_point) * scale, or levels[codes] * scale, rounded once to ``dtype``."""
+        if self.levels is not None:
+            return codebook.dequantize(self.codes, self.scale, self.levels, dtype)
         return dequantize(self.codes, self.scale, dtype, self.zero_point)
 
     @property
@@ -103,6 +112,8 @@ class QuantizedTensor:
         parameters = self.scale.numel() * (
             self.scale.element_size() * 8 + (0 if self.spec.symmetric else self.spec.bits)
         )
+        if codebook.stored_shape(self.codes.shape, self.spec) is not None:
+            parameters += self.levels.numel() * 32
         return self.spec.bits + parameters / self.codes.numel()
 
 

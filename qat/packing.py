@@ -1,6 +1,7 @@
 """Codes as bytes: a little-endian bit stream a row, so 4-bit codes lie two a byte, the even one in the low nibble.
 
-Codes are stored as u = code + 2^(bits-1), which is never negative. Each row starts on a byte boundary.
+Codes are stored as u = code - lowest, which is never negative: lowest is -2^(bits-1), or 0 for indices of a codebook.
+Each row starts on a byte boundary.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ def packed_row_bytes(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack int8 codes (rows, columns) of ``bits`` bits into uint8 (rows, packed_row_bytes)."""
+def pack(codes: Tensor, bits: int, lowest: int | None = None) -> Tensor:
+    """Pack int8 codes (rows, columns) of ``bits`` bits into uint8 (rows, packed_row_bytes).
+
+    Args:
+        codes: from ``lowest`` to ``lowest + 2^bits - 1``.
+        bits: 2 to 8.
+        lowest: -2^(bits-1) if None.
+    """
     rows, columns = codes.shape
-    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned = (codes.to(torch.int16) + _offset(bits, lowest)).to(torch.uint8)
     if 8 % bits:
         return _pack_across_bytes(unsigned, bits)
     per_byte = 8 // bits
@@ -28,7 +35,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+def unpack(packed: Tensor, bits: int, columns: int, lowest: int | None = None) -> Tensor:
     """Undo ``pack``: uint8 (rows, packed_row_bytes) to int8 codes (rows, columns)."""
     if 8 % bits:
         unsigned = _unpack_across_bytes(packed, bits)
@@ -36,7 +43,11 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         parts = [(packed >> (bits * position)) & (2**bits - 1) for position in range(8 // bits)]
         unsigned = torch.stack(parts, -1).flatten(1)
     # In uint8 the subtraction wraps and the bit pattern is the int8 answer.
-    return (unsigned[:, :columns] - 2 ** (bits - 1)).view(torch.int8).contiguous()
+    return (unsigned[:, :columns] - _offset(bits, lowest)).view(torch.int8).contiguous()
+
+
+def _offset(bits: int, lowest: int | None) -> int:
+    return 2 ** (bits - 1) if lowest is None else -lowest
 
 
 def _pack_across_bytes(unsigned: Tensor, bits: int) -> Tensor:

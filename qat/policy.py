@@ -76,6 +76,8 @@ class QuantPolicy:
         if isinstance(activation, QuantSpec) and activation.granularity != "tensor":
             raise PolicyError(f"activations take granularity='tensor', not {activation.granularity.value!r}")
         for spec in (weight, activation):
+            if spec is activation and isinstance(spec, QuantSpec) and spec.codebook is not None:
+                raise PolicyError("activations take no codebook: drop it, or give weights one")
             if isinstance(spec, QuantSpec) and not spec.symmetric:
                 raise PolicyError("LSQ learns symmetric grids: drop symmetric=False")
         return weight, activation

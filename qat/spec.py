@@ -28,6 +28,13 @@ class ScaleDtype(StrEnum):
     float32 = "float32"
 
 
+class Codebook(StrEnum):
+    """A table of levels that codes point into, in place of evenly spaced ones: NF4's, or the layer's own."""
+
+    nf4 = "nf4"
+    custom = "custom"
+
+
 class Init(StrEnum):
     """How a step size starts: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; or the
     one of least squared error.
@@ -52,7 +59,8 @@ class Dynamic(StrEnum):
 class QuantSpec:
     """Bits, granularity and scale dtype of a quantized tensor.
 
-    Codes run from ``-q_n`` to ``q_p`` (Q_N and Q_P of LSQ, arXiv:1902.08153, section 2).
+    Codes run from ``-q_n`` to ``q_p`` (Q_N and Q_P of LSQ, arXiv:1902.08153, section 2); with a codebook they are the
+    indices of its 2^bits levels, from 0.
 
     Args:
         bits: 2 to 8.
@@ -61,7 +69,11 @@ class QuantSpec:
         signed: weights are always signed. For an activation, None means that calibration detects it (unsigned if
             no value is negative).
         symmetric: True for no zero point.
-        scale_dtype: the dtype the scale is rounded to inside the training forward and stored in.
+        scale_dtype: the dtype the scale is rounded to inside the training forward and stored in: bfloat16 unless
+            given, and always float32 with a codebook.
+        codebook: "nf4" (QLoRA, arXiv:2305.14314, 4 bits), or "custom" for levels that the layer stores itself, one
+            table an output channel; for weights only. The scale is then not learned: it is the largest magnitude of
+            what shares it, as in bitsandbytes (``qat.codebook`` has the arithmetic).
 
     Raises:
         SpecError: a field out of range, or fields that contradict each other.
@@ -72,7 +84,8 @@ class QuantSpec:
     group_size: Optional[int] = None  # noqa: UP045
     signed: Optional[bool] = None  # noqa: UP045
     symmetric: bool = True
-    scale_dtype: ScaleDtype = ScaleDtype.bfloat16
+    scale_dtype: Optional[ScaleDtype] = None  # noqa: UP045
+    codebook: Optional[Codebook] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -80,6 +93,10 @@ class QuantSpec:
         if self.granularity is None:
             self.granularity = Granularity.channel if self.group_size is None else Granularity.group
         self.granularity = as_member(Granularity, "granularity", self.granularity)
+        if self.codebook is not None:
+            self._check_codebook()
+        if self.scale_dtype is None:
+            self.scale_dtype = ScaleDtype.bfloat16 if self.codebook is None else ScaleDtype.float32
         self.scale_dtype = as_member(ScaleDtype, "scale_dtype", self.scale_dtype)
         if self.granularity is Granularity.group:
             if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
@@ -90,15 +107,30 @@ class QuantSpec:
                 "drop one of the two, or set granularity='group'"
             )
 
+    def _check_codebook(self) -> None:
+        self.codebook = as_member(Codebook, "codebook", self.codebook)
+        most = 4  # indices lie in int8, and more levels than this gain nothing over even ones
+        if self.bits > most or (self.codebook is Codebook.nf4 and self.bits != 4):
+            bits = "4 bits" if self.codebook is Codebook.nf4 else f"2 to {most} bits"
+            raise SpecError(f"codebook={self.codebook.value!r} has {bits}, not {self.bits}")
+        if not self.symmetric or self.signed is False:
+            raise SpecError("a codebook has its own zero and sign: drop symmetric=False and signed=False")
+        if self.scale_dtype not in (None, "float32"):
+            raise SpecError("the scale of a codebook is float32, as in bitsandbytes: drop scale_dtype")
+
     @property
     def q_n(self) -> int:
         """The magnitude of the lowest code."""
-        return 0 if self.signed is False else 2 ** (self.bits - 1)
+        return 0 if self._counts_from_zero else 2 ** (self.bits - 1)
 
     @property
     def q_p(self) -> int:
         """The highest code."""
-        return 2**self.bits - 1 if self.signed is False else 2 ** (self.bits - 1) - 1
+        return 2**self.bits - 1 if self._counts_from_zero else 2 ** (self.bits - 1) - 1
+
+    @property
+    def _counts_from_zero(self) -> bool:
+        return self.signed is False or self.codebook is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -111,19 +143,30 @@ class QuantSpec:
         return cls(**values)
 
     def override(self, values: dict[str, Any]) -> QuantSpec:
-        """Return a copy with some fields replaced; a new granularity or group size lets the other one follow."""
+        """Return a copy with some fields replaced.
+
+        A new granularity or group size lets the other one follow, and a new codebook the scale's dtype.
+        """
         check_keys(values, "QuantSpec")
         merged = self.to_dict()
         if "granularity" in values and "group_size" not in values:
             merged["group_size"] = merged["group_size"] if values["granularity"] == "group" else None
         if "group_size" in values and "granularity" not in values:
             merged["granularity"] = None
+        if "codebook" in values:
+            merged["scale_dtype"] = None
         return QuantSpec(**{**merged, **values})
 
     def __str__(self) -> str:
+        if self.codebook is not None:
+            name = self.codebook.value if self.codebook is Codebook.nf4 else f"codebook{self.bits}"
+            return f"{name} {self._where}"
         sign = "u" if self.signed is False else ""
-        where = f"g{self.group_size}" if self.granularity is Granularity.group else self.granularity.value
-        return f"{sign}int{self.bits} {where}" + ("" if self.symmetric else " asymmetric")
+        return f"{sign}int{self.bits} {self._where}" + ("" if self.symmetric else " asymmetric")
+
+    @property
+    def _where(self) -> str:
+        return f"g{self.group_size}" if self.granularity is Granularity.group else self.granularity.value
 
 
 def check_keys(values: dict[str, Any], what: str) -> None:

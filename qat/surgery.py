@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from .adapters import own_modules
+from .codebook import stored_shape
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
 from .numerics import scale_shape
 from .policy import QuantPolicy, match_rules
-from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightLSQ
+from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
 from .spec import Dynamic, QuantSpec
 
@@ -50,7 +53,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     decisions = decide(model, policy)
     _check_shapes(decisions)
-    weight_quantizers: dict[int, WeightLSQ] = {}
+    weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
             continue
@@ -58,7 +61,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if decision.weight is not None:
             weight = weight_quantizers.get(id(layer.weight))
             if weight is None:
-                weight = WeightLSQ(decision.weight, layer.weight, decision.name, policy.init)
+                weight = _weight_quantizer(decision, policy)
                 weight_quantizers[id(layer.weight)] = weight
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
@@ -70,15 +73,26 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     return model
 
 
+def _weight_quantizer(decision: Decision, policy: QuantPolicy) -> WeightLSQ | WeightCodebook:
+    if decision.weight.codebook is not None:
+        return WeightCodebook(decision.weight, decision.layer.weight, decision.name)
+    return WeightLSQ(decision.weight, decision.layer.weight, decision.name, policy.init)
+
+
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
     layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
-    described = [(name, type(layer).__name__, type(layer) in FAKE_QUANT) for name, layer in layers]
+    adapters = own_modules(model)
+    described = [
+        (name, type(layer).__name__, type(layer) in FAKE_QUANT and id(layer) not in adapters) for name, layer in layers
+    ]
     winners = match_rules(policy.rules, described)
     decisions = []
     for (name, layer), rule in zip(layers, winners, strict=True):
         weight, activation = policy.specs_of(rule)
-        if type(layer) in FAKE_QUANT:
+        if id(layer) in adapters:
+            decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
+        elif type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
@@ -157,8 +171,9 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
         if decision.weight is None:
             bits = decision.layer.weight.element_size() * 8.0
         else:
-            rows_, groups = scale_shape(shape, decision.weight)
-            bits = decision.weight.bits + rows_ * groups * _scale_bits(decision.weight) / weights
+            stored = math.prod(scale_shape(shape, decision.weight)) * _scale_bits(decision.weight)
+            stored += math.prod(stored_shape(shape, decision.weight) or (0,)) * 32
+            bits = decision.weight.bits + stored / weights
         note = decision.reason
         key = id(getattr(decision.layer, "packed_weight", None) or decision.layer.weight)
         if key in names:

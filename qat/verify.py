@@ -30,7 +30,7 @@ def write_reference(model, example, path: Path) -> None:
         for name, layer in quant_layers(model):
             if layer.weight_quantizer is not None:
                 quantized = layer.weight_quantizer.quantize(layer.weight)
-                tensors[f"codes/{name}"] = pack(quantized.codes.flatten(1), quantized.spec.bits)
+                tensors[f"codes/{name}"] = pack(quantized.codes.flatten(1), quantized.spec.bits, -quantized.spec.q_n)
                 digests[name] = _digest(layer.weight_quantizer(layer.weight))
         if example is not None:
             tensors["input"], tensors["output"] = example, _output(model, example)
@@ -60,7 +60,8 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
             print(f"layers differ: {sorted(found.keys() ^ digests.keys())}")
             return False
         for name, tensor in found.items():
-            codes = unpack(file.get_tensor(f"codes/{name}"), tensor.spec.bits, tensor.codes[0].numel())
+            spec, columns = tensor.spec, tensor.codes[0].numel()
+            codes = unpack(file.get_tensor(f"codes/{name}"), spec.bits, columns, -spec.q_n)
             off = int((codes != tensor.codes.flatten(1)).sum())
             weight_off = _digest(tensor.dequantize(torch.float32)) != digests[name]
             if off or weight_off:

@@ -16,11 +16,13 @@ FORMATS = {
     "gptq": "gptq",
     "awq": "awq",
     "mlx": "mlx",
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
     "onnx": "onnx",
     "executorch": "executorch",
 }
 SUFFIXES = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
-METHODS = {"qat": "native", "compressed-tensors": "compressed-tensors", "gptq": "gptq", "awq": "awq"}
+METHODS = {"qat": "native"} | {name: name for name in ("compressed-tensors", "gptq", "awq", "bitsandbytes", "torchao")}
 
 
 def module(name: str) -> ModuleType:

@@ -67,11 +67,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     schemes = {name: _scheme(layer.weight) for name, layer in layers.items()}
     entries = {"quantization_config": _config(schemes, list(matrices))}
     hf.write_folder(model, folder, METHOD, entries, "vllm serve .")
-    experts = hf.fused_experts(model)
-    stacked = (
-        f"warning: only transformers reads {experts[0]!r} and its like, experts that it stacks" if experts else None
-    )
-    return _notes(layers, schemes) + ([stacked] if stacked else [])
+    return _notes(layers, schemes) + hf.fused_expert_notes(model)
 
 
 def read(folder: Path) -> QuantizedModel:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import refuse_beside
 from ..errors import ArtifactError
 from ..layers import FrozenLinear, frozen_layers
 from ..numerics import QuantizedTensor
@@ -28,7 +29,7 @@ from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..quantizers import DynamicActivation
 from ..spec import Dynamic
 from .companions import copy_companions
-from .integer_linears import ROUNDS, exact, grid, refuse, tensors
+from .integer_linears import ROUNDS, exact, grid, other_grid, refuse, tensors
 from .onnx import example_input
 from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
@@ -51,6 +52,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
         ArtifactError: names the layers that XNNPACK cannot hold exactly; or torch cannot export the model.
         OSError: the disk is full, or cannot be written.
     """
+    refuse_beside(model, METHOD)
     refuse(METHOD, {name: problem for name, layer in model.layers.items() if (problem := _problem(layer))})
     scales = {name: exact(tensor.scale, torch.bfloat16, name, METHOD) for name, tensor in tensors(model)}
     _need()
@@ -65,7 +67,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
             wrapped.set_submodule(name, replaced[layer])
     longest = _longest(model)
     program = _lower(wrapped, example, longest, model.source)
-    copy_companions(model.files, folder)
+    copy_companions(model, folder)
     with (folder / FILE).open("wb") as stream:
         program.write_to_file(stream)
     trained = sum(layer.activation is Dynamic.int8_token for layer in model.layers.values())
@@ -120,6 +122,8 @@ def _problem(layer: QuantizedLayer) -> str | None:
     if activation not in (None, Dynamic.int8_token):
         fix = f"--to {ROUNDS[activation] if isinstance(activation, Dynamic) else 'onnx'} keeps that"
         return f"trained with its input rounded as {activation}, and {METHOD} rounds as int8_token; {fix}"
+    if spec.codebook is not None:
+        return other_grid(layer, METHOD)
     if spec.bits > 4:
         return f"has {spec.bits} bits, and XNNPACK's groups 4; --to onnx holds it"
     if not spec.symmetric:

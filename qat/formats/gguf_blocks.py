@@ -20,6 +20,7 @@ from ..errors import ArtifactError
 from ..numerics import MIN_SCALE, QuantizedTensor
 from ..quantized_model import QuantizedLayer
 from ..spec import Dynamic, QuantSpec
+from .integer_linears import other_grid
 
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -40,6 +41,8 @@ def block_type(layer: QuantizedLayer) -> str:
         )
     if layer.has_activation_scale:
         raise ArtifactError("has a trained activation scale, which llama.cpp has no place for: use --to onnx")
+    if spec.codebook is not None:
+        raise ArtifactError(other_grid(layer, "GGUF"))
     if inputs % BLOCK or (spec.group_size or BLOCK) % BLOCK:
         what = f"{inputs} inputs" if inputs % BLOCK else f"groups of {spec.group_size}"
         raise ArtifactError(f"has {what}, which blocks of {BLOCK} do not divide: use --to onnx")

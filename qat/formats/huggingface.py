@@ -26,20 +26,25 @@ from .shards import INDEX, ShardWriter
 
 CONFIG = "config.json"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+RUN_TRANSFORMERS = "python -c \"import transformers; transformers.AutoModelForCausalLM.from_pretrained('.')\""
 WEIGHTS_ONLY = "activations stay in floating point: only the weights are quantized, as they were in training"
 
 
 def write_dense(model: QuantizedModel, shards: ShardWriter) -> dict[str, int]:
     """Write what is not quantized; return {name of a module that keeps a matrix as its weight: its rows}."""
     matrices = {}
-    names = list(model.dense) + ([] if _ties_embeddings(model) else list(model.tied))
-    for name in names:
+    for name in dense_names(model):
         tensor = model.dense[model.tied.get(name, name)]
         shards.add(name, tensor.clone() if name in model.tied else tensor)
         if tensor.dim() == 2:
             matrices[name] = tensor.shape[0]
     matrices.update({name: matrices[owner] for name, owner in model.tied.items() if owner in matrices})
     return {name.removesuffix(".weight"): rows for name, rows in matrices.items() if name.endswith(".weight")}
+
+
+def dense_names(model: QuantizedModel) -> list[str]:
+    """Return the names that ``write_dense`` writes."""
+    return list(model.dense) + ([] if _ties_embeddings(model) else list(model.tied))
 
 
 def fused_experts(model: QuantizedModel) -> list[str]:
@@ -51,6 +56,14 @@ def refuse_fused_experts(model: QuantizedModel, method: str) -> None:
     """Raise an ArtifactError that names the model's fused experts, if it has any."""
     reason = "is a fused stack of experts, which no reader of this format knows; --to compressed-tensors holds it"
     refuse(method, dict.fromkeys(fused_experts(model), reason))
+
+
+def fused_expert_notes(model: QuantizedModel) -> list[str]:
+    """Return a warning about the dense stacks of experts of a folder that only transformers reads, if it has any."""
+    experts = fused_experts(model)
+    if not experts:
+        return []
+    return [f"warning: only transformers reads {experts[0]!r} and its like, experts that it stacks"]
 
 
 def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:
@@ -87,7 +100,7 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
     if config.get("tie_word_embeddings") and not _ties_embeddings(model):
         config["tie_word_embeddings"] = False  # the head has codes of its own
     (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")
-    copy_companions(model.files, folder)
+    copy_companions(model, folder)
     generation = folder / "generation_config.json"
     if not generation.exists():
         tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key)}

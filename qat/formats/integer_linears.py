@@ -14,13 +14,20 @@ from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
-from ..spec import Dynamic, QuantSpec
+from ..spec import Codebook, Dynamic, QuantSpec
 
 ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format whose runtime rounds inputs that way
 
 
-def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, QuantizedLayer]:
+def weight_only_layers(
+    model: QuantizedModel, method: str, codebook: Codebook | None = None
+) -> dict[str, QuantizedLayer]:
     """Return the layers by name, all of which a weight-only format of linear layers can hold.
+
+    Args:
+        model: what is exported.
+        method: the format's name.
+        codebook: the one it is made of; None for even grids.
 
     Raises:
         ArtifactError: the architecture is not of transformers, or layers do not fit; each is named.
@@ -44,8 +51,17 @@ def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, Quantize
                 f"trained with its input quantized to {layer.activation}, which {method} would drop; --to onnx keeps "
                 "it, or train with activation: null"
             )
+        elif layer.weight.codebook != codebook:
+            problems[name] = other_grid(layer, method)
     refuse(method, problems)
     return model.layers
+
+
+def other_grid(layer: QuantizedLayer, method: str) -> str:
+    """Return what to say of a layer whose levels a format does not have, and the format that holds them."""
+    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes"}
+    fix = holds.get(layer.weight.codebook, "native") if layer.type == "Linear" else "native"
+    return f"has {layer.weight} weights, whose levels {method} does not have; --to {fix} holds it"
 
 
 def refuse(method: str, problems: dict[str, str]) -> None:
@@ -60,11 +76,20 @@ def tensors(model: QuantizedModel) -> Iterator[tuple[str, QuantizedTensor]]:
     for name, layer in model.layers.items():
         tensor = model.quantized(layer.tied or name)
         zero_point = None if tensor.zero_point is None else tensor.zero_point.cpu()
-        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point)
+        levels = None if tensor.levels is None else tensor.levels.cpu()
+        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point, levels)
 
 
-def largest_size(layers: dict[str, QuantizedLayer], method: str, sizes: tuple[int, ...]) -> int:
+def largest_size(
+    layers: dict[str, QuantizedLayer], method: str, sizes: tuple[int, ...], other: str = "compressed-tensors"
+) -> int:
     """Return the largest group size, of those a format has, that repeats each layer's scales exactly.
+
+    Args:
+        layers: by name.
+        method: the format's name.
+        sizes: the largest first.
+        other: the format that holds any size.
 
     Raises:
         ArtifactError: there is none; the layers that fit none are named.
@@ -74,7 +99,7 @@ def largest_size(layers: dict[str, QuantizedLayer], method: str, sizes: tuple[in
         if all(own % size == 0 for own in owned.values()):
             return size
     known = f"{', '.join(map(str, sorted(sizes)))}"
-    fix = f"train with a multiple of {min(sizes)}, or use --to compressed-tensors"
+    fix = f"train with a multiple of {min(sizes)}, or use --to {other}"
     refuse(
         method,
         {

@@ -2,10 +2,10 @@
 
 config.json holds the architecture (a transformers config at the top level, or a builder of ours under "architecture")
 and, under "quantization_config", the layers' specs and what is tied. A layer NAME with a quantized weight stores
-``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale`` and, if asymmetric,
-``NAME.packed_weight.zero_point``; one with a quantized input ``NAME.activation_quantizer.scale``, unless that is
-rounded as a runtime rounds it, which only the spec says. Nothing in it is executable: names are looked up in fixed
-tables only.
+``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale``, if asymmetric
+``NAME.packed_weight.zero_point`` and, of a custom codebook, ``NAME.packed_weight.levels``; one with a quantized input
+``NAME.activation_quantizer.scale``, unless that is rounded as a runtime rounds it, which only the spec says. Nothing in
+it is executable: names are looked up in fixed tables only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..spec import Codebook
 from .companions import copy_companions
 from .shards import ShardWriter
 
@@ -41,7 +42,7 @@ DTYPES |= {
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
-    """Write a model into an empty folder, a shard at a time; its tokenizer and generation files go with it.
+    """Write a model into an empty folder, a shard at a time; its tokenizer, generation files and adapters go with it.
 
     Returns:
         No notes: nothing about our own runtime needs saying.
@@ -49,15 +50,19 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    copy_companions(model.files, folder)
+    copy_companions(model, folder)
     shards = ShardWriter(folder)
     for name, layer in model.layers.items():
         if layer.weight is not None and layer.tied is None:
             tensor = model.quantized(name)
-            shards.add(f"{name}.packed_weight.packed", pack(tensor.codes.flatten(1), tensor.spec.bits))
+            shards.add(
+                f"{name}.packed_weight.packed", pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
+            )
             shards.add(f"{name}.packed_weight.scale", tensor.scale)
             if tensor.zero_point is not None:
                 shards.add(f"{name}.packed_weight.zero_point", tensor.zero_point)
+            if tensor.spec.codebook is Codebook.custom:
+                shards.add(f"{name}.packed_weight.levels", tensor.levels)
         if layer.has_activation_scale:
             shards.add(f"{name}.activation_quantizer.scale", model.activation_scale(name))
     for name in model.dense:
@@ -111,6 +116,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
         if layer.weight is not None and layer.tied is None:
             here, there = model.quantized(name), stored.quantized(name)
             pairs = [(here.codes, there.codes), (here.scale, there.scale), (here.zero_point, there.zero_point)]
+            pairs.append((here.levels, there.levels))
             codes += here.codes.numel()
         if layer.has_activation_scale:
             pairs.append((model.activation_scale(name), stored.activation_scale(name)))
@@ -141,18 +147,19 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of safetensors files, read when asked for.
 
     The files stay open, so that an artifact which is replaced meanwhile goes on being read whole. They are read and not
-    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory.
+    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory. ``metadata`` is the
+    files' own, merged.
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = {}
+        self._files, self.metadata = {}, {}
         for file in files:
             with safe_open(file, "pt"):
                 pass  # its header and its length are right
             stream = file.open("rb")
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
+            self.metadata.update(header.pop("__metadata__", {}))
             self._files.update({name: (stream, 8 + length, entry) for name, entry in header.items()})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -200,15 +207,17 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
-            inside |= {f"{name}.packed_weight.{part}" for part in ("packed", "scale", "zero_point")}
+            inside |= {f"{name}.packed_weight.{part}" for part in ("packed", "scale", "zero_point", "levels")}
         if layer.has_activation_scale:
             inside.add(f"{name}.activation_quantizer.scale")
 
     def quantized(name: str) -> QuantizedTensor:
         layer, prefix = layers[name], f"{name}.packed_weight"
-        codes = unpack(tensors[f"{prefix}.packed"], layer.weight.bits, math.prod(layer.shape[1:])).view(layer.shape)
-        zero_point = None if layer.weight.symmetric else tensors[f"{prefix}.zero_point"]
-        return QuantizedTensor(codes, tensors[f"{prefix}.scale"], replace(layer.weight), zero_point)
+        spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
+        codes = unpack(tensors[f"{prefix}.packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
+        zero_point = None if spec.symmetric else tensors[f"{prefix}.zero_point"]
+        levels = tensors[f"{prefix}.levels"] if spec.codebook is Codebook.custom else None
+        return QuantizedTensor(codes, tensors[f"{prefix}.scale"], spec, zero_point, levels)
 
     return QuantizedModel(
         _architecture(config),

@@ -16,11 +16,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 class ShardWriter:
     """Collects tensors and writes a shard when ``shard_bytes`` is reached; memory holds one shard at most.
 
+    Each shard's header carries the metadata.
+
     Use as ``writer.add(name, tensor)`` any number of times, then ``writer.close()``.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, metadata: dict[str, str] | None = None) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
+        self._metadata = {"format": "pt", **(metadata or {})}
         self._held: dict[str, Tensor] = {}
         self._held_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
@@ -58,7 +61,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         try:
-            save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
+            save_file(self._held, self._part(len(self._shards)), metadata=self._metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
         self._shards.append(list(self._held))

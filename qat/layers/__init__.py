@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from .conv import FrozenConv2d, QuantConv2d
 from .linear import FrozenLinear, QuantLinear
 from .packed import PackedWeight
@@ -50,7 +50,9 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
 
 
 def make_fake_quant_(
-    layer: nn.Module, weight: WeightLSQ | None, activation: ActivationLSQ | DynamicActivation | None
+    layer: nn.Module,
+    weight: WeightLSQ | WeightCodebook | None,
+    activation: ActivationLSQ | DynamicActivation | None,
 ) -> None:
     """Turn a plain layer into its fake-quant twin, in place."""
     layer.__class__ = FAKE_QUANT[type(layer)]

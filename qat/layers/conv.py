@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, FrozenActivation, WeightCodebook, WeightLSQ
 from ..spec import Granularity
 from .linear import match_dtypes, roundings
 from .packed import PackedWeight
@@ -20,17 +20,17 @@ class QuantConv2d(nn.Conv2d):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | None
+    weight_quantizer: WeightLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""
-        x_rounding, weight_rounding = roundings(self, x)
+        x_rounding, weight, weight_rounding = roundings(self, x)
         if x.dim() == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
-            return product(x, self.weight, self.bias, x_rounding, weight_rounding, convolution)
+            return product(x, weight, self.bias, x_rounding, weight_rounding, convolution)
         x = x if x_rounding is None else x_rounding(x)
-        weight = self.weight if weight_rounding is None else weight_rounding(self.weight)
+        weight = weight if weight_rounding is None else weight_rounding(weight)
         return self._conv_forward(x, weight, self.bias)
 
 
@@ -44,6 +44,11 @@ class FrozenConv2d(nn.Conv2d):
 
     packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight: a parameter where it is not quantized, else a copy to be read only."""
+        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution in the dtype of x (autocast's, where it is on)."""

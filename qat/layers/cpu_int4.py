@@ -19,7 +19,7 @@ def fits(x: Tensor, weight: PackedWeight) -> bool:
     """Return whether the operator takes this input and weight (and no gradient is wanted, which it lacks)."""
     spec = weight.spec
     plain = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not (x.requires_grad and torch.is_grad_enabled())
-    grid = spec.bits == 4 and spec.symmetric and spec.group_size in GROUP_SIZES
+    grid = spec.bits == 4 and spec.symmetric and spec.codebook is None and spec.group_size in GROUP_SIZES
     return plain and grid and weight.shape[0] % ROW_MULTIPLE == 0
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightLSQ
+from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from ..quantizers.rounding import Rounding
 from . import cpu_int4
 from .packed import PackedWeight
@@ -21,20 +21,20 @@ class QuantLinear(nn.Linear):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | None
+    weight_quantizer: WeightLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | DynamicActivation | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        x_rounding, weight_rounding = roundings(self, x)
-        return product(x, self.weight, self.bias, x_rounding, weight_rounding)
+        x_rounding, weight, weight_rounding = roundings(self, x)
+        return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 
 class FrozenLinear(nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator where it
-    takes the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights on an even grid run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator
+    where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
@@ -43,6 +43,11 @@ class FrozenLinear(nn.Linear):
 
     packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | DynamicActivation | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight: a parameter where it is not quantized, else a copy to be read only."""
+        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
@@ -54,18 +59,24 @@ class FrozenLinear(nn.Linear):
         if cpu_int4.fits(x, self.packed_weight):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
         spec = self.packed_weight.spec
-        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and spec.symmetric:
+        even = spec.symmetric and spec.codebook is None
+        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and even:
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
 
 
-def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Rounding | None]:
-    """Return what a fake-quant layer does to its input and to its weight; None for nothing."""
-    activation, weight = layer.activation_quantizer, layer.weight_quantizer
+def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
+    """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
+
+    The weight comes back rounded where a codebook does it, which has no step size to take part in the backward.
+    """
+    activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
     x_rounding = None if activation is None else activation.rounding(x)
-    return x_rounding, None if weight is None else weight.rounding(layer.weight)
+    if isinstance(quantizer, WeightCodebook):
+        return x_rounding, quantizer(layer.weight), None
+    return x_rounding, layer.weight, None if quantizer is None else quantizer.rounding(layer.weight)
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -8,10 +8,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape
+from .. import codebook
+from ..errors import StateError
+from ..numerics import QuantizedTensor, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import QuantSpec
+
+
+class DequantizedWeight(Tensor):
+    """A frozen layer's weight for who only looks at it, such as peft: a float32 copy, which refuses to be assigned."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    @property
+    def data(self) -> Tensor:
+        """Return the values as a plain tensor."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise StateError(
+            "this weight is frozen into codes: what is added to it would be lost. Keep an adapter beside it, or merge "
+            "before qat.prepare and train on"
+        )
 
 
 class PackedWeight(FixedDtype):
@@ -21,6 +41,7 @@ class PackedWeight(FixedDtype):
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
         scale: (rows, groups) in ``spec.scale_dtype``.
         zero_point: int8 like the scale; None if symmetric.
+        levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
     """
@@ -34,6 +55,11 @@ class PackedWeight(FixedDtype):
         self.register_buffer("scale", torch.empty(scale_shape(shape, spec), dtype=scale_dtype(spec)))
         zero_point = None if spec.symmetric else torch.empty(self.scale.shape, dtype=torch.int8)
         self.register_buffer("zero_point", zero_point)
+        own = codebook.stored_shape(shape, spec)
+        levels = None
+        if spec.codebook is not None:
+            levels = codebook.named_levels(spec, self.scale.device) if own is None else torch.empty(own)
+        self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -41,26 +67,34 @@ class PackedWeight(FixedDtype):
         """Pack a quantized tensor, on its device."""
         with torch.device("meta"):
             weight = cls(tensor.spec, tensor.codes.shape)
-        weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits)
+        weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
         weight.scale = tensor.scale
         weight.zero_point = tensor.zero_point
+        weight.levels = tensor.levels
         return weight
 
     def codes(self) -> Tensor:
         """Return the int8 codes in the weight's logical shape."""
-        return unpack(self.packed, self.spec.bits, self.columns).view(self.shape)
+        return unpack(self.packed, self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
-        return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point)
+        return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
+
+    def look(self) -> DequantizedWeight:
+        """Return a float32 copy of the weight, to be read only."""
+        return self.dequantize(torch.float32).as_subclass(DequantizedWeight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``."""
-        return dequantize(self.codes(), self.scale, dtype, self.zero_point)
+        return self.quantized_tensor().dequantize(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.cpu_operands = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
+            self.levels = codebook.named_levels(self.spec, self.scale.device)  # which to_empty would leave undefined
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.cpu_operands = None

@@ -1,5 +1,6 @@
-"""Quantizers: the learned step size (LSQ) of weights and activations, and runtimes' own rounding of activations."""
+"""Quantizers: the learned step size (LSQ) of weights and activations, codebooks, runtimes' rounding of activations."""
 
+from .codebook import WeightCodebook
 from .dynamic import DynamicActivation
 from .fixed_dtype import FixedDtype
 from .lsq import ActivationLSQ, ActivationStatistics, FrozenActivation, LearnedStepSize, WeightLSQ
@@ -11,5 +12,6 @@ __all__ = [
     "FixedDtype",
     "FrozenActivation",
     "LearnedStepSize",
+    "WeightCodebook",
     "WeightLSQ",
 ]

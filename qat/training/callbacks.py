@@ -18,7 +18,7 @@ from ..calibration import activation_quantizers, calibrate
 from ..errors import TrainingError
 from ..layers import quant_layers
 from ..numerics import stored_scale
-from ..quantizers import DynamicActivation, LearnedStepSize
+from ..quantizers import DynamicActivation, LearnedStepSize, WeightCodebook
 from .csv_logger import ResumableCSVLogger
 from .tasks import Task
 
@@ -77,7 +77,7 @@ class FakeQuantStart(Callback):
 def set_fake_quant(task: Task, enabled: bool) -> None:
     """Switch every quantizer of a task's network on or off."""
     for module in task.model.modules():
-        if isinstance(module, LearnedStepSize | DynamicActivation):
+        if isinstance(module, LearnedStepSize | WeightCodebook | DynamicActivation):
             module.enabled = enabled
 
 

@@ -1,0 +1,177 @@
+"""bitsandbytes NF4: what transformers, peft (QLoRA) and vLLM read, for weights trained with ``codebook: nf4``.
+
+A module M with weight (N, K) in blocks of b along K, which divides K, stores
+
+    M.weight            uint8 (N*K/2, 1)   indices of NF4's levels, row-major, the even one in the high nibble
+    M.weight.absmax     float32 (N*K/b,)   the scale of each block
+    M.weight.quant_map  float32 (16,)      NF4's levels
+    M.weight.quant_state.bitsandbytes__nf4   uint8, the JSON {"quant_type", "blocksize", "dtype", "shape"}
+
+w = quant_map[index] * absmax. Double quantization, which is read and not written, stores absmax as uint8 with
+
+    M.weight.nested_quant_map  float32 (256,)   M.weight.nested_absmax  float32, one a nested_blocksize of absmax
+
+and absmax = nested_quant_map[u] * nested_absmax + nested_offset in float32, the last in the JSON. Source: QuantState
+and backends/default/ops.py of bitsandbytes 0.50.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codebook import NF4
+from ..errors import ArtifactError
+from ..numerics import QuantizedTensor
+from ..packing import pack, unpack
+from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..spec import Codebook, QuantSpec
+from . import huggingface as hf
+from .comparison import compare, compare_logits, compare_own, small
+from .integer_linears import grid, largest_size, tensors, weight_only_layers
+from .native import StoredTensors
+from .shards import ShardWriter
+
+METHOD = "bitsandbytes"
+STATE = "weight.quant_state.bitsandbytes__"
+PARTS = ("weight", f"{STATE}nf4", *(f"weight.{part}" for part in ("absmax", "quant_map")))
+PARTS += ("weight.nested_absmax", "weight.nested_quant_map")
+BLOCK_SIZES = (4096, 2048, 1024, 512, 256, 128, 64, 32)
+
+
+def write(model: QuantizedModel, folder: Path) -> list[str]:
+    """Write a model of transformers into an empty folder; return notes on what runtimes make of it.
+
+    Raises:
+        ArtifactError: layers that the format cannot hold exactly; each is named with its fix.
+        OSError: the disk is full, or cannot be written.
+    """
+    layers = weight_only_layers(model, METHOD, Codebook.nf4)
+    sizes = {name: largest_size({name: layer}, METHOD, BLOCK_SIZES, "native") for name, layer in layers.items()}
+    shards, dtype = ShardWriter(folder), str(hf.model_dtype(model)).removeprefix("torch.")
+    matrices = hf.write_dense(model, shards)
+    for name, tensor in tensors(model):
+        shape, size = list(tensor.codes.shape), sizes[name]
+        scale, _ = grid(tensor, shape[1] // size)
+        state = {"quant_type": "nf4", "blocksize": size, "dtype": dtype, "shape": shape}
+        shards.add(f"{name}.weight", _swap_nibbles(pack(tensor.codes, 4, 0)).view(-1, 1))
+        shards.add(f"{name}.weight.absmax", scale.flatten())
+        shards.add(f"{name}.weight.quant_map", torch.tensor(NF4))
+        shards.add(f"{name}.{STATE}nf4", torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8))
+    shards.close()
+    description = {
+        "quant_method": METHOD,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(matrices),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
+    }
+    hf.write_folder(model, folder, METHOD, {"quantization_config": description}, hf.RUN_TRANSFORMERS)
+    return [
+        f"{METHOD}: {hf.WEIGHTS_ONLY}",
+        f"{METHOD}: one float32 scale a block, and no double quantization, which would round the trained scales",
+        *hf.fused_expert_notes(model),
+    ]
+
+
+def read(folder: Path) -> QuantizedModel:
+    """Open an NF4 folder of any writer, with or without double quantization; tensors are read when asked for.
+
+    Raises:
+        ArtifactError: missing or damaged files, FP4 or int8 weights, or blocks that span rows.
+    """
+    config, quantization, stored = hf.read_folder(folder, METHOD)
+    if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
+        raise ArtifactError(f"{folder} holds LLM.int8() weights, which keep outliers apart: only NF4 can be read")
+    layers, states = {}, {}
+    for key in (key for key in stored if f".{STATE}" in key):
+        name, kind = key.split(f".{STATE}")
+        try:
+            states[name] = json.loads(bytes(stored[key].tolist()))
+            layers[name] = _layer(stored, name, kind, states[name])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{folder}: layer {name!r} cannot be read: {error}") from None
+
+    def quantized(name: str) -> QuantizedTensor:
+        layer = layers[name]
+        packed = stored[f"{name}.weight"].contiguous().view(torch.uint8).view(layer.shape[0], -1)
+        codes = unpack(_swap_nibbles(packed), 4, layer.shape[1], 0)
+        scale = _absmax(stored, name, states[name]).view(layer.shape[0], -1)
+        return QuantizedTensor(codes, scale, layer.weight)
+
+    return hf.to_quantized_model(folder, config, stored, layers, quantized, PARTS)
+
+
+def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
+    """Read the export back, with this package and with bitsandbytes; return the rows of a table.
+
+    Raises:
+        ArtifactError: anything differs.
+    """
+    rows = compare_own(model, read(folder))
+    try:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.nn import Linear4bit
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return [*rows, (METHOD, "not installed: pip install bitsandbytes accelerate transformers")]
+    _, _, stored = hf.read_folder(folder, METHOD)
+    levels = torch.tensor(NF4)
+
+    def one(name: str) -> tuple[Tensor, Tensor]:
+        packed = stored[f"{name}.weight"]
+        parts = {part: stored[f"{name}.{part}"] for part in PARTS[1:] if f"{name}.{part}" in stored}
+        state = QuantState.from_dict(parts, torch.device("cpu"))
+        state.dtype = torch.float32
+        weight = dequantize_4bit(packed, state)
+        state.absmax = torch.ones_like(state.absmax)
+        return torch.searchsorted(levels, dequantize_4bit(packed, state)), weight
+
+    rows += compare(model, one, METHOD)
+    if not small(model):
+        return [*rows, ("logits, transformers", "not compared: this is no small language model")]
+    client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    for module in client.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False  # its kernel there multiplies in bf16
+    for parameter in client.parameters():
+        if parameter.is_floating_point():  # transformers leaves it in the stored dtype
+            parameter.data = parameter.data.float()
+    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers", 1e-5)]
+
+
+def _layer(stored: StoredTensors, name: str, kind: str, state: dict[str, Any]) -> QuantizedLayer:
+    if kind != "nf4":
+        raise ValueError(f"its levels are {kind.upper()}'s: only NF4 can be read")
+    shape, size = state["shape"], state["blocksize"]
+    if len(shape) != 2 or shape[1] % size:
+        raise ValueError(
+            f"blocks of {size} span the rows of its {shape}: only sizes that divide its inputs can be read"
+        )
+    if stored[f"{name}.weight.quant_map"].tolist() != list(torch.tensor(NF4).tolist()):
+        raise ValueError("its quant_map holds other levels than NF4's, which runtimes ignore")
+    return QuantizedLayer("Linear", list(shape), QuantSpec(4, None, size, True, codebook=Codebook.nf4), None)
+
+
+def _absmax(stored: StoredTensors, name: str, state: dict[str, Any]) -> Tensor:
+    """Return each block's scale, as bitsandbytes computes with it."""
+    absmax = stored[f"{name}.weight.absmax"]
+    if "nested_offset" not in state:
+        return absmax.float()
+    scale = stored[f"{name}.weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: absmax.numel()]
+    return stored[f"{name}.weight.nested_quant_map"][absmax.int()] * scale + torch.tensor(state["nested_offset"])
+
+
+def _swap_nibbles(packed: Tensor) -> Tensor:
+    return (packed << 4) | (packed >> 4)

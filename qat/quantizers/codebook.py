@@ -1,0 +1,88 @@
+"""WeightCodebook: fake-quantizes a weight to the levels of a codebook, times the largest magnitude of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .. import codebook
+from ..errors import LayerError, StateError
+from ..numerics import QuantizedTensor, scale_shape
+from ..spec import Codebook, QuantSpec
+from .fixed_dtype import FixedDtype
+
+
+class WeightCodebook(FixedDtype):
+    """Fake-quantizes a weight per tensor, channel or group; it has nothing to learn of its own.
+
+    Attributes:
+        levels: float32 (1, L) of a named codebook; (rows, L) of a custom one, which are saved.
+        enabled: False passes tensors through, for a delayed start.
+        name: the layer's, for messages.
+    """
+
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str) -> None:
+        super().__init__()
+        self.spec, self.name, self.enabled = replace(spec, signed=True), name, True
+        self.shape = scale_shape(weight.shape, spec)
+        own = codebook.stored_shape(weight.shape, spec)
+        device = torch.device("cpu") if weight.is_meta else weight.device  # no checkpoint would fill a named one's
+        levels = codebook.named_levels(spec, device) if own is None else torch.zeros(own, device=weight.device)
+        self.register_buffer("levels", levels, persistent=own is not None)
+        self._ready = own is None
+
+    @torch.no_grad()
+    def set_levels(self, levels: Tensor) -> None:
+        """Take the levels of a custom codebook: (rows, L), or (L,) for all rows, ascending, in units of the scale.
+
+        Raises:
+            LayerError: they do not fit.
+        """
+        try:
+            self.levels.copy_(codebook.check_levels(levels, tuple(self.levels.shape)))
+        except LayerError as error:
+            raise LayerError(f"{self.name!r}: {error}") from None
+        self._ready = True
+
+    def require_initialised(self) -> None:
+        """Raise StateError if a custom codebook never got its levels."""
+        if not self._ready:
+            raise StateError(
+                f"the codebook of {self.name!r} was never set: call set_levels on the layer's weight_quantizer, load a "
+                "trained checkpoint, or use codebook: nf4"
+            )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the fake-quantized weight in the weight's dtype; its gradient passes straight through."""
+        if not self.enabled:
+            return weight
+        self.require_initialised()
+        return codebook.fake_quantize(weight, self.shape, self.levels)
+
+    def quantize(self, weight: Tensor) -> QuantizedTensor:
+        """Return the codes that ``forward`` uses, with their scales and levels.
+
+        Raises:
+            LayerError: the weight holds NaN or infinity.
+            StateError: the levels were never set.
+        """
+        self.require_initialised()
+        if not weight.isfinite().all():
+            raise LayerError("the weight or its scale holds NaN or infinity")
+        scale = codebook.block_scale(weight, self.shape)
+        codes = codebook.quantize(weight.detach(), scale, self.levels)
+        return QuantizedTensor(codes, scale, self.spec, None, self.levels.clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if self.spec.codebook is not Codebook.custom:
+            self.levels = codebook.named_levels(self.spec, self.levels.device)  # which to_empty would leave undefined
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.spec.codebook is Codebook.custom and not self.levels.is_meta:
+            self._ready = bool(self.levels[0, 0] < self.levels[0, 1])  # zeros were never set
