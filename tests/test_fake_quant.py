@@ -96,7 +96,14 @@ def test_the_reference_runs_on_a_cpu_and_in_float64():
     assert not backend.fused(x)
     assert qat.numerics.arithmetic(x, x) is qat.numerics
     assert not backend.fused(torch.zeros(2, device=DEVICE, dtype=torch.float64))
-    assert backend.path(torch.device("cpu")) == backend.REFERENCE
+    assert backend.path(torch.device("cpu")).startswith("the torch reference on cpu")
+    assert backend.path(torch.device("cuda", 0)) == "fused Triton kernels on cuda:0"
+
+
+def test_without_triton_everything_is_the_reference(monkeypatch):
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    assert "without Triton" in backend.path(torch.device("cuda", 0))
+    assert not backend.fused(torch.zeros(2, device=DEVICE))
 
 
 GRIDS = [

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import qat
 from qat import QuantPolicy, QuantSpec
@@ -194,4 +195,16 @@ def test_on_a_gpu(activation, mode):
     assert_like_the_composition(layer, x)
     for _ in range(3):
         for one, other in zip(results(layer, run, x), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_activation_checkpointing():
+    """Rounded again in the recomputed forward, with the same bits."""
+    x = torch.randn(4, 32, device=DEVICE)
+    model = nn.Sequential(nn.Linear(32, 16, device=DEVICE), nn.ReLU(), nn.Linear(16, 8, device=DEVICE))
+    policy = QuantPolicy(weight={"bits": 4, "group_size": 8}, activation={"bits": 8})
+    qat.calibrate(qat.prepare(model, policy, verbose=False), [x])
+    for reentrant in (False, True):
+        checkpointed = lambda x, reentrant=reentrant: checkpoint(model, x, use_reentrant=reentrant)  # noqa: E731
+        for one, other in zip(results(model, model, x), results(model, checkpointed, x), strict=True):
             assert torch.equal(one, other)
