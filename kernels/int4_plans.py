@@ -97,6 +97,8 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
     if tokens <= 8:
         for warps, blocks, ahead in ((8, 1, 4), (16, 1, 4), (8, 2, 4), (4, 4, 2), (4, 2, 4), (4, 1, 8)):
             plans += [Decode(warps, blocks, 8, ahead, stages, early) for stages in (0, 2)]
+            if early and outputs >= 16384:  # enough programs to fill the GPU, so that an early start stacks none
+                plans.append(Decode(warps, blocks, 8, ahead, 0, 1))
     elif tokens <= 16:
         plans += [
             Decode(*shape, early)

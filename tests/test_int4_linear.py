@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import Int4Weight, prepack
 from qat.kernels.int4_linear import backend, int4_dequantize
+from qat.kernels.int4_plans import Batch, Decode
 
 from qat.errors import LayerError
 from qat.numerics import dequantize
@@ -382,6 +383,85 @@ def test_grid_on_gpu(n, k, group, dtype):
         assert torch.equal(y, int4_linear(x, packed, scale, bias, k, group))
 
 
+PLANS = [
+    (4, Decode(8, 1, 8, 4, 0, 2)),
+    (8, Decode(4, 4, 8, 2, 2, 2)),
+    (16, Decode(8, 2, 16, 2, 3, 0)),
+    (16, Batch(4, 8, 16, 4, 2, 4, 4, 1, 2)),
+    (64, Batch(8, 16, 64, 2, 1, 4, 2, 4, 2)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("group", [32, 64, 96, 128, None], ids=str)
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_nvidia_weights_are_bit_identical_on_gpu(with_zero, group, dtype):
+    torch.manual_seed(0)
+    n, k = 200, 2112 if group is None else 6 * 128 * 3 // group * group
+    group = group or k
+    codes, packed, scale = make_weight(n, k, group)
+    scale = (
+        ((torch.rand_like(scale) + 1) * 2.0 ** torch.randint(-17, 3, scale.shape, device=DEVICE)).bfloat16().to(dtype)
+    )
+    zero_point = torch.randint(-8, 8, scale.shape, device=DEVICE).to(torch.int8) if with_zero else None
+    weight = prepack(packed, scale, zero_point, k, group)
+    expected = dequantize(codes, scale, dtype, zero_point)
+    bias = torch.randn(n, device=DEVICE).to(dtype)
+    for m, plan in PLANS:
+        eye = torch.eye(k, dtype=dtype, device=DEVICE)
+        y = torch.cat([module.run_plan(plan, rows.contiguous(), weight, None) for rows in eye.split(m)])
+        assert torch.equal(y.T, expected), plan
+        x = torch.randn(m, k, device=DEVICE).to(dtype)
+        assert_accurate(module.run_plan(plan, x, weight, bias), x, expected, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_odd_shapes_on_gpu(dtype):
+    torch.manual_seed(0)
+    for n, k, group in [
+        (704, 2112, 64),
+        (2112, 704, 32),
+        (4304, 7392, 32),
+        (10944, 4304, 4304),
+        (151936, 704, 64),
+        (33, 77, 77),
+    ]:
+        codes, packed, scale = make_weight(n, k, group)
+        scale = scale.to(dtype)
+        weight, dense = prepack(packed, scale, None, k, group), dequantize(codes, scale, dtype)
+        x, bias = make_inputs(33, n, k, dtype, True)
+        for m in range(1, 34):
+            assert_accurate(module.int4_linear(x[:m], weight, bias), x[:m], dense, bias)
+
+
+@pytest.mark.gpu
+def test_large_inputs_on_gpu():
+    torch.manual_seed(0)
+    codes, packed, scale = make_weight(4096, 14336, 128)
+    dense, weight = dequantize(codes, scale, torch.bfloat16), prepack(packed, scale, None, 14336, 128)
+    for m in (1, 7, 16, 40, 100, 300):
+        x = (torch.rand(m, 14336, device=DEVICE) * 2e4 - 1e4).bfloat16()
+        y = module.int4_linear(x, weight)
+        assert y.isfinite().all()
+        assert_accurate(y, x, dense)
+
+
+@pytest.mark.gpu
+def test_a_thousand_times_the_same_on_gpu():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(4096, 4096, 128)
+    weight = prepack(packed, scale, None, 4096, 128)
+    for m in (1, 8, 16, 64, 256):
+        x = torch.randn(m, 4096, device=DEVICE).bfloat16()
+        first = module.int4_linear(x, weight)
+        differ = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(1000):
+            differ += (module.int4_linear(x, weight) != first).sum()
+        assert differ.item() == 0, m
+
+
 @pytest.mark.gpu
 def test_offsets_past_2_31_on_gpu():
     torch.manual_seed(0)
@@ -403,8 +483,10 @@ def test_compile_and_graph_capture_on_gpu():
     _, packed, scale = make_weight(4096, 4096, 128)
     x, bias = make_inputs(16, 4096, 4096, torch.bfloat16, True)
 
+    weight = prepack(packed, scale, None, 4096, 128)
+
     def layer(x):
-        return int4_linear(x, packed, scale, bias, 4096, 128)
+        return module.int4_linear(x, weight, bias)
 
     compiled = torch.compile(layer, fullgraph=True)
     grads = [torch.autograd.grad(f(x.requires_grad_()).float().sum(), x)[0] for f in (layer, compiled)]

@@ -414,3 +414,19 @@ def test_inductor_trains_with_the_shipped_weight_on_a_gpu():
     """Inductor's own Triton code would divide approximately and drop fp32 -> bf16 -> fp32 casts."""
     for compiled, eager in compiled_weights("cuda"):
         assert torch.equal(compiled, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_frozen_linear_on_gpu(dtype):
+    layer = frozen_linear(random_tensor((256, 512), group=128))
+    state = layer.state_dict()
+    dense = layer.packed_weight.dequantize(dtype)
+    layer.cuda()
+    assert layer.packed_weight.packed.numel() == 0  # the codes lie in the kernels' order now
+    assert same_bits(layer.packed_weight.dequantize(dtype).cpu(), dense)
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in layer.state_dict().items())
+    x = torch.randn(5, 512, device="cuda", dtype=dtype)
+    expected = F.linear(x.double(), dense.cuda().double(), layer.bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=1e-2)
+    assert layer.cpu().packed_weight.packed.numel() == 256 * 256
