@@ -22,7 +22,7 @@ from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Proble
 from benchmarks.timing import copy_ceiling, graph_time, read_ceiling
 
 REGIMES = {"decode": (1, 2, 4, 8, 16), "small batch": (32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096)}
-QUICK = {"decode": (1, 16), "small batch": (64, 256), "prefill": (1024,)}
+QUICK = {"decode": (1, 8, 16), "small batch": (32, 64, 128, 256), "prefill": (1024, 4096)}
 PACKAGES = ("torch", "triton", "humming-kernels", "gemlite", "bitsandbytes")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Problem:
         scale = (torch.rand(outputs, inputs // GROUP_SIZE, device="cuda") * 0.01 + 0.001).bfloat16().to(dtype)
         weight = prepack(pack(codes, 4), scale, None, inputs, GROUP_SIZE)
         count = copies(outputs * inputs / 2) if rotated else 1
-        weights = [weight, *(replace(weight, words=weight.words.clone()) for _ in range(count - 1))]
+        weights = [weight, *(weight._replace(words=weight.words.clone()) for _ in range(count - 1))]
         torch.cuda.synchronize()
         return cls(codes, scale, weights)
 

@@ -12,7 +12,7 @@ so one mask takes two neighbouring inputs, a register of the operand, out of a w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,7 @@ _ROW_AND_INPUT = (2, 8, 4, 2, 4, 2)  # rh g j kh c e
 _SHIFTS = [[4 * j + 16 * e for e in range(2)] for j in range(4)]
 
 
-@dataclass(frozen=True)
-class Int4Weight:
+class Int4Weight(NamedTuple):
     """A weight as the kernels read it.
 
     Attributes:

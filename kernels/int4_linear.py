@@ -13,7 +13,8 @@ Three ways, behind one operator (``int4_plans`` chooses by shape, never by a sea
 
 - ``int4_nvidia``: 16-bit x, the scale in the dtype of x and an integer zero point, on NVIDIA GPUs since Ampere;
 - ``int4_portable``: everything else, on every GPU, while the tokens are few;
-- dequantize the weight, then torch's matmul: where the tokens are many.
+- dequantize the weight, then torch's matmul, with torch's settings for it (a sum may be reduced in bf16): where the
+  tokens are many.
 
 Bytes moved, at least: N * K / 2 + N * groups * (bytes of a scale) for the weight, and (M * K + M * N) * (bytes of x).
 
@@ -61,9 +62,12 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         LayerError: a group size, shape, dtype or device other than these, or a scale that requires a gradient.
     """
     w = weight
-    return torch.ops.qat.int4_linear(
-        x, w.words, w.scale, w.zero_point, bias, w.out_features, w.in_features, w.group_size
-    )
+    arguments = x, w.words, w.scale, w.zero_point, bias, w.out_features, w.in_features, w.group_size
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if wanted or w.scale.requires_grad or torch.compiler.is_compiling():
+        return torch.ops.qat.int4_linear(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():  # an autograd kernel in Python takes longer than a small matmul
+        return torch.ops.qat.int4_linear(*arguments)
 
 
 def int4_dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
@@ -104,13 +108,13 @@ def _linear(x, words, scale, zero_point, bias, out_features, in_features, group_
     _check(x, weight, bias)
     if backend(x.device) == "torch reference":
         return int4_linear_reference(x, weight, bias)
-    x_MK = x.reshape(-1, in_features)
+    x_MK = x if x.dim() == 2 else x.reshape(-1, in_features)
     if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
     if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % 16):
         bias = bias.clone(memory_format=torch.contiguous_format)
     y_MN = _run(x_MK, weight, bias)
-    return y_MN.view(*x.shape[:-1], out_features)
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], out_features)
 
 
 def _run(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
@@ -118,6 +122,8 @@ def _run(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     if tokens == 0 or weight.out_features == 0:
         return x_MK.new_empty(tokens, weight.out_features)
     if _suits_nvidia(x_MK, weight):
+        if weight.in_features % ROWS:  # rows that 16-byte copies can start at
+            x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
         plan = _plan(tokens, weight.out_features, weight.in_features, x_MK.device.index)
         return run_plan(plan, x_MK, weight, bias)
     if tokens <= PORTABLE_TOKENS or int4_portable.INTERPRETED.value:
@@ -153,21 +159,29 @@ def _plan(tokens: int, out_features: int, in_features: int, device_index: int):
 
 
 def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    """Run one plan of ``int4_plans``, for the operator and for ``benchmarks.tune``; x (M, K) contiguous."""
+    """Run one plan of ``int4_plans``, for the operator and for ``benchmarks.tune``.
+
+    x is (M, K) and contiguous; its rows may be longer than K, filled up with zeros.
+    """
     if isinstance(plan, Dequantize):
         matrix = _dequantize(weight, x_MK.dtype)
         with torch.autocast(x_MK.device.type, enabled=False):
-            return F.linear(x_MK, matrix, None if bias is None else bias.to(x_MK.dtype))
+            return F.linear(x_MK[:, : weight.in_features], matrix, None if bias is None else bias.to(x_MK.dtype))
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
-    with torch.cuda.device(x_MK.device.index):
-        (_decode if isinstance(plan, Decode) else _batch)(plan, x_MK, weight, bias, y_MN)
+    run = _decode if isinstance(plan, Decode) else _batch
+    if x_MK.device.index == torch.cuda.current_device():
+        run(plan, x_MK, weight, bias, y_MN)
+    else:
+        with torch.cuda.device(x_MK.device.index):
+            run(plan, x_MK, weight, bias, y_MN)
     return y_MN
 
 
 def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
     operands = _operands(weight, bias, x_MK)
-    arguments = x_MK, *operands, y_MN, x_MK.shape[0], *_sizes(weight)
-    key = plan, x_MK.dtype, bias is None or bias.dtype, weight.zero_point is None, weight.group_size, *_sizes(weight)
+    sizes = _sizes(weight, x_MK)
+    arguments = x_MK, *operands, y_MN, x_MK.shape[0], *sizes
+    key = plan, x_MK.dtype, bias is None or bias.dtype, weight.zero_point is None, weight.group_size, *sizes
     mask_k = weight.words.shape[1] % (plan.warps * plan.tiles) != 0 or weight.in_features % INPUTS != 0
     constants = (*_constants(weight, bias), mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages)
     grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
@@ -181,13 +195,15 @@ def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Te
     if plan.split > 1:
         parts = x_MK.new_empty(plan.split, tokens, out_features, dtype=torch.float32)
     operands = _operands(weight, bias, x_MK)
-    arguments = x, *operands, y_MN, parts, tokens, *_sizes(weight)
-    key = plan, x_MK.dtype, bias is None or bias.dtype, weight.zero_point is None, weight.group_size, *_sizes(weight)
+    sizes = _sizes(weight, x_MK)
+    arguments = x, *operands, y_MN, parts, tokens, *sizes
+    key = plan, x_MK.dtype, bias is None or bias.dtype, weight.zero_point is None, weight.group_size, *sizes
     constants = *_constants(weight, bias), *plan
     grid = -(-weight.words.shape[0] // plan.blocks) * -(-tokens // plan.block_m), plan.split, 1
     _launch(int4_nvidia.batch_kernel, key, grid, (*arguments, *constants), plan.warps, plan.early)
     if plan.split > 1:
-        key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, out_features, tokens % 16, plan.early
+        aligned = y_MN.numel() % 16 == 0, y_MN.numel() == 1
+        key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, out_features, aligned, plan.early
         arguments = parts, bias, y_MN, y_MN.numel(), out_features, plan.split, 1024, plan.early > 0
         grid = -(-y_MN.numel() // 1024), 1, 1
         _launch(int4_portable.sum_parts_kernel, key, grid, arguments, 4, plan.early)
@@ -199,9 +215,10 @@ def _operands(weight: Int4Weight, bias: Tensor | None, x: Tensor) -> tuple:
     return weight.words, weight.scale, zero_point, x if bias is None else bias
 
 
-def _sizes(weight: Int4Weight) -> tuple:
+def _sizes(weight: Int4Weight, x_MK: Tensor | None = None) -> tuple:
     row_blocks, tiles, _ = weight.words.shape
-    return weight.out_features, weight.in_features, row_blocks, tiles, weight.scale.shape[1]
+    inputs = weight.in_features if x_MK is None else x_MK.shape[1]
+    return weight.out_features, inputs, row_blocks, tiles, weight.scale.shape[1]
 
 
 def _constants(weight: Int4Weight, bias: Tensor | None) -> tuple:
@@ -212,12 +229,14 @@ def _constants(weight: Int4Weight, bias: Tensor | None) -> tuple:
 
 def _launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
     """Launch a kernel; after the first time without Triton's own look-up, which takes longer than a small matmul."""
-    key = kernel, torch.cuda.current_device(), key
+    device = torch.cuda.current_device()
+    key = kernel, device, key
     compiled = _kernels.get(key)
     if compiled is None:
         _kernels[key] = kernel[grid](*arguments, num_warps=warps, launch_pdl=early > 0)
-    else:
-        compiled[grid](*arguments)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:

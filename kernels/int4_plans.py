@@ -97,8 +97,8 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
     if tokens <= 8:
         for warps, blocks, ahead in ((8, 1, 4), (16, 1, 4), (8, 2, 4), (4, 4, 2), (4, 2, 4), (4, 1, 8)):
             plans += [Decode(warps, blocks, 8, ahead, stages, early) for stages in (0, 2)]
-            if early and outputs >= 16384:  # enough programs to fill the GPU, so that an early start stacks none
-                plans.append(Decode(warps, blocks, 8, ahead, 0, 1))
+            if early:  # an early start pays where it cannot stack programs on a few multiprocessors
+                plans += [Decode(warps, blocks, 8, ahead, stages, start) for stages, start in ((0, 1), (0, 0), (3, 1))]
     elif tokens <= 16:
         plans += [
             Decode(*shape, early)
@@ -112,11 +112,11 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
             splits = [s for s in splits if programs * s >= multiprocessors // 2] or splits[-1:]
             for split in splits:
                 if block_m <= 64:
-                    shapes = ((4, 8, 4, 2, 4, 1), (4, 8, 4, 2, 4, 4), (8, 8, 4, 2, 4, 4), (4, 8, 8, 2, 4, 2))
+                    shapes = ((4, 8, 4, 2, 4, 1), (8, 8, 4, 2, 4, 4), (4, 8, 8, 2, 4, 2), (8, 16, 4, 2, 4, 2))
                 elif block_m == 128:
-                    shapes = ((4, 8, 2, 1, 4, 1), (8, 8, 4, 2, 4, 2), (8, 16, 2, 1, 5, 1))
+                    shapes = ((4, 8, 2, 1, 4, 1), (8, 8, 4, 2, 4, 2), (8, 8, 4, 2, 4, 4), (8, 16, 2, 1, 5, 2))
                 else:
-                    shapes = ((8, 8, 2, 1, 4, 1), (8, 8, 2, 1, 4, 2))
+                    shapes = ((8, 8, 2, 1, 4, 2), (8, 8, 4, 1, 4, 2))
                 for warps, blocks, ahead, step, stages, in_flight in shapes:
                     plans.append(Batch(warps, blocks, block_m, ahead, step, stages, in_flight, split, early))
     if tokens >= 64:

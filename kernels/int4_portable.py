@@ -126,10 +126,10 @@ def matmul_kernel(
     tl.store(y_ptr + m[None, :] * N + n[:, None], round_to(acc, dtype), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def sum_parts_kernel(parts_ptr, bias_ptr, y_ptr, size, N, PARTS: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
     """Add the float32 parts of a split sum, always in the same order, then the bias, and round once."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if WAIT:  # for the kernel before, which allowed this one to start early (PTX ISA, griddepcontrol)
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +72,7 @@ class PackedWeight(FixedDtype):
         for dtype in (torch.bfloat16, torch.float16):  # the kernels are fastest with the scale in the dtype of x
             scale = stored.scale.to(dtype)
             if torch.equal(scale.float(), stored.scale.float()):  # also waits: kernels read a weight ahead of time
-                self.gpu_operands[dtype] = replace(stored, scale=scale)
+                self.gpu_operands[dtype] = stored._replace(scale=scale)
         self.packed = self.packed.new_empty(0)
 
     def _prepack_on_gpu(self) -> None:
