@@ -124,7 +124,7 @@ def _run(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     if _suits_nvidia(x_MK, weight):
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = _plan(tokens, weight.out_features, weight.in_features, x_MK.device.index)
+        plan = _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
         return run_plan(plan, x_MK, weight, bias)
     if tokens <= PORTABLE_TOKENS or int4_portable.INTERPRETED.value:
         return _portable(x_MK, weight, bias)

@@ -51,7 +51,7 @@ Plan = Decode | Batch | Dequantize
 _KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize}
 
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
-MANY_TOKENS = 2048
+MANY_TOKENS = 4096
 
 
 def choose(tokens: int, outputs: int, inputs: int, device_name: str, capability: int, multiprocessors: int) -> Plan:
@@ -66,28 +66,56 @@ def choose(tokens: int, outputs: int, inputs: int, device_name: str, capability:
 
 def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> Plan:
     """Return a plan from the shape alone, after what was measured on an H100 (benchmarks/NOTES.md)."""
-    early = 2 if capability >= 90 else 0
     blocks, tiles = -(-outputs // ROWS), -(-inputs // INPUTS)
-    hopper = capability == 90 and inputs % 16 == 0
-    few_blocks = blocks < 6 * multiprocessors
+    hopper = capability == 90
     if tokens <= 8 or (tokens <= 16 and not hopper):
-        block_m = 8 if tokens <= 8 else 16
-        stages = 2 if tokens > 4 and inputs % 16 == 0 else 0
-        if few_blocks:
-            return Decode(8 if tiles < 128 else 16, 1, block_m, 4, stages, early)
-        return Decode(4, 4, block_m, 2, stages and 3, early)
+        return _decode(8 if tokens <= 8 else 16, blocks, tiles, capability, multiprocessors)
     if not hopper or tokens > MANY_TOKENS:
         return Dequantize()
-    block_m = next(size for size in (16, 32, 64, 128) if size >= min(tokens, 128))
-    programs = -(-blocks // 8) * -(-tokens // block_m)
-    split = 1
-    while (
-        split < 8 and programs * split < multiprocessors * (2 if block_m < 64 else 1) * 3 // 4 and tiles >= 16 * split
-    ):
-        split *= 2
-    if block_m == 128:
-        return Batch(4, 8, 128, 2, 1, 4, 1, split, early)
-    return Batch(4, 8, block_m, 4, 2, 4, 1, split, early)
+    if tokens > 64:
+        return _large_batch(tokens, blocks, tiles, multiprocessors)
+    block_m, programs = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 8)
+    if programs > 1.5 * multiprocessors and block_m < 64:
+        return Batch(4, 8, block_m, 8, 2, 4, 2, 1, 2)
+    # A split costs its sum; the more tokens a program holds, and the fewer tiles it has, the fewer parts pay.
+    wanted = {16: 1.9, 32: 1.4, 64: 0.95 if tiles <= 64 else 1.9}[block_m] * multiprocessors
+    split = next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
+    return Batch(8, 8, block_m, 4, 2, 4, 4, split, 2)
+
+
+def _decode(block_m: int, blocks: int, tiles: int, capability: int, multiprocessors: int) -> Decode:
+    if capability != 90:  # as little as 99 KiB of shared memory, and nothing measured
+        shape = (8, 1) if blocks <= 3 * multiprocessors else (4, 2)
+        return Decode(*shape, block_m, 32 // block_m, 2, 2 if capability > 90 else 0)
+    if blocks <= 2 * multiprocessors:  # three stages leave room for two programs a multiprocessor, so none stack up
+        return Decode(8, 1, block_m, 4, 3, 1) if tiles >= 128 else Decode(4, 1, block_m, 8, 3, 1)
+    if blocks <= 3 * multiprocessors:
+        return Decode(4, 1, block_m, 8, 2, 2)
+    return Decode(4, 2, block_m, 4, 2, 2)
+
+
+def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> Batch:
+    """Take the fewest K tiles in a row, counted in blocks of 128 tokens; a part costs about as much as seven."""
+
+    def programs(block_m: int) -> int:
+        return -(-blocks // 8) * -(-tokens // block_m)
+
+    def cost(block_m: int, split: int) -> float:
+        waves = -(-programs(block_m) * split // multiprocessors)
+        wave = 1.8 if block_m == 256 else 1.0 if waves == 1 else 1.25
+        return waves * tiles / split * wave + (7 * split if split > 1 else 0)
+
+    sizes = (128, 256) if tokens > 128 else (128,)
+    options = [(cost(block_m, 1), block_m, 1) for block_m in sizes]
+    for block_m in sizes:  # parts pay while they all run at once
+        splits = [split for split in (2, 4) if programs(block_m) * split <= multiprocessors and tiles >= 16 * split]
+        options += [(cost(block_m, split), block_m, split) for split in splits]
+    _, block_m, split = min(options)
+    if block_m == 256:
+        return Batch(8, 8, 256, 4, 1, 4, 2, split, 2)
+    if programs(128) > 1.5 * multiprocessors:
+        return Batch(4, 8, 128, 2, 1, 4, 1, 1, 2)
+    return Batch(8, 8, 128, 4, 2, 4, 2, split, 2)
 
 
 def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:
@@ -119,7 +147,7 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
                     shapes = ((8, 8, 2, 1, 4, 2), (8, 8, 4, 1, 4, 2))
                 for warps, blocks, ahead, step, stages, in_flight in shapes:
                     plans.append(Batch(warps, blocks, block_m, ahead, step, stages, in_flight, split, early))
-    if tokens >= 64:
+    if tokens >= 64 or not plans:
         plans.append(Dequantize())
     return plans
 
