@@ -33,8 +33,8 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights on an even grid run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4 operator
-    where it takes the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights on an even grid run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4
+    operator where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
