@@ -30,7 +30,7 @@ from ..quantizers import DynamicActivation
 from ..spec import Dynamic
 from .companions import copy_companions
 from .executorch_layers import FLOAT32, GROUP_MULTIPLE, INT4, INT8, int8_constants, int8_operands, kind, lowered
-from .integer_linears import exact, grid, refuse
+from .integer_linears import EMBEDDING_FORMATS, exact, grid, refuse
 from .onnx import example_input
 from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
@@ -111,6 +111,8 @@ def verify(folder: Path, model: QuantizedModel, network: nn.Module | None = None
 def _problem(layer: QuantizedLayer) -> str | None:
     """Return what keeps a layer from being exact in XNNPACK, and the fix; None for nothing."""
     spec = layer.weight
+    if layer.type == "Embedding":
+        return EMBEDDING_FORMATS.format(METHOD)
     if layer.activation is Dynamic.q8_0:
         return f"trained with its input rounded as q8_0, and {METHOD} rounds as int8_token; --to gguf keeps that"
     if layer.type != "Linear" or layer.has_activation_scale:

@@ -19,8 +19,16 @@ from ..spec import Dynamic, QuantSpec
 ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format whose runtime rounds inputs that way
 
 
-def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, QuantizedLayer]:
+EMBEDDING_FORMATS = "is an Embedding, which {} has no place for; --to gguf, mlx or onnx holds it"
+
+
+def weight_only_layers(model: QuantizedModel, method: str, embeddings: bool = False) -> dict[str, QuantizedLayer]:
     """Return the layers by name, all of which a weight-only format of linear layers can hold.
+
+    Args:
+        model: what is written.
+        method: the format's name.
+        embeddings: whether it holds these too.
 
     Raises:
         ArtifactError: the architecture is not of transformers, or layers do not fit; each is named.
@@ -32,7 +40,10 @@ def weight_only_layers(model: QuantizedModel, method: str) -> dict[str, Quantize
         )
     problems = {}
     for name, layer in model.layers.items():
-        if layer.type != "Linear":
+        if layer.type == "Embedding":
+            if not embeddings:
+                problems[name] = EMBEDDING_FORMATS.format(method)
+        elif layer.type != "Linear":
             problems[name] = f"is a {layer.type}, and {method} holds linear layers only; --to onnx holds it"
         elif isinstance(layer.activation, Dynamic):
             problems[name] = (
@@ -55,9 +66,16 @@ def refuse(method: str, problems: dict[str, str]) -> None:
         raise ArtifactError(f"{method} cannot hold these layers exactly:{lines}")
 
 
-def tensors(model: QuantizedModel) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield each layer's quantized weight by name, on the CPU, one at a time; layers that share one get a copy each."""
-    for name, layer in model.layers.items():
+def tensors(
+    model: QuantizedModel, layers: dict[str, QuantizedLayer] | None = None
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield each layer's quantized weight by name, on the CPU, one at a time; layers that share one get a copy each.
+
+    Args:
+        model: what holds them.
+        layers: those of its layers that are asked for; all by default.
+    """
+    for name, layer in (model.layers if layers is None else layers).items():
         tensor = model.quantized(layer.tied or name)
         zero_point = None if tensor.zero_point is None else tensor.zero_point.cpu()
         yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point)

@@ -58,6 +58,14 @@ class PackedWeight(FixedDtype):
         """Return the weight in ``dtype``."""
         return dequantize(self.codes(), self.scale, dtype, self.zero_point)
 
+    def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
+        parameters = [self.scale, self.zero_point]
+        if self.scale.shape[0] == self.shape[0]:
+            parameters = [None if part is None else part[rows] for part in parameters]
+        codes = unpack(self.packed[rows], self.spec.bits, self.columns)
+        return dequantize(codes, parameters[0], dtype, parameters[1])
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.cpu_operands = None
         return super()._apply(fn, recurse)

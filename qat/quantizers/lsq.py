@@ -117,8 +117,11 @@ class WeightLSQ(LearnedStepSize):
         if not self.enabled:
             return weight
         self.require_initialised()
-        elements = weight.numel() // self.step_size.numel()  # that share a scale
-        return fake_quantize(weight, self.step_size, self.spec, 1 / math.sqrt(elements * self.spec.q_p))
+        return fake_quantize(weight, self.step_size, self.spec, self.grad_scale(weight))
+
+    def grad_scale(self, weight: Tensor) -> float:
+        """Return LSQ's 1/sqrt(N Q_P) with N the elements that share a scale."""
+        return 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
