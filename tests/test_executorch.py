@@ -240,6 +240,27 @@ def test_resnet20_is_all_integers_and_exact(tmp_path):
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize(("bits", "dynamic"), [(4, None), (8, "int8_token"), (2, "int8_token")])
+def test_inputs_that_no_group_divides(bits, dynamic, tmp_path):
+    """37 inputs, a bias, and one weight in two layers."""
+    client()
+
+    def build():
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(37, 37), nn.ReLU(), nn.Linear(37, 37, bias=False), nn.Tanh(), nn.Linear(37, 5))
+        layers[2].weight = layers[0].weight
+        return layers
+
+    policy = QuantPolicy(weight=qat.QuantSpec(bits=bits), dynamic=dynamic)
+    model = from_model(qat.freeze(qat.prepare(build(), policy, verbose=False)))
+    model.example = {**EXAMPLE, "shape": [37]}
+    assert executorch.write(model, tmp_path, build())[1] == "XNNPACK runs 3 quantized layers: 3 in int8"
+    rows = dict(executorch.verify(tmp_path, model, build()))
+    assert rows["codes and scales in the file"].startswith("3 layers, ")
+    assert rows["ExecuTorch, outputs"].endswith("argmax equal in 100.00%")
+
+
+@pytest.mark.clients
 def test_a_language_model_of_any_length(tmp_path, capsys):
     client()
     transformers = pytest.importorskip("transformers")

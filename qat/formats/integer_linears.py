@@ -19,7 +19,7 @@ from ..spec import Dynamic, QuantSpec
 ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format whose runtime rounds inputs that way
 
 
-EMBEDDING_FORMATS = "is an Embedding, which {} has no place for; --to gguf, mlx or onnx holds it"
+EMBEDDING_FORMATS = "is an Embedding, which our {} files have no place for; --to gguf, mlx or onnx holds it"
 
 
 def weight_only_layers(model: QuantizedModel, method: str, embeddings: bool = False) -> dict[str, QuantizedLayer]:
