@@ -260,13 +260,38 @@ def test_inputs_that_no_group_divides(bits, dynamic, tmp_path):
     assert rows["ExecuTorch, outputs"].endswith("argmax equal in 100.00%")
 
 
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=96, max_position_embeddings=64)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(("grid", "counts"), [({"group_size": 32}, "7 in int4"), ({"bits": 8}, "7 in int8")])
+def test_trained_inputs_make_a_language_model_exact(grid, counts, tmp_path):
+    """No rounding depends on the text, so that a whole model is as near as float32 is."""
+    client()
+    model = llama()
+    left = {"match": "lm_head", "weight": None, "activation": None}
+    policy = QuantPolicy(weight=qat.QuantSpec(**grid), activation=replace(INPUT, bits=8), rules=[left])
+    qat.prepare(model, policy, verbose=False)
+    tokens = torch.arange(40)[None]
+    qat.calibrate(model, [tokens])
+    frozen = from_model(qat.freeze(model))
+    assert executorch.write(frozen, tmp_path)[1:] == [f"XNNPACK runs 7 quantized layers: {counts}"]
+    assert executorch.verify(tmp_path, frozen)[0][1].startswith("7 layers, ")
+    with torch.no_grad():
+        expected = model(tokens).logits
+    found = executorch._run(tmp_path / executorch.FILE, tokens)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.clients
 def test_a_language_model_of_any_length(tmp_path, capsys):
     client()
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=96, max_position_embeddings=64)
-    model = transformers.LlamaForCausalLM(config)
+    model = llama()
     rules = [{"match": "lm_head", "weight": None}]
     policy = QuantPolicy(weight={"group_size": 32}, dynamic="int8_token", rules=rules)
     qat.save(qat.freeze(qat.prepare(model, policy, verbose=False)), tmp_path / "artifact")

@@ -29,8 +29,18 @@ from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..quantizers import DynamicActivation
 from ..spec import Dynamic
 from .companions import copy_companions
-from .executorch_layers import FLOAT32, GROUP_MULTIPLE, INT4, INT8, int8_constants, int8_operands, kind, lowered
-from .integer_linears import EMBEDDING_FORMATS, exact, grid, refuse
+from .executorch_layers import (
+    FLOAT32,
+    GROUP_MULTIPLE,
+    INT4,
+    INT8,
+    int4_operands,
+    int8_constants,
+    int8_operands,
+    kind,
+    lowered,
+)
+from .integer_linears import EMBEDDING_FORMATS, exact, refuse
 from .onnx import example_input
 from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
@@ -211,7 +221,10 @@ def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> l
         for name, layer, tensor in _weights(model):
             if kinds[name] == FLOAT32:
                 continue
-            parts = _int4_parts(tensor) if kinds[name] == INT4 else _int8_parts(model, name, layer, tensor)
+            scale = model.activation_scale(name) if layer.has_activation_scale else None
+            constants = () if scale is None else int8_constants(layer.activation)
+            four = kinds[name] == INT4
+            parts = _int4_parts(tensor, constants) if four else _int8_parts(tensor, constants, scale)
             if any(content.find(part.contiguous().view(torch.uint8).numpy().tobytes()) < 0 for part in parts):
                 missing.append(name)
             total, count = total + tensor.codes.numel(), count + 1
@@ -220,16 +233,13 @@ def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> l
     return [("codes and scales in the file", f"{count} layers, {total:,} codes, equal in every bit")]
 
 
-def _int4_parts(tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    return pack(tensor.codes, 4), grid(tensor, tensor.scale.shape[1])[0].bfloat16()
+def _int4_parts(tensor: QuantizedTensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    codes, scale = int4_operands(tensor, constants)
+    return pack(codes, 4), scale.bfloat16()
 
 
-def _int8_parts(
-    model: QuantizedModel, name: str, layer: QuantizedLayer, tensor: QuantizedTensor
-) -> tuple[Tensor, Tensor]:
-    trained = layer.has_activation_scale
-    constants = int8_constants(layer.activation) if trained else ()
-    codes, scales = int8_operands(tensor, constants, model.activation_scale(name) if trained else None)
+def _int8_parts(tensor: QuantizedTensor, constants: tuple[float, ...], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes, scales = int8_operands(tensor, constants, scale)
     return codes if codes.dim() == 2 else codes.permute(0, 2, 3, 1), scales
 
 

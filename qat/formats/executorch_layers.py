@@ -12,7 +12,8 @@ range is the same for any input and XNNPACK's scale is 255 / 255 = 1:
     unsigned   0 to 255      zero point -128
     signed     -128 to 127   zero point 0
 
-Then the kernel adds up q_x * q_w in int32 and multiplies by s_x * s_w once: the trained integers, and one rounding.
+Then the kernel adds up q_x * q_w in int32 and multiplies by s_x * s_w once: the trained integers, and one rounding. In
+int4, where there is a scale a group, s_x is multiplied by last.
 Sources: ``xnn_qd8_asymmetric_quantization_params``; executorch 1.5, backends/xnnpack, partition/config/gemm_configs.py.
 """
 
@@ -36,9 +37,14 @@ ROUND = 1.5 * 2**23  # added and taken off again, it rounds a float32 below 2^22
 def kind(entry: QuantizedLayer, layer: FrozenLayer | None = None) -> str:
     """Return how XNNPACK runs a layer; without ``layer``, a convolution is taken for a plain one."""
     spec = entry.weight
-    channels = spec is not None and spec.symmetric and spec.granularity is not Granularity.group
-    if entry.type == "Linear" and not entry.has_activation_scale:
-        return INT4 if spec.bits <= 4 and (spec.group_size or entry.shape[1]) % GROUP_MULTIPLE == 0 else INT8
+    symmetric = spec is not None and spec.symmetric
+    channels = symmetric and spec.granularity is not Granularity.group
+    if entry.type == "Linear":
+        small = symmetric and spec.bits <= 4 and (spec.group_size or entry.shape[1]) % GROUP_MULTIPLE == 0
+        if small and not (channels and entry.has_activation_scale):  # the constants need a group of their own
+            return INT4
+        if not entry.has_activation_scale:
+            return INT8
     plain = not isinstance(layer, FrozenConv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
     return INT8 if channels and plain and entry.has_activation_scale else FLOAT32
 
@@ -48,8 +54,10 @@ def lowered(
 ) -> nn.Module:
     """Return a module that maps as a frozen layer does, for torch.export."""
     how = kind(entry, layer)
+    if how == INT4 and entry.has_activation_scale:
+        return Int4Layer(layer, tensor, entry.activation, activation_scale)
     if how == INT4:
-        return torchao_linear(tensor, layer.bias)
+        return torchao_linear(*int4_operands(tensor, ()), layer.bias)
     if how == INT8:
         return Int8Layer(layer, tensor, entry.activation, activation_scale)
     return Float32Layer(layer, tensor, entry.activation, activation_scale)
@@ -68,6 +76,24 @@ class TrainedInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return clamp(round(x / s)), half to even."""
         return (torch.clamp(x / self.scale, self.low, self.high) + self.round) - self.round
+
+
+class Int4Layer(nn.Module):
+    """A linear layer in groups whose input has a trained scale; the constants fill one more group."""
+
+    def __init__(self, layer: FrozenLayer, tensor: QuantizedTensor, spec: QuantSpec, scale: Tensor) -> None:
+        super().__init__()
+        self.input, self.constants = TrainedInput(spec, scale, 1), int8_constants(spec)
+        self.rest = tensor.spec.group_size - len(self.constants)
+        self.linear = torchao_linear(*int4_operands(tensor, self.constants), None)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x as the frozen layer does."""
+        beside = [torch.full((*x.shape[:-1], 1), value) for value in self.constants]
+        x = torch.cat([self.input(x), *beside, torch.zeros(*x.shape[:-1], self.rest)], -1)
+        y = self.linear(x) * self.input.scale
+        return y if self.bias is None else y + self.bias
 
 
 class Int8Layer(nn.Module):
@@ -139,14 +165,21 @@ def int8_operands(
     return F.pad(tensor.codes, padding), scales
 
 
-def torchao_linear(tensor: QuantizedTensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear layer whose weight is torchao's tensor with these codes and scales."""
+def int4_operands(tensor: QuantizedTensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return int8 codes (N, K) and float32 scales (N, groups); with constants, of one more group, whose codes are 0."""
+    scale = grid(tensor, tensor.scale.shape[1])[0].float()
+    if not constants:
+        return tensor.codes, scale
+    return F.pad(tensor.codes, (0, tensor.spec.group_size)), F.pad(scale, (0, 1), value=1.0)
+
+
+def torchao_linear(codes: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear layer whose weight is torchao's tensor with codes (N, K) and scales (N, groups)."""
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
-    rows, inputs = tensor.codes.shape
-    scale = grid(tensor, tensor.scale.shape[1])[0].float()
+    rows, inputs = codes.shape
     weight = IntxUnpackedToInt8Tensor(
-        qdata=tensor.codes,
+        qdata=codes,
         scale=scale,
         zero_point=torch.zeros_like(scale, dtype=torch.int8),
         target_dtype=torch.int4,
