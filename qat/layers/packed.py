@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from .. import codebook
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
-from ..numerics import QuantizedTensor, scale_dtype, scale_shape
+from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
+
+if TYPE_CHECKING:
+    from qat.kernels.int4_layout import Int4Weight
 
 
 class DequantizedWeight(Tensor):
@@ -36,15 +39,11 @@ class DequantizedWeight(Tensor):
         )
 
 
-if TYPE_CHECKING:
-    from qat.kernels.int4_layout import Int4Weight
-
-
 class PackedWeight(FixedDtype):
     """Real low-bit storage of a weight.
 
-    On a GPU, 4-bit codes are held in the order in which the kernels read them, and ``packed`` is empty; a state dict
-    has the layout below all the same.
+    On a GPU, 4-bit codes are held in the order in which the kernels read them, and ``packed`` is empty unless rows are
+    looked up; a state dict has the layout below all the same.
 
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
@@ -55,6 +54,7 @@ class PackedWeight(FixedDtype):
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
         gpu_operands: by the dtype of x, what the int4 kernels read; empty where they do not take the weight.
+        looked_up: an embedding reads rows of ``packed``, which therefore stays.
     """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> None:
@@ -79,6 +79,7 @@ class PackedWeight(FixedDtype):
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
         self.gpu_operands: dict[torch.dtype, Int4Weight] = {}
+        self.looked_up = False
 
     @classmethod
     def from_tensor(cls, tensor: QuantizedTensor) -> PackedWeight:
@@ -110,14 +111,15 @@ class PackedWeight(FixedDtype):
             scale = stored.scale.to(dtype)
             if torch.equal(scale.float(), stored.scale.float()):  # also waits: kernels read a weight ahead of time
                 self.gpu_operands[dtype] = stored._replace(scale=scale)
-        self.packed = self.packed.new_empty(0)
+        if not self.looked_up:
+            self.packed = self.packed.new_empty(0)
 
     def _prepack_on_gpu(self) -> None:
         if self.packed.device.type not in ("cpu", "meta"):
             self.prepack()
 
     def _packed(self) -> Tensor:
-        if not self.gpu_operands:
+        if self.packed.numel() or not self.gpu_operands:
             return self.packed
         return self.gpu_operands[torch.float32].checkpoint()[0]
 
@@ -146,6 +148,18 @@ class PackedWeight(FixedDtype):
 
             return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
         return self.quantized_tensor().dequantize(dtype)
+
+    def keep_rows(self) -> None:
+        """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
+        self.packed, self.looked_up = self._packed(), True
+
+    def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
+        parameters = [self.scale, self.zero_point]
+        if self.scale.shape[0] == self.shape[0]:
+            parameters = [None if part is None else part[rows] for part in parameters]
+        codes = unpack(self.packed[rows], self.spec.bits, self.columns, -self.spec.q_n)
+        return dequantize(codes, parameters[0], dtype, parameters[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._undo_prepack()

@@ -135,13 +135,16 @@ class WeightLSQ(LearnedStepSize):
         if not self.enabled:
             return None
         self.require_initialised()
-        elements = weight.numel() // self.step_size.numel()  # that share a scale
-        return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p))
+        return Rounding(self.spec, self.step_size, self.grad_scale(weight))
 
     @property
     def waits_for_data(self) -> bool:
         """Whether ``qat.calibrate`` is to set it, by an init that reads data."""
         return self.init.reads_data and not self.is_initialised
+
+    def grad_scale(self, weight: Tensor) -> float:
+        """Return LSQ's 1/sqrt(N Q_P) with N the elements that share a scale."""
+        return 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
