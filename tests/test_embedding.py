@@ -56,6 +56,23 @@ def check_rows_and_gradients(module, spec=None, indices=(3, 0, 3), seed=0):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)  # step sizes are float32
 
 
+@pytest.mark.parametrize("order", ["frozen, laid out", "laid out, frozen"])
+def test_rows_are_found_where_the_codes_are_laid_out_for_kernels(order):
+    """As on a GPU, where a tied head needs that layout."""
+    pytest.importorskip("triton")
+    layer = qat.freeze(nn.Sequential(prepared(qat.QuantSpec(group_size=32), width=64)))[0]
+    weight, indices = layer.packed_weight, torch.tensor([[3, 0, 3]])
+    expected = layer(indices)
+    if order == "laid out, frozen":
+        weight.looked_up = False
+    weight.prepack()
+    if order == "laid out, frozen":
+        assert not weight.packed.numel()
+        weight.keep_rows()
+    assert weight.gpu_operands and torch.equal(layer(indices), expected)
+    assert torch.equal(layer.to("cpu")(indices), expected)
+
+
 def check_padding(module):
     layer = prepared(qat.QuantSpec(bits=4), padding_idx=2)
     layer.__class__ = module.QuantEmbedding
