@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from . import backend
 from .adapters import own_modules
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
@@ -188,11 +189,25 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
     mean = total_bits / total_weights if total_weights else 0.0
+    lines += _cost(model)
     lines.append(
         f"{quantized} of {len(decisions)} layers have quantized weights; {mean:.2f} bits per weight over all "
         f"{total_weights:,} of them"
     )
     return "\n".join(lines)
+
+
+def _cost(model: nn.Module) -> list[str]:
+    """Return a line that says what step sizes take, and what fake quantization runs on."""
+    quantizers = (module for module in model.modules() if isinstance(module, LearnedStepSize))
+    steps = {id(quantizer.step_size): quantizer.step_size for quantizer in quantizers}.values()
+    if not steps:
+        return []
+    count, taken = sum(step.numel() for step in steps), sum(step.numel() * step.element_size() for step in steps)
+    return [
+        f"{count:,} step sizes take {taken / 1e6:.2f} MB, their gradients as much and AdamW's state twice as much; "
+        f"fake quantization runs in {backend.path(next(iter(steps)).device)}"
+    ]
 
 
 def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:

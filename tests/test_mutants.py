@@ -600,6 +600,13 @@ MUTANTS = [
         layers.check_cpu_operands_follow_the_weight,
     ),
     Mutant(
+        "a state dict holds no codes while they lie in the kernels' order",
+        PACKED,
+        'destination[prefix + "packed"] = self._packed()',
+        "pass",
+        layers.check_prepacked_weight,
+    ),
+    Mutant(
         "an operand of torch's operator outlives a cast",
         PACKED,
         "self.cpu_operands = None\n        super()._apply",
