@@ -103,7 +103,13 @@ class LearnedStepSize(FixedDtype):
 
 
 class WeightLSQ(LearnedStepSize):
-    """Fake-quantizes a weight per tensor, channel or group."""
+    """Fake-quantizes a weight per tensor, channel or group.
+
+    Attributes:
+        kept: rounded weights that ``qat.kept_weights`` keeps for several micro-batches; None keeps none.
+    """
+
+    kept: dict | None = None
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
@@ -124,7 +130,7 @@ class WeightLSQ(LearnedStepSize):
             return None
         self.require_initialised()
         elements = weight.numel() // self.step_size.numel()  # that share a scale
-        return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p))
+        return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p), self.kept)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
