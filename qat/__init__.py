@@ -21,6 +21,7 @@ _HOME = {
     "prepare": "surgery",
     "summary": "surgery",
     "calibrate": "calibration",
+    "kept_weights": "accumulation",
     "freeze": "freezing",
     "quantized_tensors": "freezing",
     "save": "artifact",

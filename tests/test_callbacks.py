@@ -3,6 +3,7 @@
 import csv
 import functools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 import qat
+from qat import numerics
 from qat.errors import TrainingError
 from qat.models import build
 from qat.numerics import MIN_SCALE
-from qat.quantizers import LearnedStepSize
-from qat.training.callbacks import Calibration, FakeQuantStart, Monitor, ScaleMonitor
+from qat.quantizers import LearnedStepSize, WeightLSQ
+from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Monitor, ScaleMonitor
 from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
 from qat.training.image_data import ImageData
@@ -123,6 +125,25 @@ def test_calibration_leaves_initialised_step_sizes_alone(capsys):
     trainer(Calibration(2), max_steps=0).fit(quantized, datamodule=data())
     assert all((step_size == 0.5).all() for step_size in step_sizes(quantized.model))
     assert "calibrated" not in capsys.readouterr().out
+
+
+def test_kept_weights_train_the_same_model():
+    """Over two micro-batches a step: every weight rounded half as often, the same losses and parameters."""
+    runs = []
+    for callbacks in ([], [KeptWeights()]):
+        recorder, quantized = Recorder(), task(W4A4)
+        fit = trainer(Calibration(1), recorder, *callbacks, accumulate_grad_batches=2, max_steps=3)
+        with mock.patch.object(numerics, "fake_quantized", side_effect=numerics.fake_quantized) as rounded:
+            fit.fit(quantized, datamodule=data())
+        shapes = [tuple(call.args[0].shape) for call in rounded.call_args_list]
+        weights = {tuple(parameter.shape) for parameter in quantized.model.parameters() if parameter.dim() > 1}
+        runs.append((recorder.losses, list(quantized.model.parameters()), sum(shape in weights for shape in shapes)))
+    (losses, parameters, often), (kept_losses, kept_parameters, seldom) = runs
+    assert losses == kept_losses
+    assert all(torch.equal(one, other) for one, other in zip(parameters, kept_parameters, strict=True))
+    assert 0 < seldom <= often / 2
+    quantizers = [module for module in quantized.model.modules() if isinstance(module, WeightLSQ)]
+    assert quantizers and all(quantizer.kept is None for quantizer in quantizers)
 
 
 def test_fake_quantization_starts_at_its_step_and_ends_on():

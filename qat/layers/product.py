@@ -125,13 +125,13 @@ def gradients(
             x_again, grad_x, grad_x_step = x_rounding.backward_(grad_x, x, both_x, again)
 
     # The side that comes first gets its rounded value for the other in the pass that makes its gradient; with a rounded
-    # input, that is the input's, which is larger as a rule.
+    # input, that is the input's, which is larger as a rule. A weight that is kept is there already.
     if not any(both_x):
         if any(both_weight):
             weight_side(None)
     elif not any(both_weight):
         input_side(None)
-    elif x_rounding is None:
+    elif x_rounding is None and weight_rounding.kept is None:
         weight_side(dtype)
         input_side(None)
     else:
@@ -181,7 +181,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight, x_step, weight_step)
         x_rounding, weight_rounding, ctx.convolution, ctx.dtype = how
         # Without their step sizes, which autograd keeps: it may have moved them meanwhile.
-        ctx.grids = tuple(None if r is None else (r.grid, r.grad_scale) for r in (x_rounding, weight_rounding))
+        ctx.grids = tuple(None if r is None else (r.grid, r.grad_scale, r.kept) for r in (x_rounding, weight_rounding))
         return value(x, weight, bias, *how)
 
     @staticmethod
@@ -189,8 +189,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, *steps = ctx.saved_tensors
         roundings = [
-            None if grid is None else Rounding(grid[0], step, grid[1])
-            for grid, step in zip(ctx.grids, steps, strict=True)
+            None if how is None else Rounding(how[0], step, *how[1:])
+            for how, step in zip(ctx.grids, steps, strict=True)
         ]
         wanted = ctx.needs_input_grad[:5]
         return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None, None, None, None

@@ -113,7 +113,13 @@ class LearnedStepSize(FixedDtype):
 
 
 class WeightLSQ(LearnedStepSize):
-    """Fake-quantizes a weight per tensor, channel or group; its step size waits for data if its init reads any."""
+    """Fake-quantizes a weight per tensor, channel or group; its step size waits for data if its init reads any.
+
+    Attributes:
+        kept: rounded weights that ``qat.kept_weights`` keeps for several micro-batches; None keeps none.
+    """
+
+    kept: dict | None = None
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
@@ -135,7 +141,7 @@ class WeightLSQ(LearnedStepSize):
         if not self.enabled:
             return None
         self.require_initialised()
-        return Rounding(self.spec, self.step_size, self.grad_scale(weight))
+        return Rounding(self.spec, self.step_size, self.grad_scale(weight), self.kept)
 
     @property
     def waits_for_data(self) -> bool:

@@ -13,11 +13,12 @@ from . import dynamic
 
 
 class Rounding(NamedTuple):
-    """A grid and, where it is learned, its step size and LSQ's gradient scale."""
+    """A grid and, where it is learned, its step size and LSQ's gradient scale; and where to keep the value, if so."""
 
     grid: QuantSpec | Dynamic
     step_size: Tensor | None = None
     grad_scale: float = 1.0
+    kept: dict | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x rounded, in its own dtype, with gradients."""
@@ -29,7 +30,12 @@ class Rounding(NamedTuple):
         """Return x rounded, in ``dtype``, without gradients."""
         if self.step_size is None:
             return dynamic.arithmetic(x).rounded(x, self.grid, dtype)
-        return numerics.arithmetic(x, self.step_size).fake_quantized(x, self.step_size, self.grid, dtype)
+        if self.kept is None:
+            return numerics.arithmetic(x, self.step_size).fake_quantized(x, self.step_size, self.grid, dtype)
+        state = x._version, self.step_size._version
+        if self.kept.get(dtype, (None,))[0] != state:
+            self.kept[dtype] = state, self._replace(kept=None).value(x, dtype)
+        return self.kept[dtype][1]
 
     def backward_(
         self, grad: Tensor, x: Tensor, wanted: tuple[bool, bool], dtype: torch.dtype | None

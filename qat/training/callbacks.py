@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from ..accumulation import weight_quantizers
 from ..calibration import activation_quantizers, calibrate, weights_wait
 from ..errors import TrainingError
 from ..layers import quant_layers
@@ -82,6 +83,24 @@ def set_fake_quant(task: Task, enabled: bool) -> None:
     for module in task.model.modules():
         if isinstance(module, LearnedStepSize | WeightCodebook | DynamicActivation):
             module.enabled = enabled
+
+
+class KeptWeights(Callback):
+    """Rounds each weight once for all micro-batches of an optimizer step: ``qat.kept_weights``, with its memory."""
+
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Start to keep."""
+        for quantizer in weight_quantizers(task.model):
+            quantizer.kept = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, task: Task, optimizer: torch.optim.Optimizer) -> None:
+        """Drop what the step is about to change."""
+        self.on_train_start(trainer, task)
+
+    def on_train_end(self, trainer: Trainer, task: Task) -> None:
+        """Keep no longer."""
+        for quantizer in weight_quantizers(task.model):
+            quantizer.kept = None
 
 
 class Monitor(Callback):

@@ -1,0 +1,70 @@
+"""Rounded weights kept across micro-batches: the same gradients, rounded once, and never a stale one."""
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat import QuantPolicy
+from qat.numerics import fake_quantized
+from qat.quantizers import rounding
+
+BATCHES = [torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+def prepared():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
+    policy = QuantPolicy(weight={"bits": 4, "group_size": 8}, rules=[{"match": "2", "activation": {"bits": 8}}])
+    return qat.calibrate(qat.prepare(model, policy, verbose=False), BATCHES)
+
+
+def gradients(model):
+    model.zero_grad()
+    for batch in BATCHES:
+        model(batch).square().mean().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """The shapes of what was rounded, in turn."""
+    shapes = []
+
+    def counting(x, *args):
+        shapes.append(tuple(x.shape))
+        return fake_quantized(x, *args)
+
+    monkeypatch.setattr(rounding.numerics, "fake_quantized", counting)
+    return shapes
+
+
+def test_each_weight_is_rounded_once(rounded):
+    model = prepared()
+    expected = gradients(model)
+    rounded.clear()
+    with qat.kept_weights(model):
+        found = gradients(model)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert rounded.count((16, 32)) == 1 and rounded.count((8, 16)) == 1
+    gradients(model)
+    assert rounded.count((16, 32)) > 2
+
+
+@pytest.mark.parametrize("changed", ["0.weight", "0.weight_quantizer.step_size"])
+def test_what_changes_in_place_is_rounded_again(changed):
+    model = prepared()
+    with qat.kept_weights(model), torch.no_grad():
+        before = model(BATCHES[0])
+        model.get_parameter(changed).mul_(1.5)
+        after = model(BATCHES[0])
+    assert not torch.equal(before, after)
+    assert torch.equal(after, model(BATCHES[0]))
+
+
+def test_an_error_ends_the_keeping():
+    model = prepared()
+    with pytest.raises(ZeroDivisionError), qat.kept_weights(model):
+        _ = 1 / 0
+    assert model[0].weight_quantizer.kept is None
