@@ -43,7 +43,8 @@ else:
     plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
     constants = common | {name.upper(): value for name, value in plan._asdict().items()}
     x = f"tensordesc<{dtype}[16, 64],{kernels._SWIZZLED!r}>"
-    found = compile(kernels.batch_kernel, {"x_desc": x, "parts_ptr": "*fp32"} | pointers, constants, plan.warps, capability)
+    pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
+    found = compile(kernels.batch_kernel, pointers, constants, plan.warps, capability)
 print(json.dumps(found))
 """
 
