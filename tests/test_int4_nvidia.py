@@ -1,0 +1,76 @@
+"""Run: python -m pytest tests/test_int4_nvidia.py: compiles the NVIDIA kernels for three GPUs, on any machine.
+
+What they compute is tested on a GPU, in tests/test_int4_linear.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import json, sys
+import triton
+from qat.kernels import int4_nvidia as kernels
+from qat.kernels.int4_plans import Batch, Decode
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+def compile(kernel, pointers, constants, warps, capability):
+    sizes = ["M", "N", "K", "row_blocks", "tiles", "groups"]
+    signature = dict(pointers) | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    at = {name: (kernel.arg_names.index(name),) for name in signature}
+    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "x_desc")]
+    attributes = {at[name]: [["tt.divisibility", 16]] for name in aligned}
+    source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
+
+kind, capability, dtype, has_zero = json.loads(sys.argv[1])
+common = {"GROUP": 32 if has_zero else 128, "HALVES": 2 if has_zero else 1, "HAS_ZERO": has_zero, "HAS_BIAS": True}
+floats = ("scale_ptr", "bias_ptr", "y_ptr")
+pointers = {"words_ptr": "*i32", "zero_ptr": "*i8"} | dict.fromkeys(floats, "*" + dtype)
+if kind == "decode":
+    plan = Decode(4, 2, 8, 2, 2, 2 if capability >= 90 else 0)
+    constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
+    found = compile(kernels.decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
+else:
+    plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
+    constants = common | {name.upper(): value for name, value in plan._asdict().items()}
+    x = f"tensordesc<{dtype}[16, 64],{kernels._SWIZZLED!r}>"
+    pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
+    found = compile(kernels.batch_kernel, pointers, constants, plan.warps, capability)
+print(json.dumps(found))
+"""
+
+
+CASES = [
+    ("decode", 80, "bf16", True),
+    ("decode", 89, "fp16", False),
+    ("decode", 90, "bf16", False),
+    ("batch", 90, "fp16", True),
+]
+
+
+@pytest.mark.parametrize(("kind", "capability", "dtype", "has_zero"), CASES)
+def test_compiles(kind, capability, dtype, has_zero):
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps([kind, capability, dtype, has_zero])],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    ptx = found["ptx"]
+    assert "v4.b32" in ptx  # weights come 16 bytes at a time
+    assert ("wgmma.mma_async" if kind == "batch" else "mma.sync") in ptx
+    assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
+    assert ("cp.async.bulk.tensor" if kind == "batch" else "ldmatrix") in ptx
+    assert found["shared"] <= 99 * 1024
