@@ -349,13 +349,14 @@ def test_blocks_are_run_one_at_a_time():
 
 
 @pytest.mark.parametrize("rules", [[], [{"match": "blocks.1.*", "weight": None}, {"match": "lm_head", "weight": None}]])
-def test_blocks_give_what_whole_forwards_give(monkeypatch, rules):
+@pytest.mark.parametrize("init", ["gptq", "gptaq"])
+def test_blocks_give_what_whole_forwards_give(monkeypatch, rules, init):
     """Walking a model block by block or from the start for every layer makes no difference."""
     states = []
     for blocks in (True, False):
         if not blocks:
             monkeypatch.setattr("qat.ptq.sequential.find_blocks", lambda *_: None)
-        model = prepared(language_model(), "gptq", rules=rules)
+        model = prepared(language_model(), init, rules=rules)
         qat.calibrate(model, tokens(), verbose=False)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
