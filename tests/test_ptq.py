@@ -20,6 +20,7 @@ from qat.ptq.awq import ALPHAS, channel_scales, clip_layer
 from qat.ptq.gptq import factorize, gptq, output_error, rounded_weight
 from qat.ptq.moments import Moments, input_rows
 from qat.ptq.report import set_layer
+from qat.ptq.sequential import unquantized_copy
 from qat.quantizers.lsq import weight_step_size
 from qat.spec import Init, QuantSpec
 
@@ -475,6 +476,29 @@ def test_transformers_models(init):
             batch
         ).logits.square().mean()
     assert error < 0.05
+
+
+def test_a_key_value_cache_does_not_grow_from_run_to_run():
+    """A config that asks for one gives the codes of a config that does not."""
+    transformers = pytest.importorskip("transformers")
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=use_cache)
+        model = prepared(transformers.LlamaForCausalLM(config), "gptq", 4, rules=[{"match": "lm_head", "weight": None}])
+        qat.calibrate(model, tokens(), verbose=False)
+        found.append(qat.quantized_tensors(model))
+    assert all(torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0])
+
+
+def test_an_unquantized_copy():
+    """Whatever is quantized in the model: weights that have step sizes already, inputs as a runtime rounds them."""
+    plain, x = mlp(), torch.randn(4, 32)
+    model = qat.prepare(mlp(), qat.QuantPolicy(weight=QuantSpec(2), activation="int8_token"), verbose=False)
+    assert torch.equal(unquantized_copy(model)(x), plain(x)) and not torch.equal(model(x), plain(x))
+    shared = unquantized_copy(model, model[2])
+    assert shared[2] is model[2] and shared[0] is not model[0]
 
 
 @pytest.mark.parametrize("init", READ_DATA)
