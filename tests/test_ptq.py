@@ -16,10 +16,11 @@ from qat.layers import quant_layers
 from qat.models import build
 from qat.numerics import quantize, stored_scale
 from qat.ptq import Options, initialise
-from qat.ptq.awq import ALPHAS, channel_scales
+from qat.ptq.awq import ALPHAS, channel_scales, clip_layer
 from qat.ptq.gptq import factorize, gptq, output_error, rounded_weight
-from qat.ptq.moments import input_rows
+from qat.ptq.moments import Moments, input_rows
 from qat.ptq.report import set_layer
+from qat.ptq.sequential import unquantized_copy
 from qat.quantizers.lsq import weight_step_size
 from qat.spec import Init, QuantSpec
 
@@ -115,6 +116,34 @@ def test_gptaq_corrects_later_columns_for_what_earlier_layers_changed():
     assert after < 0.95 * before
 
 
+def test_gptaq_in_blocks_is_gptaq_column_by_column():
+    x = correlated_inputs(inputs=200).double()
+    unquantized = x + 0.1 * x @ torch.randn(200, 200).double() / 200**0.5
+    factor = factorize(x.T @ x / len(x), 0.01, False, (unquantized - x).T @ x / len(x))
+    weight, step = torch.randn(4, 200, dtype=torch.float64), torch.full((4, 1), 0.25, dtype=torch.float64)
+    moved, _ = gptq(weight, factor, spec(8, scale_dtype="float32"), False, step)
+    for j in range(200):
+        column = weight[:, j].clone()
+        error = (column - (column / 0.25).round().clamp(-128, 127) * 0.25) / factor.inverse[j, j]
+        weight += torch.outer(column, factor.correction[j]) - torch.outer(error, factor.inverse[j])
+        weight[:, j] = column
+    assert torch.allclose(moved, weight, rtol=1e-6, atol=1e-8)
+
+
+def test_moments_of_two_models():
+    """The mean of x x^T and of (x_unquantized - x) x^T over batches, an empty one among them."""
+    layer, moments = nn.Linear(5, 2), Moments()
+    pairs = [(torch.randn(size, 3, 5), torch.randn(size, 3, 5)) for size in (2, 0, 4)]
+    for x, unquantized in pairs:
+        moments.update(layer, x, unquantized)
+    moments.finish("layer")
+    x, unquantized = (torch.cat([pair[side] for pair in pairs]).flatten(0, 1).double() for side in (0, 1))
+    assert moments.count == 18
+    assert torch.allclose(moments.hessian[0].double(), x.T @ x / 18, atol=1e-6)
+    assert torch.allclose(moments.difference[0].double(), (unquantized - x).T @ x / 18, atol=1e-6)
+    assert torch.allclose(moments.magnitude[0].double(), x.abs().mean(0), atol=1e-6)
+
+
 def test_live_groups_read_compensated_weights():
     """The last group's step size fits the weights that it rounds, not the original ones."""
     x = correlated_inputs(inputs=256, spread=1.5)
@@ -185,7 +214,35 @@ def test_gptq_on_correlated_inputs():
 
 
 def test_alpha_0_changes_nothing():
-    assert ALPHAS[0] == 0 and torch.equal(channel_scales(torch.rand(8) + 0.1, 0.0), torch.ones(8))
+    magnitude = torch.rand(8) + 0.1
+    assert ALPHAS[0] == 0 and torch.equal(channel_scales(magnitude, 0.0), torch.ones(8))
+    scales = channel_scales(magnitude, 0.5)
+    assert (scales.max() * scales.min()).item() == pytest.approx(1)
+
+
+def test_awq_does_not_clip_queries_and_keys():
+    """Their step sizes are max|w|/Q_P; others may be smaller, and change the layer's output no more."""
+    moments, layers = Moments(), {name: prepared(nn.Linear(32, 16), "awq") for name in ("a.q_proj", "a.v_proj")}
+    x = correlated_inputs(inputs=32)
+    moments.update(layers["a.q_proj"], x)
+    moments.finish("a.q_proj")
+    for name, layer in layers.items():
+        weight, grid = layer.weight.detach().clone(), layer.weight_quantizer.spec
+        largest = weight_step_size(weight, grid, Init.minmax)
+        with torch.no_grad():
+            clip_layer(name, layer, moments)
+        step = layer.weight_quantizer.step_size
+        if "q_proj" in name:
+            assert torch.equal(step, largest)
+            continue
+        assert (step <= largest).all() and (step < largest).any()
+        for group in range(2):  # by the group's own inputs, written out
+            part = slice(16 * group, 16 * group + 16)
+            errors = []
+            for steps in (step, largest):
+                change = rounded_weight(weight, steps, grid) - weight
+                errors.append((x[:, part] @ change[:, part].T).square().sum(0))
+            assert (errors[0] <= errors[1] * (1 + 1e-4)).all()
 
 
 class Outliers(nn.Module):
@@ -215,6 +272,11 @@ def test_awq_scales_what_it_can_fold_exactly():
     assert scaled.norm.weight[3] < 30 and not report.notes  # norm -> gate and up, up -> down
     assert max(report.losses.values()) < 0.9
     with torch.no_grad():
+        rows = original.norm(torch.cat(x))
+        found = scaled.gate(scaled.norm(torch.cat(x))) - original.gate(rows)
+        change = nearest.gate.weight_quantizer(original.gate.weight) - original.gate.weight
+        usual = (rows @ change.T).square().sum().item()
+        assert report.losses["gate"] == pytest.approx(found.square().sum().item() / usual, rel=1e-3)
         expected = original(x[0])
         assert (scaled(x[0]) - expected).square().mean() < 0.5 * (nearest(x[0]) - expected).square().mean()
         for _, layer in quant_layers(scaled):
@@ -305,9 +367,10 @@ def test_weights_learn_on_from_gptq():
         assert (layer.weight_quantizer.step_size.grad != 0).float().mean() > 0.9
 
 
-def test_sign_rounding_stays_within_one_code():
+@pytest.mark.parametrize("lr", [None, 0.3])
+def test_sign_rounding_stays_within_one_code(lr):
     model, before = prepared(mlp(), "signround"), mlp()
-    qat.calibrate(model, [torch.randn(64, 32)], options=Options(steps=30), verbose=False)
+    qat.calibrate(model, [torch.randn(64, 32)], options=Options(steps=30, lr=lr), verbose=False)
     for name, layer in quant_layers(model):
         weight, quantizer = before.get_submodule(name).weight, layer.weight_quantizer
         largest = weight_step_size(weight, quantizer.spec, Init.minmax)
@@ -315,6 +378,38 @@ def test_sign_rounding_stays_within_one_code():
         step = stored_scale(quantizer.step_size, quantizer.spec).float().repeat_interleave(16, 1)
         codes = qat.quantized_tensors(model)[name].codes
         assert ((codes - (weight / step).clamp(-4, 3)).abs() <= 1.01).all()
+
+
+@pytest.mark.parametrize("init", ["signround", "blockwise"])
+def test_training_a_block_keeps_the_best_state(init):
+    """A rate that destroys everything leaves what it started from."""
+    model = prepared(mlp(), init)
+    report = initialise(model, [torch.randn(64, 32)], lambda network, x: network(x), Options(steps=4, lr=50.0))
+    assert report.losses["model"] <= 1
+    if init == "signround":
+        largest = weight_step_size(mlp()[0].weight, model[0].weight_quantizer.spec, Init.minmax)
+        assert torch.equal(model[0].weight_quantizer.step_size, largest)
+
+
+@given(bits=st.integers(2, 8), seed=st.integers(0, 999))
+def test_hqq_minimises_a_norm_below_one(bits, seed):
+    """Within a percent of the best of 200 step sizes, for weights with outliers; without outliers close to the mse."""
+    weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
+    weight[:, 0] *= 6
+    grid = spec(bits, scale_dtype="float32")
+    largest = weight_step_size(weight, grid, Init.minmax)
+
+    def norm(step):
+        return (rounded_weight(weight, step, grid) - weight).abs().pow(0.7).sum(-1)
+
+    best = torch.stack([norm(largest * share / 200) for share in range(40, 201)]).amin(0)
+    assert (norm(weight_step_size(weight, grid, Init.hqq)) <= best * 1.05).all()
+
+
+def test_activations_start_at_the_least_error():
+    for init in ("hqq", "gptq"):
+        policy = qat.QuantPolicy(weight=QuantSpec(4), activation={"bits": 8}, init=init)
+        assert qat.prepare(nn.Linear(4, 4), policy, verbose=False).activation_quantizer.init is Init.mse
 
 
 # One part after another
@@ -349,13 +444,14 @@ def test_blocks_are_run_one_at_a_time():
 
 
 @pytest.mark.parametrize("rules", [[], [{"match": "blocks.1.*", "weight": None}, {"match": "lm_head", "weight": None}]])
-def test_blocks_give_what_whole_forwards_give(monkeypatch, rules):
+@pytest.mark.parametrize("init", ["gptq", "gptaq"])
+def test_blocks_give_what_whole_forwards_give(monkeypatch, rules, init):
     """Walking a model block by block or from the start for every layer makes no difference."""
     states = []
     for blocks in (True, False):
         if not blocks:
             monkeypatch.setattr("qat.ptq.sequential.find_blocks", lambda *_: None)
-        model = prepared(language_model(), "gptq", rules=rules)
+        model = prepared(language_model(), init, rules=rules)
         qat.calibrate(model, tokens(), verbose=False)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -380,6 +476,29 @@ def test_transformers_models(init):
             batch
         ).logits.square().mean()
     assert error < 0.05
+
+
+def test_a_key_value_cache_does_not_grow_from_run_to_run():
+    """A config that asks for one gives the codes of a config that does not."""
+    transformers = pytest.importorskip("transformers")
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=use_cache)
+        model = prepared(transformers.LlamaForCausalLM(config), "gptq", 4, rules=[{"match": "lm_head", "weight": None}])
+        qat.calibrate(model, tokens(), verbose=False)
+        found.append(qat.quantized_tensors(model))
+    assert all(torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0])
+
+
+def test_an_unquantized_copy():
+    """Whatever is quantized in the model: weights that have step sizes already, inputs as a runtime rounds them."""
+    plain, x = mlp(), torch.randn(4, 32)
+    model = qat.prepare(mlp(), qat.QuantPolicy(weight=QuantSpec(2), activation="int8_token"), verbose=False)
+    assert torch.equal(unquantized_copy(model)(x), plain(x)) and not torch.equal(model(x), plain(x))
+    shared = unquantized_copy(model, model[2])
+    assert shared[2] is model[2] and shared[0] is not model[0]
 
 
 @pytest.mark.parametrize("init", READ_DATA)

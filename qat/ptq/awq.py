@@ -26,7 +26,7 @@ from .units import Unit, first
 
 ALPHAS = [index / 20 for index in range(20)]
 SHRINKS = [1 - index / 20 for index in range(10)]  # of max|w|
-SEARCH_ROWS = 4096  # inputs of a module whose output judges alpha
+SEARCH_ROWS = 2048  # inputs of a module whose output judges alpha
 NOT_CLIPPED = (
     "q_",
     "k_",

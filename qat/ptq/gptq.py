@@ -58,10 +58,7 @@ def factorize(hessian: Tensor, damping: float, act_order: bool, difference: Tens
     order = torch.arange(len(diagonal), device=diagonal.device)
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)
-    hessian = hessian[order][:, order].clone()
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    diagonal[diagonal == 0] = 1.0  # an input that is always 0: its weights are rounded to nearest and move nothing
+    hessian, mean = hessian[order][:, order], diagonal.mean()
     damped, damping = hessian.clone(), max(damping, 1e-6)
     while damping <= MOST_DAMPING:
         damped.diagonal().copy_(hessian.diagonal() + damping * mean)

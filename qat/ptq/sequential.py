@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
     with calibrating(model, layers), torch.no_grad():
         finished = Finished(options, init, batches)
         units = walk(model, layers, batches, forward, options, init in NEED_TWIN)
-        with tqdm(total=len(layers), desc=init.value, unit="layer", disable=not sys.stderr.isatty()) as bar:
+        bar = tqdm(total=len(layers), desc=init.value, unit="layer", disable=not sys.stderr.isatty())
+        with bar, closing(units):
             for unit in units:
                 if not finished.load(unit, report):
                     METHODS[init](unit, options, report)
@@ -100,7 +101,7 @@ def walk(
     if not seen or not seen.chained:
         yield whole("model", layers)
         return
-    name, blocks = found
+    path, blocks = found
     inside = {id(module) for module in blocks.modules()}
     outside = {name: layer for name, layer in layers.items() if id(layer) not in inside}
     before = {name: layer for name, layer in outside.items() if name in seen.early}
@@ -111,23 +112,26 @@ def walk(
     for index, block in enumerate(blocks):
         home = next(block.parameters()).device
         block.to(options.device or home)
-        members = {id(module) for module in block.modules()}
-        twin = unquantized_copy(block) if twins else None
-        part = {name: layer for name, layer in layers.items() if id(layer) in members}
-        run = chain.runner(index, twin, options.device)
-        unit = Unit(f"{name}.{index}", block, part, run, len(batches), twin)
-        if part:
-            yield unit
-        chain.advance(unit)
-        block.to(home)
-    del chain
+        try:
+            members = {id(module) for module in block.modules()}
+            twin = unquantized_copy(block) if twins else None
+            part = {name: layer for name, layer in layers.items() if id(layer) in members}
+            run = chain.runner(index, twin, options.device)
+            unit = Unit(f"{path}.{index}", block, part, run, len(batches), twin)
+            if part:
+                yield unit
+            chain.advance(unit)
+        finally:
+            block.to(home)
     if after:
-        yield whole("after", after)
+        twin = unquantized_copy(model, blocks) if twins else None
+        with chain.finished(batches, forward, twin) as run:
+            yield Unit("after", model, after, run, len(batches), twin)
 
 
-def unquantized_copy(module: nn.Module) -> nn.Module:
-    """Return a copy that computes in full precision."""
-    twin = copy.deepcopy(module)
+def unquantized_copy(module: nn.Module, shared: nn.Module | None = None) -> nn.Module:
+    """Return a copy that computes in full precision; a part of it that does not run may be shared."""
+    twin = copy.deepcopy(module, {} if shared is None else {id(shared): shared})
     for part in twin.modules():
         if isinstance(part, LearnedStepSize | DynamicActivation):
             part.enabled = False

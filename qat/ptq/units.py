@@ -126,9 +126,12 @@ class Chain:
     def __init__(
         self, model: nn.Module, blocks: nn.ModuleList, rest: tuple | None, batches: list[Any], forward: Forward
     ) -> None:
+        self.blocks, self.rest = blocks, rest
         self.stream: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []  # of a batch, of a block: what else it is called with
-        self._record(model, blocks, rest, batches, forward)
+        with self._replaced(self._record):  # no block runs
+            for batch in batches:
+                forward(model, batch)
         self.unquantized = list(self.stream)
 
     def runner(self, index: int, twin: nn.Module | None, device: torch.device | str | None) -> Callable:
@@ -148,29 +151,45 @@ class Chain:
             if unit.twin is not None:
                 self.unquantized[batch] = first(unit.run(unit.twin, batch)).to(hidden.device)
 
-    def _record(
-        self, model: nn.Module, blocks: nn.ModuleList, rest: tuple | None, batches: list[Any], forward: Forward
-    ) -> None:
-        """Keep the first block's inputs, and what else each block is called with: none of them runs."""
+    @contextmanager
+    def finished(self, batches: list[Any], forward: Forward, twin: nn.Module | None) -> Iterator[Callable]:
+        """Yield how to run the whole model, or its twin, on a batch once all blocks are done: none runs again."""
+        made: list[Tensor] = []  # by the last block
+
+        def pass_on(index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+            return made[-1] if index == len(self.blocks) - 1 else hidden
+
+        def run(module: nn.Module, batch: int) -> Any:
+            made[:] = [(self.unquantized if module is twin else self.stream)[batch]]
+            return forward(module, batches[batch])
+
+        with self._replaced(pass_on):
+            yield run
+
+    def _record(self, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if index == 0:
+            self.stream.append(hidden)
+            self._calls.append([])
+        self._calls[-1].append((args, kwargs))
+        return hidden
+
+    @contextmanager
+    def _replaced(self, function: Callable[[int, Tensor, tuple, dict], Tensor]) -> Iterator[None]:
+        """Let a function of (block index, hidden states, the call's other arguments) stand for every block."""
 
         def stub(index: int) -> Callable:
-            def passed_on(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = split_call(args, kwargs)
-                if index == 0:
-                    self.stream.append(hidden)
-                    self._calls.append([])
-                self._calls[-1].append((args, kwargs))
-                return hidden if rest is None else (hidden, *rest)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = function(index, *split_call(args, kwargs))
+                return hidden if self.rest is None else (hidden, *self.rest)
 
-            return passed_on
+            return forward
 
         try:
-            for index, block in enumerate(blocks):
+            for index, block in enumerate(self.blocks):
                 block.forward = stub(index)
-            for batch in batches:
-                forward(model, batch)
+            yield
         finally:
-            for block in blocks:
+            for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
 
