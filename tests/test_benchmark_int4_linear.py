@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_benchmark_int4_linear.py: what the benchmarks do with their measurements. Needs no GPU."""
+"""What the int4 benchmark does with its measurements. Needs no GPU."""
 
 import importlib
 import json
