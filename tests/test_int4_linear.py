@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qat.kernels import int4_linear as module
-from qat.kernels.int4_layout import Int4Weight, prepack
+from qat.kernels.int4_layout import Int4Weight, prepack, words_to_packed
 from qat.kernels.int4_linear import backend, int4_dequantize
 from qat.kernels.int4_plans import Batch, Decode
 
@@ -178,14 +178,17 @@ def test_the_bounds_catch(mutant):
 
 
 @pytest.mark.parametrize("k", [3, 65])
+@pytest.mark.parametrize("zero_dtype", [None, torch.int8, torch.float32], ids=str)
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # numpy under the interpreter, on the padding
-def test_padding_cannot_overflow(k):
-    # Padding reads as code -8, and -8 * 9000 is beyond fp16, though no weight here is.
-    codes = torch.ones(2, k, dtype=torch.int8, device=DEVICE)
+def test_padding_cannot_overflow(k, zero_dtype):
+    # 8 * 9000 is beyond fp16, though no weight here is: padding must not become 0 + 8, and times an input 0 NaN.
+    codes = torch.full((2, k), 1 if zero_dtype is None else -7, dtype=torch.int8, device=DEVICE)
     scale = torch.full((2, 1), 9000.0, device=DEVICE)
+    zero_point = None if zero_dtype is None else torch.full((2, 1), -8, device=DEVICE).to(zero_dtype)
     x = torch.zeros(k, dtype=torch.float16, device=DEVICE)
     x[-1] = 2.0
-    assert int4_linear(x, pack(codes, 4), scale, None, k, k).tolist() == [18000.0] * 2
+    for stored in (scale, scale.half()):
+        assert int4_linear(x, pack(codes, 4), stored, None, k, k, zero_point).tolist() == [18000.0] * 2
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (5,), (2, 3, 4)])
@@ -244,6 +247,14 @@ def test_the_layout_by_hand():
         words = prepack(pack(codes, 4), torch.ones(16, 1), None, 64, 64).words.view(torch.uint32)[0, 0].tolist()
         changed = {index: word for index, word in enumerate(words) if word != 0x88888888}
         assert changed == {(4 * g + c) * 4 + 2 * kh + rh: 0x88888888 + (7 << (4 * j + 16 * e))}
+
+
+def test_padding_stands_for_weight_zero():
+    packed = pack(torch.full((2, 3), 5, dtype=torch.int8), 4)
+    for zero_point, codes in ((None, [[0], [0]]), (torch.tensor([[-8], [3]], dtype=torch.int8), [[-8], [3]])):
+        words = prepack(packed, torch.ones(2, 1), zero_point, 3, 3).words
+        padding = unpack(words_to_packed(words, 2, 64), 4, 64)[:, 3:]
+        assert torch.equal(padding, torch.tensor(codes, dtype=torch.int8).expand(2, 61))
 
 
 def test_strides():

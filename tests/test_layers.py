@@ -239,6 +239,17 @@ def check_prepacked_weight(packed):
     assert torch.equal(one.packed_weight.codes(), codes)
 
 
+def check_prepacked_scales(packed):
+    """A scale that the dtype of x cannot hold is not rounded to it."""
+    tensor = random_tensor()
+    tensor.scale = tensor.scale.float() * (1 + 2.0**-20)
+    layer = frozen_linear(tensor, packed=packed)
+    layer.packed_weight.prepack()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(layer.packed_weight.dequantize(dtype), one_shot(layer, dtype))
+        assert layer.packed_weight.gpu_operands[dtype].scale.dtype == torch.float32
+
+
 def one_shot(layer, dtype):
     tensor = layer.packed_weight.quantized_tensor()
     return qat.numerics.dequantize(tensor.codes, tensor.scale, dtype, tensor.zero_point)
@@ -322,6 +333,7 @@ def test_cpu_operands_follow_the_weight():
 
 def test_prepacked_weight():
     check_prepacked_weight(qat.layers.packed)
+    check_prepacked_scales(qat.layers.packed)
 
 
 def test_autocast():

@@ -603,6 +603,13 @@ MUTANTS = [
         layers.check_cpu_operands_follow_the_weight,
     ),
     Mutant(
+        "the kernels' scale is rounded to the dtype of x",
+        PACKED,
+        "if torch.equal(scale.float(), stored.scale.float()):",
+        "if True:",
+        layers.check_prepacked_scales,
+    ),
+    Mutant(
         "a state dict holds no codes while they lie in the kernels' order",
         PACKED,
         'destination[prefix + "packed"] = self._packed()',
