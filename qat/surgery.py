@@ -10,12 +10,12 @@ from torch import nn
 
 from .codebook import stored_shape
 from .errors import LayerError, PolicyError, StateError
-from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
+from .layers import FAKE_QUANT, FrozenLayer, QuantLayer, is_frozen, is_prepared, make_fake_quant_, matrix, plain_type
 from .numerics import scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
-from .spec import Dynamic, QuantSpec
+from .spec import Dynamic, Init, QuantSpec
 
 
 @dataclass
@@ -36,7 +36,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
 
     Args:
-        model: any module; its ``nn.Linear`` and ``nn.Conv2d`` layers can be quantized.
+        model: any module; its ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` layers can be quantized.
         policy: a QuantPolicy.
         verbose: print the summary.
 
@@ -51,7 +51,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     decisions = decide(model, policy)
-    _check_shapes(decisions)
+    check_shapes(decisions)
     weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
@@ -60,7 +60,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if decision.weight is not None:
             weight = weight_quantizers.get(id(layer.weight))
             if weight is None:
-                weight = _weight_quantizer(decision, policy)
+                weight = weight_quantizer(decision, policy.init)
                 weight_quantizers[id(layer.weight)] = weight
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
@@ -72,21 +72,23 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     return model
 
 
-def _weight_quantizer(decision: Decision, policy: QuantPolicy) -> WeightLSQ | WeightCodebook:
+def weight_quantizer(decision: Decision, init: Init) -> WeightLSQ | WeightCodebook:
+    """Return the quantizer that a decision gives its layer, started from the weight's values."""
+    weight = matrix(decision.layer)
     if decision.weight.codebook is not None:
-        return WeightCodebook(decision.weight, decision.layer.weight, decision.name)
-    return WeightLSQ(decision.weight, decision.layer.weight, decision.name, policy.init)
+        return WeightCodebook(decision.weight, weight, decision.name)
+    return WeightLSQ(decision.weight, weight, decision.name, init)
 
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
     layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
-    described = [(name, type(layer).__name__, type(layer) in FAKE_QUANT) for name, layer in layers]
+    described = [(name, type(layer).__name__, plain_type(layer) in FAKE_QUANT) for name, layer in layers]
     winners = match_rules(policy.rules, described)
     decisions = []
     for (name, layer), rule in zip(layers, winners, strict=True):
         weight, activation = policy.specs_of(rule)
-        if type(layer) in FAKE_QUANT:
+        if plain_type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
@@ -105,7 +107,7 @@ def summary(model: nn.Module) -> str:
     """Return the table of a prepared model's layers: what each became, and why the others were left alone."""
     decisions = []
     for name, layer in model.named_modules():
-        if plain_type(layer) is not type(layer):
+        if isinstance(layer, QuantLayer | FrozenLayer):
             weight = getattr(layer, "packed_weight", None) or getattr(layer, "weight_quantizer", None)
             activation = layer.activation_quantizer
             specs = [None if part is None else part.spec for part in (weight, activation)]
@@ -120,7 +122,7 @@ def _holds_matrix(layer: nn.Module) -> bool:
     return weight is not None and weight.dim() > 1
 
 
-def _check_shapes(decisions: list[Decision]) -> None:
+def check_shapes(decisions: list[Decision]) -> None:
     """Raise one LayerError that lists every layer whose spec does not fit."""
     problems, tied = [], {}
     for decision in decisions:
@@ -128,7 +130,7 @@ def _check_shapes(decisions: list[Decision]) -> None:
             continue
         weight = decision.layer.weight
         try:
-            scale_shape(weight.shape, decision.weight)
+            scale_shape(matrix(decision.layer).shape, decision.weight)
         except LayerError as error:
             problems.append(f"{decision.name!r}: {error}")
         if not weight.is_floating_point():
@@ -147,11 +149,12 @@ def _check_shapes(decisions: list[Decision]) -> None:
 
 def _dynamic_problems(decision: Decision) -> list[str]:
     kind, layer = decision.activation.value, decision.layer
-    if not isinstance(layer, nn.Linear):
+    if plain_type(layer) is nn.Conv2d:
         fix = "give it a rule with a spec (bits: 8) or null for its activation"
         return [f"{decision.name!r}: {kind} is for linear layers, not for a {type(layer).__name__}: {fix}"]
-    if decision.activation is Dynamic.q8_0 and layer.in_features % BLOCK:
-        return [f"{decision.name!r}: q8_0 rounds {BLOCK} inputs at a time, which do not divide its {layer.in_features}"]
+    inputs = matrix(layer).shape[1]
+    if decision.activation is Dynamic.q8_0 and inputs % BLOCK:
+        return [f"{decision.name!r}: q8_0 rounds {BLOCK} inputs at a time, which do not divide its {inputs}"]
     return []
 
 
@@ -177,10 +180,10 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
             total_bits, total_weights = total_bits + bits * weights, total_weights + weights
         spec = "-" if decision.weight is None else str(decision.weight)
         rows.append((decision.name, "x".join(map(str, shape)), spec, _input(decision), f"{bits:.2f}", note))
-    for name, matrix, note in _other_matrices(model):
-        bits = matrix.element_size() * 8.0
-        rows.append((name, "x".join(map(str, matrix.shape)), "-", "-", f"{bits:.2f}", note))
-        total_bits, total_weights = total_bits + bits * matrix.numel(), total_weights + matrix.numel()
+    for name, other, note in _other_matrices(model):
+        bits = other.element_size() * 8.0
+        rows.append((name, "x".join(map(str, other.shape)), "-", "-", f"{bits:.2f}", note))
+        total_bits, total_weights = total_bits + bits * other.numel(), total_weights + other.numel()
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
@@ -204,7 +207,7 @@ def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]
 
 def _weight_shape(layer: nn.Module):
     packed = getattr(layer, "packed_weight", None)
-    return layer.weight.shape if packed is None else packed.shape
+    return matrix(layer).shape if packed is None else packed.shape
 
 
 def _input(decision: Decision) -> str:

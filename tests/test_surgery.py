@@ -210,7 +210,7 @@ def test_a_rule_that_matches_nothing():
 
 @pytest.mark.parametrize("key", ["weight", "activation"])
 def test_an_unsupported_layer_asked_for(key):
-    with pytest.raises(PolicyError, match=r"'embed', a Embedding: only Linear and Conv2d can be"):
+    with pytest.raises(PolicyError, match=r"'embed', a Embedding: only Linear and Conv2d and Conv1D can be"):
         prepare(Net(), QuantPolicy(rules=[{"match": "embed", key: {"bits": 8}}]))
 
 

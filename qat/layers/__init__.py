@@ -11,11 +11,14 @@ from torch import nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from .conv import FrozenConv2d, QuantConv2d
+from .conv1d import Conv1D, FrozenConv1D, QuantConv1D, matrix
 from .linear import FrozenLinear, QuantLinear
 from .packed import PackedWeight
 
-FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
-FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
+__all__ = ["PackedWeight", "matrix"]  # of the modules beside this one
+
+FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Conv1D: QuantConv1D}
+FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, Conv1D: FrozenConv1D}
 QuantLayer = QuantLinear | QuantConv2d
 FrozenLayer = FrozenLinear | FrozenConv2d
 
@@ -41,7 +44,9 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """Return nn.Linear or nn.Conv2d for a fake-quant or frozen layer, else the layer's own type."""
+    """Return nn.Linear, nn.Conv2d or Conv1D for a plain, fake-quant or frozen one, else the layer's own type."""
+    if Conv1D.is_type_of(layer):
+        return Conv1D
     for table in (FAKE_QUANT, FROZEN):
         for plain, quantized in table.items():
             if type(layer) is quantized:
@@ -55,7 +60,7 @@ def make_fake_quant_(
     activation: ActivationLSQ | DynamicActivation | None,
 ) -> None:
     """Turn a plain layer into its fake-quant twin, in place."""
-    layer.__class__ = FAKE_QUANT[type(layer)]
+    _become(layer, FAKE_QUANT[plain_type(layer)])
     layer.weight_quantizer = weight
     layer.activation_quantizer = activation
 
@@ -64,10 +69,17 @@ def make_frozen_(
     layer: nn.Module, weight: PackedWeight | None, activation: FrozenActivation | DynamicActivation | None
 ) -> None:
     """Turn a plain or fake-quant layer into its frozen twin, in place; packed codes replace the weight."""
-    layer.__class__ = FROZEN[plain_type(layer)]
+    _become(layer, FROZEN[plain_type(layer)])
     if "weight_quantizer" in layer._modules:
         del layer.weight_quantizer
+    layer.register_buffer("like", layer._parameters["weight"].new_empty(0), persistent=False)
     if weight is not None:
         del layer.weight
     layer.packed_weight = weight
     layer.activation_quantizer = activation
+
+
+def _become(layer: nn.Module, twin: type[nn.Module]) -> None:
+    if Conv1D.is_type_of(layer):
+        layer.in_features, layer.out_features = layer.weight.shape
+    layer.__class__ = twin

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..quantizers import ActivationLSQ, FrozenActivation, WeightCodebook, WeightLSQ
 from .linear import match_dtypes
-from .packed import PackedWeight
+from .packed import Frozen
 
 
 class QuantConv2d(nn.Conv2d):
@@ -28,15 +28,13 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-class FrozenConv2d(nn.Conv2d):
+class FrozenConv2d(Frozen, nn.Conv2d):
     """A convolution that holds packed codes and dequantizes them on use.
 
     Attributes:
-        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
         activation_quantizer: None leaves the input alone.
     """
 
-    packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | None
 
     def forward(self, x: Tensor) -> Tensor:

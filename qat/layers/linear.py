@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from . import cpu_int4
-from .packed import PackedWeight
+from .packed import Frozen
 
 
 class QuantLinear(nn.Linear):
@@ -30,18 +30,16 @@ class QuantLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
     On a GPU, 4-bit weights on an even grid run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator
     where it takes the shape; everything else dequantizes on use.
 
     Attributes:
-        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
         activation_quantizer: None leaves the input alone.
     """
 
-    packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | DynamicActivation | None
 
     def forward(self, x: Tensor) -> Tensor:

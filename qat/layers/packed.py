@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..errors import LayerError
 from ..numerics import QuantizedTensor, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
@@ -69,10 +70,45 @@ class PackedWeight(FixedDtype):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.cpu_operands = None
         super()._apply(fn, recurse)
-        if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
-            self.levels = codebook.named_levels(self.spec, self.scale.device)  # which to_empty would leave undefined
+        self.restore_levels()
         return self
+
+    def restore_levels(self) -> None:
+        """Set a named codebook's levels, which are not stored: ``to_empty`` and its like leave them undefined."""
+        if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
+            self.levels = codebook.named_levels(self.spec, self.scale.device)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.cpu_operands = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class DequantizedWeight(Tensor):
+    """A frozen layer's weight, made from its codes when read; ``.data``, which others write to, is refused."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """Raise LayerError: what is written here would be lost."""
+        raise LayerError("a frozen weight is made from its codes and cannot be written: merge with qat.adapters.merge")
+
+
+class Frozen:
+    """What frozen layers share: ``weight`` is dequantized when read, as models and adapters read its dtype or norm.
+
+    Attributes:
+        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
+        like: empty; its dtype and device are the model's.
+    """
+
+    packed_weight: PackedWeight | None
+    like: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the model's dtype, with its outputs first."""
+        parameter = self._parameters.get("weight")
+        if parameter is not None or self.packed_weight is None:
+            return parameter
+        return self.packed_weight.dequantize(self.like.dtype).as_subclass(DequantizedWeight)
