@@ -61,7 +61,7 @@ def convert(
     Raises:
         QATError: the source cannot be read, or the format cannot hold it exactly, or ``out`` cannot be written.
     """
-    from . import formats
+    from . import adapters, formats
     from .atomic import atomic_folder
 
     if out.exists() and source.exists() and out.samefile(source):
@@ -75,7 +75,9 @@ def convert(
         notes = formats.module(to).write(quantized, folder, **_network(to, model))
     for note in notes:
         print(note)
-    size = sum(file.stat().st_size for file in out.iterdir())
+    for name in adapters.folders(quantized):
+        print(f"the adapter lies beside: peft.PeftModel.from_pretrained(model, '{out / name}') puts it on")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"wrote {out} ({size:,} bytes)")
     return quantized
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from . import adapters
 from .errors import LayerError, StateError
 from .layers import PackedWeight, frozen_layers, make_frozen_, matrix, quant_layers
 from .numerics import QuantizedTensor
@@ -19,12 +20,13 @@ def freeze(model: nn.Module) -> nn.Module:
     a weight share its packed codes.
 
     Raises:
-        StateError: the model is not prepared, or a step size was never initialised.
+        StateError: the model is not prepared, a step size was never initialised, or an adapter is merged.
         LayerError: a weight or scale holds NaN or infinity.
     """
     layers = list(quant_layers(model))
     if not layers:
         raise StateError("nothing to freeze: call qat.prepare(model, policy) and train first")
+    adapters.require_unmerged(model)
     for _, layer in layers:
         for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
             if isinstance(quantizer, LearnedStepSize | WeightCodebook):

@@ -29,7 +29,7 @@ from . import formats
 from .atomic import atomic_folder
 from .errors import ArtifactError, LayerError, PolicyError
 from .formats import native
-from .formats.companions import PATTERNS, copy_companions
+from .formats.companions import PATTERNS, copy_files
 from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix
 from .policy import QuantPolicy
 from .quantized_model import from_model, matching_layer
@@ -131,7 +131,7 @@ class QATQuantizer(HfQuantizer):
             if entry.weight is not None:
                 owner = entry.tied or stored
                 if owner not in packed:
-                    device = _device(name, layer.packed_weight.scale)
+                    device = _device(name, layer.packed_weight.packed)
                     packed[owner] = PackedWeight.from_tensor(self.source.quantized(owner)).to(device)
                 layer.packed_weight = packed[owner]
             if entry.has_activation_scale:
@@ -230,7 +230,7 @@ def _save_frozen(model: PreTrainedModel, out: Path) -> None:
     quantized.files = getattr(model, "qat_source", None)
     with atomic_folder(out, _may_be_replaced) as folder:
         native.write(quantized, folder)
-        copy_companions(out, folder)  # a tokenizer that was saved there first
+        copy_files(out, folder)  # a tokenizer that was saved there first
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
 

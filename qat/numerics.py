@@ -13,15 +13,18 @@ read row-major as (rows, groups, block), where ``block`` elements share a scale.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import codebook
+from . import backend, codebook, double_quantization
+from .double_quantization import NestedScale
 from .errors import LayerError
-from .spec import Granularity, QuantSpec
+from .spec import Codebook, Granularity, QuantSpec
 
 # The smallest scale: from here up to 65536 a bf16 scale, and a 4-bit code times it, are exact in fp16.
 MIN_SCALE = 2.0**-17
@@ -86,6 +89,7 @@ class QuantizedTensor:
         zero_point: int8, the scale's shape, in the range of the codes; None if symmetric.
         spec: the grid.
         levels: of the codebook, float32 (1 or rows, 2^bits), where the spec has one; a named one's follow from it.
+        nested: what the scale was made of, where the scales are quantized too.
     """
 
     codes: Tensor
@@ -93,6 +97,7 @@ class QuantizedTensor:
     spec: QuantSpec
     zero_point: Tensor | None = None
     levels: Tensor | None = None
+    nested: NestedScale | None = None
 
     def __post_init__(self) -> None:
         if self.spec.codebook is not None and self.levels is None:
@@ -107,12 +112,16 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits a weight, scales and zero points included."""
-        parameters = self.scale.numel() * (
-            self.scale.element_size() * 8 + (0 if self.spec.symmetric else self.spec.bits)
-        )
-        if codebook.stored_shape(self.codes.shape, self.spec) is not None:
-            parameters += self.levels.numel() * 32
-        return self.spec.bits + parameters / self.codes.numel()
+        return self.spec.bits + parameter_bits(self.codes.shape, self.spec) / self.codes.numel()
+
+
+def parameter_bits(shape: torch.Size, spec: QuantSpec) -> int:
+    """Return the bits that a weight's scales, zero points and levels take."""
+    scales = scale_shape(shape, spec)
+    if spec.codebook is Codebook.nf4_double:
+        return double_quantization.stored_bits(scales)
+    bits = math.prod(scales) * (scale_dtype(spec).itemsize * 8 + (0 if spec.symmetric else spec.bits))
+    return bits + 32 * math.prod(codebook.stored_shape(shape, spec) or (0,))
 
 
 def quantize_tensor(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> QuantizedTensor:
@@ -148,10 +157,10 @@ def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: flo
     return _FakeQuantize.apply(x, step_size, spec, grad_scale)
 
 
-def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the value of ``fake_quantize``, without gradients."""
+def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the value of ``fake_quantize``, without gradients, in ``dtype`` (that of x): the kernels' reference."""
     scale = stored_scale(step_size, spec)
-    return dequantize(quantize(x, scale, spec), scale, x.dtype)
+    return dequantize(quantize(x, scale, spec), scale, dtype or x.dtype)
 
 
 def fake_quantize_gradients(
@@ -162,13 +171,30 @@ def fake_quantize_gradients(
     inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
     grad_x = grad_step = None
     if wanted[0]:
-        grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0)
+        grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0).to(x.dtype)
     if wanted[1]:
         slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)
         terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
-        total = terms.sum() if step_size.numel() == 1 else terms.sum(-1)
+        total = terms.sum() if step_size.numel() == 1 else terms.reshape(*step_size.shape, -1).sum(-1)
         grad_step = (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)
     return grad_x, grad_step
+
+
+def requantize_(
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+    wanted=(True, True),
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (fake-quantized x in ``dtype``, or None; gradient of x; gradient of the step size).
+
+    For a backward that kept x alone and needs its fake-quantized value again. ``grad_output`` may be overwritten.
+    """
+    y = None if dtype is None else fake_quantized(x, step_size, spec, dtype)
+    return y, *fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale, wanted)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -178,13 +204,23 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
         ctx.save_for_backward(x, step_size)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        return fake_quantized(x, step_size, spec)
+        return arithmetic(x, step_size).fake_quantized(x, step_size, spec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        grads = fake_quantize_gradients(grad_output, *ctx.saved_tensors, ctx.spec, ctx.grad_scale, ctx.needs_input_grad)
-        return *grads, None, None
+        x, step_size = ctx.saved_tensors
+        gradients = arithmetic(x, step_size).fake_quantize_gradients
+        return *gradients(grad_output, x, step_size, ctx.spec, ctx.grad_scale, ctx.needs_input_grad), None, None
+
+
+def arithmetic(x: Tensor, step_size: Tensor) -> ModuleType:
+    """Return the module whose ``fake_quantized`` and ``fake_quantize_gradients`` run on x: kernels, or this one."""
+    if backend.fused(x, step_size):
+        from qat.kernels import fake_quant  # loads Triton
+
+        return fake_quant
+    return sys.modules[__name__]
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -192,10 +228,12 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _broadcast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """View x and scale so that they broadcast; one scale for the whole tensor leaves x's shape and strides alone."""
+    """View x and scale so that they broadcast; without groups, x's shape and strides stay as they are."""
     if scale.numel() == 1:
         return x, scale.reshape(())
-    return x.reshape(*scale.shape, -1), scale[..., None]
+    if scale.shape == (*x.shape[:1], 1):
+        return x, scale.reshape(-1, *(1,) * (x.dim() - 1))
+    return x.contiguous().view(*scale.shape, -1), scale[..., None]
 
 
 def _ratio(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import adapters
 from .checkpoint import load_state
 from .errors import ArtifactError, StateError
 from .layers import FROZEN, PackedWeight, frozen_layers, is_frozen, is_prepared, make_frozen_, matrix, plain_type
@@ -74,6 +75,7 @@ class QuantizedModel:
         source: where it comes from, for messages.
         example: shape (without batch), dtype and range of an input, as in ``qat.checkpoint``; None if unknown.
         files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
+        adapter: writes peft's folder of the adapter on the model; None if there is none, or one in ``files``.
     """
 
     architecture: dict[str, Any] | None
@@ -85,19 +87,21 @@ class QuantizedModel:
     source: str = "this model"
     example: dict[str, Any] | None = None
     files: Path | None = None
+    adapter: Callable[[Path], None] | None = None
 
 
 def from_model(model: nn.Module) -> QuantizedModel:
-    """Describe a frozen model; tensors are not copied.
+    """Describe a frozen model; tensors are not copied. One that peft wrapped is described without its adapter.
 
     Raises:
-        StateError: the model is not frozen.
+        StateError: the model is not frozen, or its adapter cannot lie beside it.
     """
     from .models import architecture_of
 
     if is_prepared(model):
         raise StateError("this model still trains: call qat.freeze(model) before qat.save")
-    frozen = dict(frozen_layers(model))
+    model, plain_name, adapter = adapters.split(model)
+    frozen = {plain_name(name): layer for name, layer in frozen_layers(model)}
     if not frozen:
         raise StateError("nothing to save: call qat.prepare(model, policy), train, and qat.freeze(model) first")
     owners: dict[int, str] = {}
@@ -113,7 +117,9 @@ def from_model(model: nn.Module) -> QuantizedModel:
             None if owner == name else owner,
         )
     inside = _quantized_names(model)
-    dense, tied = _untie({name: value for name, value in model.state_dict().items() if name not in inside})
+    state = {plain_name(name): value for name, value in model.state_dict().items() if name not in inside}
+    state.pop(None, None)
+    dense, tied = _untie(state)
     return QuantizedModel(
         architecture_of(model),
         layers,
@@ -121,6 +127,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
         lambda name: frozen[name].activation_quantizer.scale,
         dense,
         tied,
+        adapter=adapter,
     )
 
 

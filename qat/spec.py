@@ -29,9 +29,13 @@ class ScaleDtype(StrEnum):
 
 
 class Codebook(StrEnum):
-    """A table of levels that codes point into, in place of evenly spaced ones: NF4's, or the layer's own."""
+    """A table of levels that codes point into, in place of evenly spaced ones: NF4's, or the layer's own.
+
+    ``nf4_double`` is NF4 whose scales are quantized too (``qat.double_quantization``), as QLoRA has it.
+    """
 
     nf4 = "nf4"
+    nf4_double = "nf4_double"
     custom = "custom"
 
 
@@ -71,9 +75,10 @@ class QuantSpec:
         symmetric: True for no zero point.
         scale_dtype: the dtype the scale is rounded to inside the training forward and stored in: bfloat16 unless
             given, and always float32 with a codebook.
-        codebook: "nf4" (QLoRA, arXiv:2305.14314, 4 bits), or "custom" for levels that the layer stores itself, one
-            table an output channel; for weights only. The scale is then not learned: it is the largest magnitude of
-            what shares it, as in bitsandbytes (``qat.codebook`` has the arithmetic).
+        codebook: "nf4" or, with scales of 8 bits, "nf4_double" (QLoRA, arXiv:2305.14314, 4 bits), or "custom" for
+            levels that the layer stores itself, one table an output channel; for weights only. The scale is then not
+            learned: it is the largest magnitude of what shares it, as in bitsandbytes (``qat.codebook`` has the
+            arithmetic).
 
     Raises:
         SpecError: a field out of range, or fields that contradict each other.
@@ -110,8 +115,9 @@ class QuantSpec:
     def _check_codebook(self) -> None:
         self.codebook = as_member(Codebook, "codebook", self.codebook)
         most = 4  # indices lie in int8, and more levels than this gain nothing over even ones
-        if self.bits > most or (self.codebook is Codebook.nf4 and self.bits != 4):
-            bits = "4 bits" if self.codebook is Codebook.nf4 else f"2 to {most} bits"
+        nf4 = self.codebook is not Codebook.custom
+        if self.bits > most or (nf4 and self.bits != 4):
+            bits = "4 bits" if nf4 else f"2 to {most} bits"
             raise SpecError(f"codebook={self.codebook.value!r} has {bits}, not {self.bits}")
         if not self.symmetric or self.signed is False:
             raise SpecError("a codebook has its own zero and sign: drop symmetric=False and signed=False")
@@ -159,7 +165,7 @@ class QuantSpec:
 
     def __str__(self) -> str:
         if self.codebook is not None:
-            name = self.codebook.value if self.codebook is Codebook.nf4 else f"codebook{self.bits}"
+            name = f"codebook{self.bits}" if self.codebook is Codebook.custom else self.codebook.value
             return f"{name} {self._where}"
         sign = "u" if self.signed is False else ""
         return f"{sign}int{self.bits} {self._where}" + ("" if self.symmetric else " asymmetric")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from .codebook import stored_shape
+from .adapters import own_modules
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, FrozenLayer, QuantLayer, is_frozen, is_prepared, make_fake_quant_, matrix, plain_type
-from .numerics import scale_shape
+from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
@@ -83,12 +82,18 @@ def weight_quantizer(decision: Decision, init: Init) -> WeightLSQ | WeightCodebo
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
     layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
-    described = [(name, type(layer).__name__, plain_type(layer) in FAKE_QUANT) for name, layer in layers]
+    adapters = own_modules(model)
+    described = [
+        (name, type(layer).__name__, plain_type(layer) in FAKE_QUANT and id(layer) not in adapters)
+        for name, layer in layers
+    ]
     winners = match_rules(policy.rules, described)
     decisions = []
     for (name, layer), rule in zip(layers, winners, strict=True):
         weight, activation = policy.specs_of(rule)
-        if plain_type(layer) in FAKE_QUANT:
+        if id(layer) in adapters:
+            decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
+        elif plain_type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
@@ -168,9 +173,7 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
         if decision.weight is None:
             bits = decision.layer.weight.element_size() * 8.0
         else:
-            stored = math.prod(scale_shape(shape, decision.weight)) * _scale_bits(decision.weight)
-            stored += math.prod(stored_shape(shape, decision.weight) or (0,)) * 32
-            bits = decision.weight.bits + stored / weights
+            bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights
         note = decision.reason
         key = id(getattr(decision.layer, "packed_weight", None) or decision.layer.weight)
         if key in names:
@@ -216,7 +219,3 @@ def _input(decision: Decision) -> str:
     if isinstance(decision.activation, Dynamic):
         return f"{decision.activation.value} (dynamic)"
     return str(decision.activation) + (" (sign detected)" if decision.activation.signed is None else "")
-
-
-def _scale_bits(spec: QuantSpec) -> int:
-    return 32 if spec.scale_dtype == "float32" else 16

@@ -40,11 +40,13 @@ def qat_load(folder: Path) -> Logits:
 
 
 def transformers(folder: Path) -> Logits:
-    """Of a Hugging Face folder, through compressed-tensors, or of a GGUF file."""
+    """Of a Hugging Face folder, through compressed-tensors, torchao or bitsandbytes, or of a GGUF file."""
     from transformers import AutoModelForCausalLM
 
     options = {"gguf_file": "model.gguf"} if (folder / "model.gguf").is_file() else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # read by bitsandbytes, whose kernel there multiplies in bf16
     return lambda tokens: model(tokens).logits
 
 

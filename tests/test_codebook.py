@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qat
-from qat import codebook
+from qat import codebook, double_quantization
 from qat.checkpoint import load_state
 from qat.errors import LayerError, PolicyError, SpecError, StateError
 from qat.numerics import QuantizedTensor
@@ -40,6 +41,10 @@ def prepared(spec, inputs=64, rows=8, dtype=torch.float32, levels=TABLE):
 
 
 def test_nf4_levels_are_the_quantiles_of_qlora():
+    check_levels_of_nf4(codebook)
+
+
+def check_levels_of_nf4(codebook):
     """arXiv:2305.14314, appendix E, with the offset 0.9677083 of its implementation, which the paper leaves unsaid."""
     normal = torch.distributions.Normal(0.0, 1.0)
     positive = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1]).flip(0)
@@ -57,8 +62,12 @@ def test_the_mean_error_of_a_normal_weight_is_the_published_one():
 
 
 def test_nearest_levels_and_ties_by_hand():
+    check_by_hand(codebook)
+
+
+def check_by_hand(codebook):
     """With s = 4 the bounds lie at -3, -0.5 and 2.5; a tie goes to the lower level."""
-    x = torch.tensor([[-4.0, -3.1, -3.0, -2.9, -0.5, 0.0, 2.5, 2.6, 4.0, 0.0]])
+    x = torch.tensor([[-4.0, -3.1, -3.0, -2.9, -0.5, 0.0, 2.5, 2.6, 3.9, 0.0]])
     scale = codebook.block_scale(x, (1, 1))
     levels = torch.tensor([TABLE])
     codes = codebook.quantize(x, scale, levels)
@@ -67,11 +76,34 @@ def test_nearest_levels_and_ties_by_hand():
     assert codebook.dequantize(codes, scale, levels, torch.float32).tolist() == [[-4, -4, -4, -2, -2, 1, 1, 4, 4, 1]]
 
 
+def test_the_reciprocal_of_the_scale_multiplies():
+    check_reciprocal(codebook)
+
+
+def check_reciprocal(codebook):
+    """As in bitsandbytes, where x * (1 / s) and x / s lie on different sides of a bound; numpy is the judge."""
+    levels = numpy.array(codebook.NF4, dtype=numpy.float32)
+    bounds = (levels[1:] + levels[:-1]) / numpy.float32(2)
+    scale = numpy.random.default_rng(0).random((2000, 1), dtype=numpy.float32) + numpy.float32(0.1)
+    x = numpy.concatenate(
+        [numpy.nextafter(bounds * scale, numpy.float32(way)) for way in (-9, 9)] + [bounds * scale], 1
+    )
+    expected = ((x * (numpy.float32(1) / scale))[..., None] > bounds).sum(-1)
+    assert (expected != ((x / scale)[..., None] > bounds).sum(-1)).any()
+    made = codebook.quantize(torch.from_numpy(x), torch.from_numpy(scale), torch.from_numpy(levels)[None])
+    assert (made.numpy() == expected).all()
+
+
 def test_a_block_of_zeros_stays_zero():
+    check_zeros(codebook)
+
+
+def check_zeros(codebook):
     x = torch.zeros(1, 64)
     x[0, 32:] = torch.linspace(-1, 1, 32)
     values = codebook.fake_quantized(x, (1, 2), torch.tensor([codebook.NF4]))
     assert values[0, :32].eq(0).all() and values.isfinite().all() and values[0, -1] == 1
+    assert codebook.quantize(x, codebook.block_scale(x, (1, 2)), torch.tensor([codebook.NF4]))[0, :32].eq(7).all()
 
 
 @given(
@@ -99,7 +131,14 @@ def test_the_nearest_level_is_chosen(rows, groups, block, bits, dtype, seed):
     assert torch.equal(made, expected * scale.repeat_interleave(block, 1))
 
 
-@pytest.mark.parametrize("spec", [nf4(group_size=32), nf4(), nf4(granularity="tensor"), custom(group_size=16)])
+def double(**options):
+    return qat.QuantSpec(codebook="nf4_double", **options)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [nf4(group_size=32), nf4(), nf4(granularity="tensor"), custom(group_size=16), double(group_size=16), double()],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_trains_is_what_is_frozen_saved_and_loaded(tmp_path, spec, dtype):
     model = prepared(spec, dtype=dtype)
@@ -118,7 +157,27 @@ def test_what_trains_is_what_is_frozen_saved_and_loaded(tmp_path, spec, dtype):
     assert torch.equal(fresh(x), model(x))
 
 
+def test_each_row_has_its_own_levels():
+    check_rows(codebook)
+
+
+def check_rows(codebook):
+    levels = torch.tensor([TABLE, [-1.0, 0.0, 0.5, 1.0]])
+    x = torch.tensor([[-4.0, 2.2, 1.0, 4.0], [-1.0, 0.55, 0.1, 1.0]])
+    made = codebook.fake_quantized(x, (2, 1), levels)
+    assert made.tolist() == [[-4.0, 1.0, 1.0, 4.0], [-1.0, 0.5, 0.0, 1.0]]
+
+
+def check_gradient(codebook):
+    x = torch.tensor([[-4.0, 0.3, 1.0, 4.0]], requires_grad=True)
+    made = codebook.fake_quantize(x, (1, 2), torch.tensor([TABLE]))
+    made.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert x.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert torch.equal(made, codebook.fake_quantized(x, (1, 2), torch.tensor([TABLE])))
+
+
 def test_gradients_pass_straight_through():
+    check_gradient(codebook)
     model = prepared(nf4(group_size=32))
     x, weight = torch.randn(5, 64), model[0].weight
     model[0](x).sum().backward()
@@ -126,8 +185,38 @@ def test_gradients_pass_straight_through():
     assert not list(model[0].weight_quantizer.parameters())
 
 
-def test_compiled_training_has_the_same_bits():
-    model = prepared(nf4(group_size=32))
+def check_nested(double_quantization):
+    """By hand: levels -1, 0, 0.5 and 1; offset 2; the largest distance from it 2, so bounds at -1, 0.5 and 1.5."""
+    levels = torch.tensor([-1.0, 0.0, 0.5, 1.0])
+    nested = double_quantization.nest(torch.tensor([[0.0, 4.0], [2.4, 2.6], [1.0, 2.0]]), levels)
+    assert nested.offset == 2 and nested.factor.tolist() == [2.0]
+    assert nested.codes.tolist() == [[0, 3], [1, 2], [0, 1]] and nested.codes.dtype == torch.uint8
+    assert nested.values().tolist() == [[0.0, 4.0], [2.0, 3.0], [0.0, 2.0]]
+    long = double_quantization.nest(torch.arange(600.0).view(2, 300), double_quantization.dynamic_map())
+    assert long.factor.tolist() == [299.5, 211.5, 300.5 - 1]
+    assert (long.values() - torch.arange(600.0).view(2, 300)).abs().max() < 4
+
+
+def test_scales_are_quantized_by_hand():
+    check_nested(double_quantization)
+
+
+def test_the_dynamic_map():
+    levels = double_quantization.dynamic_map()
+    assert levels.shape == (256,) and (levels.diff() > 0).all()
+    assert levels[-1] == 1 and 0.0 in levels and levels[0].item() == pytest.approx(-0.99296875)
+    assert levels[128].item() == pytest.approx(0.55e-6)  # the one mean of the lowest decade
+
+
+@pytest.mark.clients
+def test_the_dynamic_map_is_bitsandbytes_own_but_for_its_rounding():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.testing.assert_close(double_quantization.dynamic_map(), functional.create_dynamic_map(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("spec", [nf4(group_size=32), double(group_size=32)])
+def test_compiled_training_has_the_same_bits(spec):
+    model = prepared(spec)
     x = torch.randn(5, 64)
     eager = model(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -151,6 +240,8 @@ def test_convolutions_and_tied_weights():
 
 def test_bits_are_counted():
     assert qat.quantized_tensors(prepared(nf4(group_size=64)))["0"].bits_per_weight == 4.5
+    nested = qat.quantized_tensors(prepared(double(group_size=64), inputs=2048, rows=64))["0"]
+    assert nested.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 * 257 / (64 * 2048)
     own = qat.quantized_tensors(prepared(custom(group_size=64)))["0"]
     assert own.bits_per_weight == 2 + 32 / 64 + 4 * 32 / 64
     assert " 4.50\n" in qat.summary(prepared(nf4(group_size=64)))

@@ -104,6 +104,26 @@ def test_crops_and_flips_are_windows_of_the_padded_image():
     assert len(found) > 12
 
 
+def test_cutout_hides_one_square_of_training_images_only():
+    images = Images(torch.full((200, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
+    examples = ImageExamples(images, [0.5], [0.5], cutout=4)
+    ((pixels, _),) = batches(Loader(examples, 200, EpochSampler(200, 0)), 0)
+    hidden = pixels[:, 0] == 0
+    torch.testing.assert_close(pixels[:, 0], (~hidden).float())
+    heights, widths = hidden.any(2).sum(1), hidden.any(1).sum(1)
+    assert torch.equal(hidden.sum((1, 2)), heights * widths)  # one rectangle an image
+    assert heights.max() == widths.max() == 4 and heights.min() == widths.min() == 2  # cut in half by the border
+    assert len({tuple(image.flatten().tolist()) for image in hidden}) > 30
+    ((plain, _),) = batches(Loader(examples, 200, EpochSampler(200)), 0)
+    assert plain.min() > 0.99
+
+
+@pytest.mark.parametrize("cutout", [-1, 8])
+def test_cutout_that_hides_everything_is_refused(cutout):
+    with pytest.raises(DataError, match=rf"data.cutout={cutout}: the images are 8 x 8, give 0 to 7"):
+        ImageData(**DIGITS, cutout=cutout)
+
+
 def test_pixels_are_normalised():
     images = Images(torch.tensor([[0, 255]], dtype=torch.uint8).view(1, 1, 1, 2), torch.zeros(1, dtype=torch.int64))
     ((pixels, _),) = Loader(ImageExamples(images, [0.25], [0.5]), 1, EpochSampler(1))

@@ -1,4 +1,4 @@
-"""Model families of transformers, each tiny and random: prepared by a shipped policy, trained a step, frozen, shipped."""
+"""Model families of transformers, tiny and random: prepared by a shipped policy, trained a step, frozen, shipped."""
 
 from pathlib import Path
 

@@ -16,6 +16,7 @@ import qat.layers.linear
 import qat.layers.packed
 import qat.numerics
 from qat import QuantPolicy, QuantSpec
+from qat.errors import StateError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHT_DTYPES = st.sampled_from(DTYPES)
@@ -382,3 +383,26 @@ def test_inductor_trains_with_the_shipped_weight_on_a_gpu():
     """Inductor's own Triton code would divide approximately and drop fp32 -> bf16 -> fp32 casts."""
     for compiled, eager in compiled_weights("cuda"):
         assert torch.equal(compiled, eager)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 8), nn.Conv2d(4, 8, 3)])
+def test_a_frozen_weight_can_be_looked_at_and_not_assigned(layer):
+    """As peft does: what it added would be lost."""
+    model = prepare(nn.Sequential(layer), QuantSpec())
+    expected = model[0].weight_quantizer(model[0].weight).detach()
+    weight = qat.freeze(model)[0].weight
+    assert torch.equal(weight, expected) and weight.dtype == torch.float32
+    assert type(weight + 0) is torch.Tensor
+    with pytest.raises(StateError, match="frozen into codes"):
+        model[0].weight.data += 1
+    with pytest.raises(StateError, match="frozen into codes"):
+        model[0].weight.data = expected
+    assert torch.equal(model[0].weight, expected) and "0.weight" not in model.state_dict()
+
+
+def test_a_frozen_layer_without_codes_keeps_its_parameter():
+    layer = nn.Linear(32, 8)
+    weight = layer.weight
+    model = prepare(nn.Sequential(layer), None, QuantSpec(granularity="tensor"))
+    qat.freeze(qat.calibrate(model, [torch.randn(4, 32)]))
+    assert model[0].weight is weight and "0.weight" in model.state_dict()

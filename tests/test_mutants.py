@@ -32,12 +32,13 @@ def load_checks(name):
 
 numerics, lsq, packing = load_checks("test_numerics"), load_checks("test_lsq"), load_checks("test_packing")
 policy, surgery, calibration = load_checks("test_policy"), load_checks("test_surgery"), load_checks("test_calibration")
-freezing, layers = load_checks("test_freezing"), load_checks("test_layers")
+freezing, layers, codebook = load_checks("test_freezing"), load_checks("test_layers"), load_checks("test_codebook")
 
 NUMERICS, LSQ, PACKING = "qat.numerics", "qat.quantizers.lsq", "qat.packing"
 POLICY, SURGERY, CALIBRATION = "qat.policy", "qat.surgery", "qat.calibration"
 FREEZING, LINEAR, CONV = "qat.freezing", "qat.layers.linear", "qat.layers.conv"
 PACKED, CPU_INT4 = "qat.layers.packed", "qat.layers.cpu_int4"
+CODEBOOK, NESTED = "qat.codebook", "qat.double_quantization"
 
 
 class Mutant(NamedTuple):
@@ -136,7 +137,7 @@ MUTANTS = [
     Mutant(
         "group index transposed",
         NUMERICS,
-        "x.reshape(*scale.shape, -1), scale[..., None]",
+        "x.contiguous().view(*scale.shape, -1), scale[..., None]",
         "x.reshape(scale.shape[1], scale.shape[0], -1), scale.t()[..., None]",
         numerics.check_codes,
     ),
@@ -211,8 +212,8 @@ MUTANTS = [
     Mutant(
         "a third tensor saved",
         NUMERICS,
-        ("ctx.save_for_backward(x, step_size)", "*ctx.saved_tensors,"),
-        ("ctx.save_for_backward(x, step_size, x / 2)", "*ctx.saved_tensors[:2],"),
+        ("ctx.save_for_backward(x, step_size)", "x, step_size = ctx.saved_tensors"),
+        ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, _ = ctx.saved_tensors"),
         numerics.check_saved_tensors,
     ),
     # LSQ
@@ -306,6 +307,40 @@ MUTANTS = [
     ),
     Mutant("sign not saved", LSQ, "self.signed.fill_(signed)", "pass", lsq.check_sign_detection),
     Mutant("project missing", LSQ, "self.step_size.clamp_(min=MIN_SCALE)", "pass", lsq.check_project),
+    # Codebooks
+    Mutant(
+        "a tie takes the upper level",
+        CODEBOOK,
+        "out_int32=True)\n    else",
+        "out_int32=True, right=True)\n    else",
+        codebook.check_by_hand,
+    ),
+    Mutant(
+        "bounds at levels", CODEBOOK, "(levels[:, :-1] + levels[:, 1:]) / 2", "levels[:, 1:]", codebook.check_by_hand
+    ),
+    Mutant("the largest value, not magnitude", CODEBOOK, ".abs().amax(-1)", ".amax(-1)", codebook.check_by_hand),
+    Mutant(
+        "x / s for x * (1 / s)",
+        CODEBOOK,
+        "* factor[..., None]",
+        "/ scale.to(working)[..., None]",
+        codebook.check_reciprocal,
+    ),
+    Mutant("a level of NF4 rounded", CODEBOOK, "0.33791524171829224", "0.3379", codebook.check_levels_of_nf4),
+    Mutant("1 / 0 for a block of zeros", CODEBOOK, ".clamp_min(SMALLEST)", "", codebook.check_zeros),
+    Mutant("the first row's levels for all", CODEBOOK, "one = len(table) == 1", "one = True", codebook.check_rows),
+    Mutant(
+        "the gradient halved",
+        CODEBOOK,
+        "return grad_output, None, None, None",
+        "return grad_output / 2, None, None, None",
+        codebook.check_gradient,
+    ),
+    Mutant("the offset forgotten", NESTED, "(values + self.offset)", "values", codebook.check_nested),
+    Mutant(
+        "a factor for all scales", NESTED, ".amax(-1)\n", ".amax(-1) * 0 + blocks.abs().amax()\n", codebook.check_nested
+    ),
+    Mutant("a nested tie goes up", NESTED, "out_int32=True)", "out_int32=True, right=True)", codebook.check_nested),
     # Packing
     Mutant(
         "nibbles swapped, both ways",
@@ -328,7 +363,7 @@ MUTANTS = [
     Mutant(
         "two's complement codes",
         PACKING,
-        "codes.to(torch.int16) + 2 ** (bits - 1)",
+        "codes.to(torch.int16) + _offset(bits, lowest)",
         "codes.to(torch.int16) & (2**bits - 1)",
         packing.check_bytes,
     ),
@@ -417,7 +452,7 @@ MUTANTS = [
     Mutant(
         "scales cost nothing",
         SURGERY,
-        "bits = decision.weight.bits + rows_ * groups * _scale_bits(decision.weight) / weights",
+        "bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights",
         "bits = float(decision.weight.bits)",
         surgery.check_table,
     ),
@@ -490,15 +525,15 @@ MUTANTS = [
     Mutant(
         "the input is not quantized in training",
         LINEAR,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "x_rounding = None if activation is None else activation.rounding(x)",
+        "x_rounding = None",
         layers.check_linear_forward,
     ),
     Mutant(
         "no bias in training",
         LINEAR,
-        "F.linear(x, weight, self.bias)",
-        "F.linear(x, weight)",
+        "product(x, weight, self.bias,",
+        "product(x, weight, None,",
         layers.check_linear_forward,
     ),
     Mutant(
@@ -525,15 +560,15 @@ MUTANTS = [
     Mutant(
         "conv: the input is not quantized in training",
         CONV,
-        "x = self.activation_quantizer(x)\n        weight",
-        "pass\n        weight",
+        "return product(x, weight, self.bias, x_rounding, ",
+        "return product(x, weight, self.bias, None, ",
         layers.check_conv_forward,
     ),
     Mutant(
         "conv: no bias in training",
         CONV,
-        "_conv_forward(x, weight, self.bias)",
-        "_conv_forward(x, weight, None)",
+        "return product(x, weight, self.bias,",
+        "return product(x, weight, None,",
         layers.check_conv_forward,
     ),
     Mutant(
@@ -546,8 +581,8 @@ MUTANTS = [
     Mutant(
         "conv: no frozen bias",
         CONV,
-        "dequantize(x.dtype), bias)",
-        "dequantize(x.dtype), None)",
+        "return self._conv_forward(x, weight, bias)",
+        "return self._conv_forward(x, weight, None)",
         lambda m: layers.check_frozen_forward(qat.layers.linear, m),
     ),
     Mutant(
@@ -567,8 +602,8 @@ MUTANTS = [
     Mutant(
         "an operand of torch's operator outlives a cast",
         PACKED,
-        "self.cpu_operands = None\n        return super()._apply",
-        "return super()._apply",
+        "self.cpu_operands = None\n        super()._apply",
+        "super()._apply",
         layers.check_cpu_operands_follow_the_weight,
     ),
     Mutant(

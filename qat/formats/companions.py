@@ -1,9 +1,12 @@
-"""The files that travel beside a model's tensors: its tokenizer, chat template and generation config."""
+"""The files that travel beside a model's tensors: its tokenizer, chat template, generation config and adapters."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+
+from .. import adapters
+from ..quantized_model import QuantizedModel
 
 PATTERNS = (
     "tokenizer*.json",
@@ -18,9 +21,20 @@ PATTERNS = (
 )
 
 
-def copy_companions(source: Path | None, folder: Path) -> None:
-    """Copy the companion files that ``source`` holds into ``folder``; None has none."""
-    for pattern in PATTERNS if source is not None else ():
+def copy_companions(model: QuantizedModel, folder: Path) -> None:
+    """Put what travels with a model into ``folder``: companion files, and adapters as peft's own folders."""
+    source = model.files
+    if source is not None:
+        copy_files(source, folder)
+    for name in adapters.stored(source):
+        shutil.copytree(source / name, folder / name)
+    if model.adapter is not None:
+        model.adapter(folder / adapters.FOLDER)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the companion files that lie in ``source``."""
+    for pattern in PATTERNS:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import refuse_beside
 from ..errors import ArtifactError
 from ..layers import FrozenLinear, frozen_layers
 from ..numerics import QuantizedTensor
@@ -51,6 +52,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
         ArtifactError: names the layers that XNNPACK cannot hold exactly; or torch cannot export the model.
         OSError: the disk is full, or cannot be written.
     """
+    refuse_beside(model, METHOD)
     refuse(METHOD, {name: problem for name, layer in model.layers.items() if (problem := _problem(layer))})
     scales = {name: exact(tensor.scale, torch.bfloat16, name, METHOD) for name, tensor in tensors(model)}
     _need()
@@ -65,7 +67,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
             wrapped.set_submodule(name, replaced[layer])
     longest = _longest(model)
     program = _lower(wrapped, example, longest, model.source)
-    copy_companions(model.files, folder)
+    copy_companions(model, folder)
     with (folder / FILE).open("wb") as stream:
         program.write_to_file(stream)
     trained = sum(layer.activation is Dynamic.int8_token for layer in model.layers.values())

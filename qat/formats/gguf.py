@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import refuse_beside
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -42,6 +43,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         ArtifactError: names the layers that GGUF cannot hold exactly, and the format that can.
         OSError: the disk is full, or cannot be written.
     """
+    refuse_beside(model, "GGUF")
     config = language_config(model.architecture)
     kinds = _block_types(model)
     dense = {name: name for name in model.dense} | model.tied

@@ -100,7 +100,7 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
     if config.get("tie_word_embeddings") and not _ties_embeddings(model):
         config["tie_word_embeddings"] = False  # the head has codes of its own
     (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")
-    copy_companions(model.files, folder)
+    copy_companions(model, folder)
     generation = folder / "generation_config.json"
     if not generation.exists():
         tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key)}

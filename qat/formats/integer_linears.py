@@ -20,14 +20,14 @@ ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format 
 
 
 def weight_only_layers(
-    model: QuantizedModel, method: str, codebook: Codebook | None = None
+    model: QuantizedModel, method: str, codebooks: tuple[Codebook | None, ...] = (None,)
 ) -> dict[str, QuantizedLayer]:
     """Return the layers by name, all of which a weight-only format of linear layers can hold.
 
     Args:
         model: what is exported.
         method: the format's name.
-        codebook: the one it is made of; None for even grids.
+        codebooks: the ones it holds; None stands for even grids.
 
     Raises:
         ArtifactError: the architecture is not of transformers, or layers do not fit; each is named.
@@ -51,7 +51,7 @@ def weight_only_layers(
                 f"trained with its input quantized to {layer.activation}, which {method} would drop; --to onnx keeps "
                 "it, or train with activation: null"
             )
-        elif layer.weight.codebook != codebook:
+        elif layer.weight.codebook not in codebooks:
             problems[name] = other_grid(layer, method)
     refuse(method, problems)
     return model.layers
@@ -59,7 +59,7 @@ def weight_only_layers(
 
 def other_grid(layer: QuantizedLayer, method: str) -> str:
     """Return what to say of a layer whose levels a format does not have, and the format that holds them."""
-    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes"}
+    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes", Codebook.nf4_double: "bitsandbytes"}
     fix = holds.get(layer.weight.codebook, "native") if layer.type == "Linear" else "native"
     return f"has {layer.weight} weights, whose levels {method} does not have; --to {fix} holds it"
 
@@ -77,7 +77,8 @@ def tensors(model: QuantizedModel) -> Iterator[tuple[str, QuantizedTensor]]:
         tensor = model.quantized(layer.tied or name)
         zero_point = None if tensor.zero_point is None else tensor.zero_point.cpu()
         levels = None if tensor.levels is None else tensor.levels.cpu()
-        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point, levels)
+        nested = None if tensor.nested is None else tensor.nested.cpu()
+        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point, levels, nested)
 
 
 def largest_size(

@@ -19,6 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..adapters import refuse_beside
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -42,6 +43,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         ArtifactError: layers that the format cannot hold exactly; each is named with its fix.
         OSError: the disk is full, or cannot be written.
     """
+    refuse_beside(model, METHOD)
     layers = weight_only_layers(model, METHOD)
     hf.refuse_fused_experts(model, METHOD)
     sizes = {name: largest_size({name: layer}, METHOD, GROUP_SIZES) for name, layer in layers.items()}

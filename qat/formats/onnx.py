@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import refuse_beside
 from ..checkpoint import random_input
 from ..errors import ArtifactError
 from ..numerics import scale_dtype
 from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..spec import Dynamic
+from . import huggingface as hf
 from . import onnx_client
 from .integer_linears import ROUNDS, other_grid, refuse
 from .onnx_graph import export, insert_quantized, strip_traces
@@ -44,6 +46,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
         ArtifactError: torch cannot export the model, or its forward does not reach a quantized layer.
         OSError: the disk is full, or cannot be written.
     """
+    refuse_beside(model, "ONNX")
     refuse(
         "ONNX",
         {
@@ -242,6 +245,8 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
         )
     if linear:
         notes.append("OpenVINO rounds these inputs to int8 too, unless it is told EXECUTION_MODE_HINT=ACCURACY")
+    if hf.fused_experts(model):
+        notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
     if "logits" in [value.name for value in graph.outputs]:
         notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
     return notes

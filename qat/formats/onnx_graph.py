@@ -22,6 +22,7 @@ from ..errors import ArtifactError
 from ..layers import FrozenLayer, FrozenLinear, frozen_layers
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
+from . import huggingface as hf
 from .onnx_weights import (
     DEQUANTIZE_PARTS,
     MATMUL_PARTS,
@@ -91,6 +92,8 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
         if layer in exported:
             wrapped.set_submodule(name, exported[layer])
+    if hf.fused_experts(model):
+        network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     names = {"input_names": ["input_ids" if tokens else "input"], "output_names": ["logits" if tokens else "output"]}
     try:
         program = torch.onnx.export(

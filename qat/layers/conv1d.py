@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import FrozenLinear, QuantLinear
+from .linear import FrozenLinear, QuantLinear, roundings
+from .product import product
 
 
 class Conv1D(nn.Module):
@@ -26,10 +27,8 @@ class QuantConv1D(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
-        weight = self.weight.t()
-        return F.linear(x, weight if self.weight_quantizer is None else self.weight_quantizer(weight), self.bias)
+        x_rounding, weight, weight_rounding = roundings(self, x, self.weight.t())
+        return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 
 class FrozenConv1D(FrozenLinear):

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
+from ..quantizers.rounding import Rounding
 from . import cpu_int4
 from .packed import Frozen
+from .product import product
 
 
 class QuantLinear(nn.Linear):
@@ -24,10 +26,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return F.linear(x, weight, self.bias)
+        x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
+        return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 
 class FrozenLinear(Frozen, nn.Linear):
@@ -58,6 +58,18 @@ class FrozenLinear(Frozen, nn.Linear):
 
             return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+
+
+def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
+    """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
+
+    The weight comes back rounded where a codebook does it, which has no step size to take part in the backward.
+    """
+    activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
+    x_rounding = None if activation is None else activation.rounding(x)
+    if isinstance(quantizer, WeightCodebook):
+        return x_rounding, quantizer(weight), None
+    return x_rounding, weight, None if quantizer is None else quantizer.rounding(weight)
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

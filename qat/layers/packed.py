@@ -9,11 +9,30 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
-from ..errors import LayerError
+from ..double_quantization import BLOCK, PARTS, NestedScale
+from ..errors import StateError
 from ..numerics import QuantizedTensor, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
-from ..spec import QuantSpec
+from ..spec import Codebook, QuantSpec
+
+
+class DequantizedWeight(Tensor):
+    """A frozen layer's weight for who only looks at it, such as peft: a copy, which refuses to be assigned."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    @property
+    def data(self) -> Tensor:
+        """Return the values as a plain tensor."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise StateError(
+            "this weight is frozen into codes: what is added to it would be lost. Keep an adapter beside it, merge "
+            "with python -m qat.merge, which says what it costs, or merge before qat.prepare and train on"
+        )
 
 
 class PackedWeight(FixedDtype):
@@ -21,7 +40,8 @@ class PackedWeight(FixedDtype):
 
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
-        scale: (rows, groups) in ``spec.scale_dtype``.
+        scale: (rows, groups) in ``spec.scale_dtype``; None where the scales are quantized too.
+        scale_codes, scale_factor, scale_offset, scale_levels: those scales' parts (``qat.double_quantization``).
         zero_point: int8 like the scale; None if symmetric.
         levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
@@ -34,13 +54,19 @@ class PackedWeight(FixedDtype):
         self.columns = math.prod(self.shape[1:])
         row_bytes = packed_row_bytes(self.columns, spec.bits)
         self.register_buffer("packed", torch.empty(self.shape[0], row_bytes, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(scale_shape(shape, spec), dtype=scale_dtype(spec)))
-        zero_point = None if spec.symmetric else torch.empty(self.scale.shape, dtype=torch.int8)
+        self.double, scales = spec.codebook is Codebook.nf4_double, scale_shape(shape, spec)
+        self.register_buffer("scale", None if self.double else torch.empty(scales, dtype=scale_dtype(spec)))
+        if self.double:
+            self.register_buffer("scale_codes", torch.empty(scales, dtype=torch.uint8))
+            self.register_buffer("scale_factor", torch.empty(-(-math.prod(scales) // BLOCK)))
+            self.register_buffer("scale_offset", torch.empty(()))
+            self.register_buffer("scale_levels", torch.empty(256))
+        zero_point = None if spec.symmetric else torch.empty(scales, dtype=torch.int8)
         self.register_buffer("zero_point", zero_point)
         own = codebook.stored_shape(shape, spec)
         levels = None
         if spec.codebook is not None:
-            levels = codebook.named_levels(spec, self.scale.device) if own is None else torch.empty(own)
+            levels = codebook.named_levels(spec, self.packed.device) if own is None else torch.empty(own)
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
 
@@ -50,7 +76,11 @@ class PackedWeight(FixedDtype):
         with torch.device("meta"):
             weight = cls(tensor.spec, tensor.codes.shape)
         weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
-        weight.scale = tensor.scale
+        if weight.double:
+            for part in PARTS:
+                setattr(weight, f"scale_{part}", getattr(tensor.nested, part))
+        else:
+            weight.scale = tensor.scale
         weight.zero_point = tensor.zero_point
         weight.levels = tensor.levels
         return weight
@@ -61,6 +91,9 @@ class PackedWeight(FixedDtype):
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
+        if self.double:
+            nested = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
+            return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -76,22 +109,11 @@ class PackedWeight(FixedDtype):
     def restore_levels(self) -> None:
         """Set a named codebook's levels, which are not stored: ``to_empty`` and its like leave them undefined."""
         if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
-            self.levels = codebook.named_levels(self.spec, self.scale.device)
+            self.levels = codebook.named_levels(self.spec, self.packed.device)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.cpu_operands = None
         super()._load_from_state_dict(*args, **kwargs)
-
-
-class DequantizedWeight(Tensor):
-    """A frozen layer's weight, made from its codes when read; ``.data``, which others write to, is refused."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> Tensor:
-        """Raise LayerError: what is written here would be lost."""
-        raise LayerError("a frozen weight is made from its codes and cannot be written: merge with qat.adapters.merge")
 
 
 class Frozen:

@@ -21,11 +21,19 @@ half to even with that f: they too differ within one rounding of the middle of t
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .. import backend
 from ..spec import Dynamic
+
+if TYPE_CHECKING:
+    from .rounding import Rounding  # imports this module
 
 BLOCK = 32  # of q8_0
 
@@ -46,6 +54,12 @@ class DynamicActivation(nn.Module):
         """Return x (..., K) rounded, in its own dtype; the gradient passes straight through, except where it clips."""
         return round_dynamic(x, self.spec) if self.enabled else x
 
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if it passes through."""
+        from .rounding import Rounding
+
+        return Rounding(self.spec) if self.enabled else None
+
 
 def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
     """Return x (..., K) rounded to int8 and back, in its own dtype; the arithmetic in between is float32."""
@@ -56,19 +70,40 @@ def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
     return _RoundDynamic.apply(x, kind)
 
 
-def rounded(x: Tensor, kind: Dynamic) -> Tensor:
-    """Return the value of ``round_dynamic``, without gradients."""
+def arithmetic(x: Tensor) -> ModuleType:
+    """Return the module whose ``rounded`` and ``rounded_gradient`` run on x: kernels, or this one."""
+    if backend.fused(x):
+        from qat.kernels import round_dynamic  # loads Triton
+
+        if x.shape[-1] <= round_dynamic.MOST_VALUES:
+            return round_dynamic
+    return sys.modules[__name__]
+
+
+def rounded(x: Tensor, kind: Dynamic, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the value of ``round_dynamic``, without gradients, in ``dtype`` (that of x): the kernels' reference."""
     codes, scale, zero_point = dynamic_codes(x, kind)
     values = (codes if zero_point is None else codes - zero_point) * scale
-    return values.reshape(x.shape).to(x.dtype)
+    return values.reshape(x.shape).to(dtype or x.dtype)
 
 
 def rounded_gradient(grad_output: Tensor, x: Tensor, kind: Dynamic) -> Tensor:
     """Return the gradient of ``round_dynamic``: the incoming one, or 0 where a code of int8_token was clipped."""
     if kind == Dynamic.q8_0:
-        return grad_output.clone()
+        return grad_output.to(x.dtype, copy=True)
     codes, _ = _unclipped_int8_token(x)
-    return grad_output.masked_fill((codes < -128) | (codes > 127), 0)
+    return grad_output.masked_fill((codes < -128) | (codes > 127), 0).to(x.dtype)
+
+
+def reround_(
+    grad_output: Tensor, x: Tensor, kind: Dynamic, wanted: bool = True, dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (rounded x in ``dtype``, or None; gradient of x if wanted). ``grad_output`` may be overwritten.
+
+    For a backward that kept x alone and needs its rounded value again.
+    """
+    y = None if dtype is None else rounded(x, kind, dtype)
+    return y, rounded_gradient(grad_output, x, kind) if wanted else None
 
 
 def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -85,7 +120,7 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
     largest = values.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 127)  # a number would make torch multiply by a reciprocal, which rounds twice
     factor = torch.where(largest == 0, 0.0, most / largest)
-    return (values * factor).round(), (largest / most).half().float(), None
+    return (values * factor).round() + 0.0, (largest / most).half().float(), None
 
 
 def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -106,9 +141,10 @@ class _RoundDynamic(torch.autograd.Function):
     def forward(ctx, x: Tensor, kind: Dynamic) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return rounded(x, kind)
+        return arithmetic(x).rounded(x, kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        return rounded_gradient(grad_output, *ctx.saved_tensors, ctx.kind), None
+        (x,) = ctx.saved_tensors
+        return arithmetic(x).rounded_gradient(grad_output, x, ctx.kind), None

@@ -25,6 +25,7 @@ from ..numerics import (
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
 from .least_error import best_step_size, squared_errors
+from .rounding import Rounding
 
 SAMPLE = 2**16  # values that a calibration batch leaves for the search of the least error
 
@@ -114,11 +115,16 @@ class WeightLSQ(LearnedStepSize):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight in the weight's dtype."""
+        rounding = self.rounding(weight)
+        return weight if rounding is None else rounding(weight)
+
+    def rounding(self, weight: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to the weight; None if it passes through."""
         if not self.enabled:
-            return weight
+            return None
         self.require_initialised()
         elements = weight.numel() // self.step_size.numel()  # that share a scale
-        return fake_quantize(weight, self.step_size, self.spec, 1 / math.sqrt(elements * self.spec.q_p))
+        return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p))
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
@@ -180,15 +186,20 @@ class ActivationLSQ(LearnedStepSize):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        rounding = self.rounding(x)
+        return x if rounding is None else rounding(x)
+
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
         if self.observer is not None:
             self.observer.update(x)
-            return x
+            return None
         if not self.enabled:
-            return x
+            return None
         self.require_initialised()
         # N of the paper for activations: features, without the batch axis.
         features = x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
-        return fake_quantize(x, self.step_size, self.spec, 1 / math.sqrt(features * self.spec.q_p))
+        return Rounding(self.spec, self.step_size, 1 / math.sqrt(features * self.spec.q_p))
 
     def initialise(self, statistics: ActivationStatistics) -> None:
         """Set signedness (where not given) and step size from calibration statistics.

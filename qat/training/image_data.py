@@ -22,6 +22,7 @@ class ImageExamples:
         mean, std: per channel, of pixels scaled to [0, 1].
         crop_padding: augmentation crops a window of the original size from an image padded by so many black pixels.
         flip: augmentation mirrors half of the images.
+        cutout: augmentation sets a square of so many pixels a side to the mean (arXiv:1708.04552); 0 for none.
         device: where the data are kept and batches made.
     """
 
@@ -32,9 +33,11 @@ class ImageExamples:
         std: Sequence[float],
         crop_padding: int = 0,
         flip: bool = False,
+        cutout: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.size, self.padding, self.flip = images.pixels.shape[-2:], crop_padding, flip
+        self.cutout = cutout
         self.pixels = F.pad(images.pixels.to(device), (crop_padding,) * 4)
         self.labels = images.labels.to(device)
         mean, std = (torch.tensor(list(values), device=device).view(1, -1, 1, 1) for values in (mean, std))
@@ -45,8 +48,11 @@ class ImageExamples:
         return len(self.labels)
 
     def epoch(self, order: Tensor, generator: torch.Generator | None) -> Gather:
-        """Draw the crops and flips of a whole epoch at once, and return what gathers a slice of them."""
+        """Draw the augmentations of a whole epoch at once, and return what gathers a slice of it."""
         rows, columns = (part.to(self.labels.device) for part in self._windows(order, generator))
+        hidden = None
+        if self.cutout and generator is not None:
+            hidden = [part.to(self.labels.device) for part in self._squares(order, generator)]
         order = order.to(self.labels.device)
 
         def gather(batch: slice) -> tuple[Tensor, Tensor]:
@@ -54,7 +60,10 @@ class ImageExamples:
             pixels = self.pixels[
                 index.view(-1, 1, 1, 1), self.channels, rows[batch, None, :, None], columns[batch, None, None, :]
             ]
-            return torch.addcmul(self.shift, pixels.float(), self.scale), self.labels[index]
+            normalised = torch.addcmul(self.shift, pixels.float(), self.scale)
+            if hidden is not None:
+                normalised.masked_fill_(hidden[0][batch, None, :, None] & hidden[1][batch, None, None, :], 0)
+            return normalised, self.labels[index]
 
         return gather
 
@@ -71,6 +80,15 @@ class ImageExamples:
         columns = torch.arange(width)
         return top + torch.arange(height), left + torch.where(mirrored, columns.flip(0), columns)
 
+    def _squares(self, order: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Return which rows (N, H) and columns (N, W) of each image lie in its square, which may overlap the border."""
+        hidden = []
+        for length in self.size:
+            first = torch.randint(0, length, (len(self),), generator=generator)[order][:, None] - self.cutout // 2
+            position = torch.arange(length)
+            hidden.append((first <= position) & (position < first + self.cutout))
+        return hidden
+
 
 class ImageData(InMemoryData):
     """Training and test images.
@@ -81,11 +99,12 @@ class ImageData(InMemoryData):
         batch_size: of a training step, on each device.
         eval_batch_size: of a test step.
         mean, std: per channel, of pixels scaled to [0, 1].
-        crop_padding, flip: augmentations of the training images; 0 and False for none.
+        crop_padding, flip, cutout: augmentations of the training images, as in ImageExamples; 0 and False for none.
         seed: of the order and the augmentations.
 
     Raises:
-        DataError: see ``load_images``; mean and std that do not fit the channels; fewer images than one batch.
+        DataError: see ``load_images``; mean and std that do not fit the channels; a cutout that leaves nothing; fewer
+            images than one batch.
     """
 
     def __init__(
@@ -97,17 +116,20 @@ class ImageData(InMemoryData):
         eval_batch_size: int = 500,
         crop_padding: int = 0,
         flip: bool = False,
+        cutout: int = 0,
         train: str | None = None,
         test: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.mean, self.std, self.crop_padding, self.flip = mean, std, crop_padding, flip
+        self.mean, self.std, self.crop_padding, self.flip, self.cutout = mean, std, crop_padding, flip, cutout
         self.train_images, self.test_images = load_images(source, train, test)
-        channels = self.train_images.pixels.shape[1]
+        channels, *size = self.train_images.pixels.shape[1:]
         if not len(mean) == len(std) == channels:
             raise DataError(f"the images have {channels} channels: data.mean and data.std need as many numbers")
+        if not 0 <= cutout < min(size):
+            raise DataError(f"data.cutout={cutout}: the images are {size[0]} x {size[1]}, give 0 to {min(size) - 1}")
         if batch_size > len(self.train_images.labels):
             raise DataError(f"data.batch_size={batch_size} exceeds the {len(self.train_images.labels)} training images")
 
@@ -123,7 +145,8 @@ class ImageData(InMemoryData):
 
     def train_loader(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> Loader:
         """Return shuffled and augmented batches on a device."""
-        examples = ImageExamples(self.train_images, self.mean, self.std, self.crop_padding, self.flip, device)
+        augmentations = (self.crop_padding, self.flip, self.cutout)
+        examples = ImageExamples(self.train_images, self.mean, self.std, *augmentations, device)
         return Loader(examples, self.batch_size, EpochSampler(len(examples), self.seed, rank, world_size))
 
     def test_loader(self, device: torch.device | str) -> Loader:

@@ -33,8 +33,10 @@ class Task(LightningModule):
         schedule, warmup: see ``learning_rate_factor``.
         step_size_lr_scale: the learning rate of step sizes, as a multiple of the optimizer's.
         label_smoothing: of the cross-entropy.
-        teacher: a trained full-precision network. Its softened predictions (temperature 1) then get the same weight as
-            the labels, as in the LSQ paper's section on knowledge distillation (arXiv:1902.08153).
+        teacher: a trained full-precision network. Its predictions then get the same weight as the labels, as in the LSQ
+            paper's section on knowledge distillation (arXiv:1902.08153).
+        temperature: by which the logits of network and teacher are divided (arXiv:1503.02531, section 2); the LSQ
+            paper's is 1.
         example: shape, dtype and range of an input, which checkpoints record.
         compile_mode: of ``torch.compile``, such as "default" or "reduce-overhead"; None runs eagerly.
 
@@ -54,6 +56,7 @@ class Task(LightningModule):
         step_size_lr_scale: float = 1.0,
         label_smoothing: float = 0.0,
         teacher: nn.Module | None = None,
+        temperature: float = 1.0,
         example: dict[str, Any] | None = None,
         compile_mode: str | None = None,
     ) -> None:
@@ -62,7 +65,10 @@ class Task(LightningModule):
         self.policy, self.optimizer = policy, optimizer
         self.schedule, self.warmup = as_member(Schedule, "task.schedule", schedule), warmup
         self.step_size_lr_scale, self.label_smoothing = step_size_lr_scale, label_smoothing
-        self.compile_mode = compile_mode
+        if temperature <= 0:
+            raise TrainingError(f"task.temperature={temperature}: give a positive number")
+        self.temperature, self.compile_mode = temperature, compile_mode
+        self.mixup = 0.0
         self.model = model
         if not policy.quantizes_nothing():
             prepare(model, policy, verbose=rank_zero_only.rank == 0)
@@ -77,16 +83,21 @@ class Task(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
         inputs, targets = batch
+        share = torch.distributions.Beta(self.mixup, self.mixup).sample().item() if self.mixup else 1.0
+        if share < 1:  # a shuffled batch in reverse order is a random partner for each example
+            inputs = torch.lerp(inputs.flip(0), inputs, share)
         if self.compile_mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         logits = self(inputs)
         loss = cross_entropy(logits, targets, self.label_smoothing)
+        if share < 1:
+            loss = share * loss + (1 - share) * cross_entropy(logits, targets.flip(0), self.label_smoothing)
         (teacher,) = self._teacher
         if teacher is None:
             return loss
         with torch.no_grad():
             taught = logits_of(teacher(inputs))
-        return (loss + soft_cross_entropy(logits, taught)) / 2
+        return (loss + soft_cross_entropy(logits, taught, self.temperature)) / 2
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
@@ -149,10 +160,14 @@ class ImageClassification(Task):
 
     Args:
         channels_last: run convolutions in that memory format, which GPUs prefer.
+        mixup: train on mixtures of two images, with shares from Beta(mixup, mixup) (arXiv:1710.09412); 0 for none.
     """
 
-    def __init__(self, *args: Any, channels_last: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, channels_last: bool = False, mixup: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if mixup < 0:
+            raise TrainingError(f"task.mixup={mixup}: give 0 for none, or a positive number such as 0.2")
+        self.mixup = mixup
         self.metrics = ClassificationMetrics()
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model.to(memory_format=self.memory_format)
@@ -170,7 +185,10 @@ class CausalLanguageModel(Task):
         self.metrics = LanguageMetrics()
 
 
-def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the mean cross-entropy with the teacher's probabilities, for logits (..., C)."""
-    probabilities = teacher_logits.flatten(0, -2).float().softmax(-1)
-    return F.cross_entropy(logits.flatten(0, -2).float(), probabilities)
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean cross-entropy with the teacher's probabilities, for logits (..., C).
+
+    Both are softened by the temperature, whose square keeps the size of the gradients (arXiv:1503.02531, section 2.1).
+    """
+    probabilities = (teacher_logits.flatten(0, -2).float() / temperature).softmax(-1)
+    return F.cross_entropy(logits.flatten(0, -2).float() / temperature, probabilities) * temperature**2

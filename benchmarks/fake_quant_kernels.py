@@ -1,0 +1,121 @@
+"""The fused kernels alone: gigabytes a second next to a copy's, and what a call costs the host."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import qat
+from qat import QuantSpec
+from qat.numerics import arithmetic
+from qat.quantizers import dynamic
+from qat.spec import Dynamic
+
+SETS = 4  # of tensors, taken in turns, so that none is left in the 50 MB cache
+CALLS = 24  # in one CUDA graph, whose replays are timed: no launch gaps
+
+
+def microseconds(call: Callable[[int], None]) -> float:
+    """Return the median time of ``call(set)`` over replays of a CUDA graph."""
+    for index in range(SETS):
+        call(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _, index in zip(range(CALLS), itertools.cycle(range(SETS))):
+            call(index)
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(start.elapsed_time(end) for start, end in times[2:]) / CALLS
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, int]]:
+    """Return {name: (call of a set, passes over the tensor it cannot do without)}."""
+    xs, grads = ([torch.randn(shape, device=device).to(dtype) * size for _ in range(SETS)] for size in (0.02, 1e-3))
+    outs = [torch.empty_like(x) for x in xs]
+    group, tensor = QuantSpec(bits=4, group_size=128), QuantSpec(bits=4, granularity="tensor")
+    steps = 0.008 * (0.5 + torch.rand(shape[0], shape[1] // 128, device=device))
+    step = torch.full((1, 1), 0.008, device=device)
+    kernels = arithmetic(xs[0], step)
+    rounding = dynamic.arithmetic(xs[0])
+    token = Dynamic.int8_token
+    return {
+        "copy": (lambda i: outs[i].copy_(xs[i]), 2),
+        "group 128 forward": (lambda i: kernels.fake_quantized(xs[i], steps, group), 2),
+        "group 128 backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], steps, group, 0.1), 3),
+        "group 128 backward in place": (
+            lambda i: kernels.requantize_(grads[i], xs[i], steps, group, 0.1, (True, True), None),
+            2,
+        ),
+        "tensor forward": (lambda i: kernels.fake_quantized(xs[i], step, tensor), 2),
+        "tensor backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], step, tensor, 0.1), 3),
+        "tensor backward in place, value again": (
+            lambda i: kernels.requantize_(grads[i], xs[i], step, tensor, 0.1, (True, True), dtype),
+            3,
+        ),
+        "int8_token forward": (lambda i: rounding.rounded(xs[i], token), 2),
+        "int8_token backward in place, value again": (
+            lambda i: rounding.reround_(grads[i], xs[i], token, True, dtype),
+            2,
+        ),
+    }
+
+
+def kernel_rows(device: torch.device, small: bool) -> Iterator[dict]:
+    """Yield rows: microseconds, GB/s, and the share of a copy's GB/s."""
+    shapes = [(64, 256)] if small else [(4096, 4096), (8192, 8192)]
+    for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float32)):
+        copy = None
+        for name, (call, passes) in calls(shape, dtype, device).items():
+            if device.type != "cuda":
+                call(0)
+                continue
+            us = microseconds(call)
+            rate = passes * shape[0] * shape[1] * dtype.itemsize / us / 1e3
+            copy = copy or rate
+            row = {"kernel": name, "shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
+            yield row | {"us": round(us, 1), "GB/s": round(rate), "share of copy": round(rate / copy, 3)}
+    yield from host_rows(device)
+
+
+def host_rows(device: torch.device) -> Iterator[dict]:
+    """Yield what one forward and backward of a tiny layer costs, in microseconds by the clock."""
+    x = torch.randn(8, 64, device=device, requires_grad=True)
+    policies = {
+        "plain": None,
+        "W4": qat.QuantPolicy(weight=QuantSpec(bits=4, group_size=32)),
+        "W4A8": qat.QuantPolicy(weight=QuantSpec(bits=4, group_size=32), activation={"bits": 8}),
+    }
+    for name, policy in policies.items():
+        layer = nn.Linear(64, 64, device=device)
+        if policy is not None:
+            qat.calibrate(qat.prepare(layer, policy, verbose=False), [x.detach()])
+        us = _clock(lambda layer=layer: layer(x).sum().backward(), device)
+        yield {"kernel": f"host, one linear layer forward and backward, {name}", "us": round(us, 1)}
+
+
+def _clock(call: Callable[[], Tensor], device: torch.device) -> float:
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / 50)
+    return 1e6 * min(times)

@@ -1,0 +1,172 @@
+"""The product of a rounded input and a rounded weight, linear or convolution, as one step of autograd.
+
+Composed of single operators, a fake-quant layer keeps its rounded input and weight for the backward, next to those that
+the plain layer keeps. Here the plain layer's tensors are all that is kept: the backward rounds them again, and the pass
+that does so for the input, and the one that masks the weight's gradient, work in place on gradients nobody else has.
+
+The result, and every gradient, is that of the composition: same operators in between, same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import LayerError
+from ..quantizers.rounding import Rounding
+
+
+class Convolution(NamedTuple):
+    """How ``nn.Conv2d`` convolves; None in its place means a linear map."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_rounding: Rounding | None,
+    weight_rounding: Rounding | None,
+    convolution: Convolution | None = None,
+) -> Tensor:
+    """Return the linear map or convolution of the rounded x and weight, in the dtype of x (autocast's, where it is on).
+
+    Args:
+        x: (..., K), or (B, C, H, W) for a convolution.
+        weight: (N, K), or (N, C / groups, h, w).
+        bias: (N,) or None.
+        x_rounding: None leaves x as it is.
+        weight_rounding: None leaves the weight as it is.
+        convolution: None for a linear map.
+
+    Raises:
+        LayerError: x and weight are of different dtypes, without autocast.
+    """
+    if x_rounding is None and weight_rounding is None:
+        return multiply(x, weight, bias, convolution)
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, dtype):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x if x_rounding is not None else x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    elif x.dtype != dtype:
+        raise LayerError(f"its input is {x.dtype} and its weight {dtype}: cast one of them, or train under autocast")
+    if torch.compiler.is_dynamo_compiling():
+        from .. import compiled
+
+        return compiled.product(x, weight, bias, x_rounding, weight_rounding, convolution, dtype)
+    if not all(type(part) in (Tensor, torch.nn.Parameter) for part in (x, weight)):  # fake, distributed, functional
+        x = x if x_rounding is None else x_rounding(x)
+        weight = weight if weight_rounding is None else weight_rounding(weight)
+        return multiply(x, weight, bias, convolution)
+    steps = [None if rounding is None else rounding.step_size for rounding in (x_rounding, weight_rounding)]
+    return _Product.apply(x, weight, bias, *steps, x_rounding, weight_rounding, convolution, dtype)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
+    """Return the plain linear map or convolution."""
+    if convolution is None:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, *convolution)
+
+
+def value(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_rounding: Rounding | None,
+    weight_rounding: Rounding | None,
+    convolution: Convolution | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the product in ``dtype``, without gradients."""
+    with torch.autocast(x.device.type, enabled=False):
+        return multiply(_rounded(x, x_rounding, dtype), _rounded(weight, weight_rounding, dtype), bias, convolution)
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_rounding: Rounding | None,
+    weight_rounding: Rounding | None,
+    convolution: Convolution | None,
+    dtype: torch.dtype,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and both step sizes, computed in ``dtype``; None for one not wanted."""
+    x_wanted, weight_wanted, bias_wanted, x_step_wanted, weight_step_wanted = wanted
+    grad_x = grad_weight = grad_bias = grad_x_step = grad_weight_step = x_again = None
+    again = dtype if weight_wanted or weight_step_wanted else None
+    if x_wanted or x_step_wanted:
+        grad_x = _input_gradient(grad, x, _rounded(weight, weight_rounding, dtype), convolution)
+        if x_rounding is not None:
+            x_again, grad_x, grad_x_step = x_rounding.backward_(grad_x, x, (x_wanted, x_step_wanted), again)
+    if again:
+        x_again = _rounded(x, x_rounding, dtype) if x_again is None else x_again
+        grad_weight, grad_bias = _weight_gradients(grad, x_again, weight, convolution, bias_wanted)
+        if weight_rounding is not None:
+            both = weight_wanted, weight_step_wanted
+            _, grad_weight, grad_weight_step = weight_rounding.backward_(grad_weight, weight, both, None)
+    if bias_wanted and grad_bias is None:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if convolution is None else grad.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias, grad_x_step, grad_weight_step
+
+
+def _rounded(tensor: Tensor, rounding: Rounding | None, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if rounding is None else rounding.value(tensor, dtype)
+
+
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, convolution: Convolution | None) -> Tensor:
+    if convolution is None:
+        return grad @ weight
+    like = (
+        x if x.dtype == grad.dtype else torch.empty_like(x, dtype=grad.dtype)
+    )  # its shape and layout are all it takes
+    return _convolution_backward(grad, like, weight, convolution, [True, False, False])[0]
+
+
+def _weight_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, convolution: Convolution | None, bias_wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient of the weight, and that of the bias where it is wanted and falls out of the same operator."""
+    if convolution is None:
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]), None
+    like = weight if weight.dtype == grad.dtype else torch.empty_like(weight, dtype=grad.dtype)
+    return _convolution_backward(grad, x, like, convolution, [False, True, bias_wanted])[1:]
+
+
+def _convolution_backward(grad, x, weight, convolution: Convolution, wanted: list[bool]):
+    stride, padding, dilation, groups = convolution
+    nothing = [0] * len(stride)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, nothing, groups, wanted
+    )
+
+
+class _Product(torch.autograd.Function):
+    """Keeps x, the weight and the step sizes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, x_step, weight_step, *how) -> Tensor:
+        ctx.save_for_backward(x, weight, x_step, weight_step)
+        x_rounding, weight_rounding, ctx.convolution, ctx.dtype = how
+        # Without their step sizes, which autograd keeps: it may have moved them meanwhile.
+        ctx.roundings = tuple(None if r is None else r._replace(step_size=None) for r in (x_rounding, weight_rounding))
+        return value(x, weight, bias, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, *steps = ctx.saved_tensors
+        roundings = (r and r._replace(step_size=step) for r, step in zip(ctx.roundings, steps, strict=True))
+        wanted = ctx.needs_input_grad[:5]
+        return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None, None, None, None

@@ -1,0 +1,191 @@
+"""The product of rounded operands: bits, gradients and saved tensors against the composition of single operators."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qat
+from qat import QuantPolicy, QuantSpec
+from qat.errors import LayerError
+from qat.layers import product as products
+from qat.spec import Dynamic
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WEIGHTS = [None, {"bits": 4, "group_size": 8}, {"bits": 3, "granularity": "channel"}, {"granularity": "tensor"}]
+INPUTS = [None, {"bits": 8}, {"bits": 4, "signed": False}]
+LINEAR_INPUTS = [*INPUTS, *Dynamic]
+
+
+def prepared(layer, weight, activation, x):
+    """Return the layer with step sizes off the stored grid."""
+    policy = QuantPolicy(weight=weight, activation=None if isinstance(activation, Dynamic) else activation)
+    if isinstance(activation, Dynamic):
+        policy = QuantPolicy(weight=weight, dynamic=activation.value)
+    qat.calibrate(qat.prepare(layer, policy, verbose=False), [x.float().to(layer.weight.dtype)])
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("step_size"):
+                parameter.mul_(1.0123)
+    return layer
+
+
+def composed(layer, x):
+    """Do what the layer does, by single operators that keep what each needs."""
+    x = x if layer.activation_quantizer is None else layer.activation_quantizer(x)
+    weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
+    return (
+        layer._conv_forward(x, weight, layer.bias) if isinstance(layer, nn.Conv2d) else F.linear(x, weight, layer.bias)
+    )
+
+
+def results(layer, run, x, autocast=False):
+    """Return the output and every gradient."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        y = run(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
+    return y.detach(), x.grad, *(parameter.grad.clone() for parameter in layer.parameters())
+
+
+def assert_like_the_composition(layer, x, autocast=False):
+    for one, other in zip(
+        results(layer, layer, x, autocast), results(layer, lambda x: composed(layer, x), x, autocast), strict=True
+    ):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", LINEAR_INPUTS, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_linear(weight, activation, dtype):
+    if weight is None and activation not in INPUTS[1:]:
+        return  # a policy has no such thing
+    x = torch.randn(2, 5, 32, device=DEVICE, dtype=dtype)
+    layer = prepared(nn.Linear(32, 6, device=DEVICE, dtype=dtype), weight, activation, x)
+    assert_like_the_composition(layer, x)
+    assert_like_the_composition(layer, x[0])
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[1:], ids=str)
+@pytest.mark.parametrize("activation", INPUTS, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution(groups, channels_last, activation, weight):
+    layer = nn.Conv2d(16, 6, 3, stride=2, padding=1, groups=groups, device=DEVICE)
+    x = torch.randn(2, 16, 7, 6, device=DEVICE)
+    if channels_last:
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    assert_like_the_composition(prepared(layer, weight, activation, x), x)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", (1, 1)])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_padding(padding, mode):
+    x = torch.randn(2, 8, 7, 7, device=DEVICE)
+    layer = nn.Conv2d(8, 4, 3, padding=padding, padding_mode=mode, device=DEVICE)
+    assert_like_the_composition(prepared(layer, {"bits": 4}, {"bits": 4}, x), x)
+
+
+@pytest.mark.parametrize("activation", LINEAR_INPUTS, ids=str)
+def test_autocast(activation):
+    """fp32 weights: the rounded ones are made in bf16 at once, which is the same bits."""
+    x = torch.randn(4, 32, device=DEVICE)
+    layer = prepared(nn.Linear(32, 6, device=DEVICE), {"bits": 4, "group_size": 8}, activation, x)
+    assert_like_the_composition(layer, x, autocast=True)
+    conv = prepared(nn.Conv2d(8, 4, 3, device=DEVICE), {"bits": 4}, {"bits": 4}, torch.randn(2, 8, 6, 6, device=DEVICE))
+    assert_like_the_composition(conv, torch.randn(2, 8, 6, 6, device=DEVICE), autocast=True)
+
+
+def kept_bytes(run, x):
+    """Return the bytes that autograd keeps for the backward of one forward, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x.clone().requires_grad_()).sum()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("activation", LINEAR_INPUTS, ids=str)
+def test_it_keeps_what_the_plain_layer_keeps(activation):
+    x = torch.randn(64, 64, device=DEVICE)
+    plain = nn.Linear(64, 64, device=DEVICE)
+    plain_bytes = kept_bytes(plain, x)
+    layer = prepared(plain, {"bits": 4, "group_size": 32}, activation, x)
+    steps = sum(p.numel() * 4 for name, p in layer.named_parameters() if name.endswith("step_size"))
+    assert kept_bytes(layer, x) == plain_bytes + steps
+    assert kept_bytes(lambda x: composed(layer, x), x) > plain_bytes + steps
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "step_size", "x"])
+def test_frozen_parameters(frozen):
+    x = torch.randn(4, 32, device=DEVICE)
+    layer = prepared(nn.Linear(32, 6, device=DEVICE), {"bits": 4, "group_size": 8}, {"bits": 8}, x)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    y = layer(x.requires_grad_(frozen != "x"))
+    y.sum().backward()
+    assert [name for name, p in layer.named_parameters() if p.grad is None] == [
+        name for name, _ in layer.named_parameters() if frozen in name
+    ]
+    assert (x.grad is None) == (frozen == "x")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled(autocast):
+    """One graph, without a break, and the same bits as eager."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 8), nn.Linear(8, 4)).to(DEVICE)
+    policy = QuantPolicy(
+        weight=QuantSpec(bits=4, group_size=8),
+        activation={"bits": 8},
+        rules=[
+            {"match": "0", "weight": {"granularity": "channel"}},
+            {"match": "4", "activation": None},
+        ],
+    )
+    x = torch.randn(2, 3, 6, 6, device=DEVICE)
+    qat.calibrate(qat.prepare(model, policy, verbose=False), [x])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for one, other in zip(results(model, model, x, autocast), results(model, compiled, x, autocast), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_dynamic_rounding():
+    model = nn.Linear(32, 8, device=DEVICE)
+    x = torch.randn(3, 4, 32, device=DEVICE)
+    for kind in Dynamic:
+        layer = prepared(nn.Linear(32, 8, device=DEVICE), {"bits": 4, "group_size": 8}, kind, x)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for one, other in zip(results(layer, layer, x), results(layer, compiled, x), strict=True):
+            assert torch.equal(one, other)
+    assert products.product(x, model.weight, None, None, None).shape == (3, 4, 8)
+
+
+def test_mixed_dtypes_are_refused():
+    x = torch.randn(4, 32, device=DEVICE)
+    layer = prepared(nn.Linear(32, 6, device=DEVICE), {"bits": 4, "group_size": 8}, None, x)
+    with pytest.raises(LayerError, match=r"torch\.bfloat16.*autocast"):
+        layer(x.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+@pytest.mark.parametrize("activation", [None, {"bits": 8}, Dynamic.int8_token], ids=str)
+def test_on_a_gpu(activation, mode):
+    """Fused kernels in place of the reference, eager, compiled and replayed from a CUDA graph: the same bits."""
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    layer = nn.Linear(1024, 768, device="cuda", dtype=torch.bfloat16)
+    layer = prepared(layer, {"bits": 4, "group_size": 128}, activation, x)
+    torch._dynamo.reset()
+    run = layer if mode is None else torch.compile(layer, fullgraph=True, mode=mode)
+    expected = results(layer, lambda x: composed(layer, x), x)
+    for _ in range(3):
+        for one, other in zip(results(layer, run, x), expected, strict=True):
+            assert torch.equal(one, other)
