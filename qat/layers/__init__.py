@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from .conv import FrozenConv2d, QuantConv2d
-from .conv1d import Conv1D, FrozenConv1D, QuantConv1D, matrix
+from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
+from .joint_lora import JointLoraLinear, make_joint_
 from .linear import FrozenLinear, QuantLinear
 from .packed import PackedWeight
 
-__all__ = ["PackedWeight", "matrix"]  # of the modules beside this one
+__all__ = ["JointLoraLinear", "PackedWeight", "make_joint_"]  # of the modules beside this one
 
 FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Conv1D: QuantConv1D}
 FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, Conv1D: FrozenConv1D}
@@ -47,11 +48,20 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
     """Return nn.Linear, nn.Conv2d or Conv1D for a plain, fake-quant or frozen one, else the layer's own type."""
     if Conv1D.is_type_of(layer):
         return Conv1D
+    if type(layer) is JointLoraLinear:
+        return nn.Linear
     for table in (FAKE_QUANT, FROZEN):
         for plain, quantized in table.items():
             if type(layer) is quantized:
                 return plain
     return type(layer)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """Return the weight that a layer's codes are made from, with its outputs first."""
+    if isinstance(layer, JointLoraLinear):
+        return layer.merged()
+    return layer.weight.t() if plain_type(layer) is Conv1D else layer.weight
 
 
 def make_fake_quant_(
@@ -72,9 +82,10 @@ def make_frozen_(
     _become(layer, FROZEN[plain_type(layer)])
     if "weight_quantizer" in layer._modules:
         del layer.weight_quantizer
-    layer.register_buffer("like", layer._parameters["weight"].new_empty(0), persistent=False)
+    layer.register_buffer("like", layer.weight.new_empty(0), persistent=False)
     if weight is not None:
-        del layer.weight
+        for name in ("weight", "lora_A", "lora_B"):
+            layer._parameters.pop(name, None)
     layer.packed_weight = weight
     layer.activation_quantizer = activation
 

@@ -39,9 +39,3 @@ class FrozenConv1D(FrozenLinear):
         if self.packed_weight is not None:
             return super().forward(x)
         return F.linear(self.activation_quantizer(x), self.weight.t(), self.bias)
-
-
-def matrix(layer: nn.Module) -> Tensor:
-    """Return the weight that a layer holds as a parameter, with its outputs first."""
-    transposed = isinstance(layer, QuantConv1D | FrozenConv1D) or Conv1D.is_type_of(layer)
-    return layer.weight.t() if transposed else layer.weight

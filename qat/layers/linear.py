@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from ..quantizers.rounding import Rounding
 from . import cpu_int4
-from .packed import Frozen
+from .packed import Frozen, PackedWeight
 from .product import product
 
 
@@ -57,7 +58,26 @@ class FrozenLinear(Frozen, nn.Linear):
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            return _FrozenProduct.apply(x, bias, self.packed_weight)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Keeps the codes, and dequantizes them again in the backward: adapters train through many such layers."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight.dequantize(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_x = grad @ ctx.weight.dequantize(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
 
 
 def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
