@@ -142,19 +142,27 @@ class QATQuantizer(HfQuantizer):
         return model
 
 
-def from_pretrained(name: str | Path, auto_class: type = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+def from_pretrained(
+    name: str | Path,
+    policy: QuantPolicy | dict[str, Any] | None = None,
+    auto_class: type = AutoModelForCausalLM,
+    **options: Any,
+) -> PreTrainedModel:
     """Open a quantized model of transformers in any format that ``qat.formats`` reads, with our frozen layers.
 
     The codes are the stored ones. No package of the format's own is needed.
 
     Args:
         name: a folder, or a name on the Hub.
+        policy: of a model in full precision, which is quantized tensor by tensor while it is loaded.
         auto_class: AutoModelForCausalLM or another of transformers' classes.
         options: of its ``from_pretrained``.
 
     Raises:
         ArtifactError: damaged, or a kind of its format that cannot be read; the message says which.
     """
+    if policy is not None:
+        options["quantization_config"] = QATConfig(policy)
     with patch.dict(AUTO_QUANTIZATION_CONFIG_MAPPING, dict.fromkeys(METHODS, QATConfig)):
         return auto_class.from_pretrained(name, **options)
 

@@ -43,6 +43,8 @@ def joint_lora(
         PolicyError: no weight spec, a codebook, or a target that matches no quantized linear layer.
         LayerError: shapes that do not fit.
     """
+    if policy.quantizes_nothing():
+        raise PolicyError("a joint adapter is rounded as the policy says, and this one quantizes nothing: policy=lm_w4")
     if is_frozen(model):
         if policy.weight is None:
             raise PolicyError("a joint adapter on a frozen model takes policy.weight: give it a spec")
