@@ -50,13 +50,13 @@ def joint_lora(
             raise PolicyError("a joint adapter on a frozen model takes policy.weight: give it a spec")
         layers = {name: layer for name, layer in frozen_layers(model) if layer.packed_weight is not None}
         quantizers = {name: _quantizer(name, layer, policy) for name, layer in layers.items()}
-        chosen = _chosen(layers, targets)
+        chosen = chosen_layers(layers, targets)
     else:
         prepare(model, policy, verbose)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
         layers = {name: layer for name, layer in layers.items() if layer.weight_quantizer is not None}
         quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
-        chosen = _chosen(layers, targets)
+        chosen = chosen_layers(layers, targets)
     for name in chosen:
         if type(layers[name]) not in (QuantLinear, FrozenLinear):
             raise LayerError(
@@ -72,7 +72,12 @@ def joint_lora(
     return model
 
 
-def _chosen(layers: dict[str, nn.Module], targets: Sequence[str] | None) -> list[str]:
+def chosen_layers(layers: dict[str, nn.Module], targets: Sequence[str] | None) -> list[str]:
+    """Return the names of the layers that targets name, by their last part or as globs; all for None.
+
+    Raises:
+        PolicyError: a target that matches none.
+    """
     if targets is None:
         return list(layers)
     chosen: dict[str, None] = {}

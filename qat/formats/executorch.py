@@ -122,7 +122,7 @@ def _problem(layer: QuantizedLayer) -> str | None:
     if activation not in (None, Dynamic.int8_token):
         fix = f"--to {ROUNDS[activation] if isinstance(activation, Dynamic) else 'onnx'} keeps that"
         return f"trained with its input rounded as {activation}, and {METHOD} rounds as int8_token; {fix}"
-    if spec.codebook is not None:
+    if not spec.holds_integers:
         return other_grid(layer, METHOD)
     if spec.bits > 4:
         return f"has {spec.bits} bits, and XNNPACK's groups 4; --to onnx holds it"

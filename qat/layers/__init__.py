@@ -15,8 +15,15 @@ from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
 from .joint_lora import JointLoraLinear, make_joint_
 from .linear import FrozenLinear, QuantLinear
 from .packed import PackedWeight
+from .qa_lora import QALoraLinear, make_qa_lora_
 
-__all__ = ["JointLoraLinear", "PackedWeight", "make_joint_"]  # of the modules beside this one
+__all__ = [
+    "JointLoraLinear",
+    "PackedWeight",
+    "QALoraLinear",
+    "make_joint_",
+    "make_qa_lora_",
+]  # of the modules beside this one
 
 FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Conv1D: QuantConv1D}
 FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, Conv1D: FrozenConv1D}
@@ -48,7 +55,7 @@ def plain_type(layer: nn.Module) -> type[nn.Module]:
     """Return nn.Linear, nn.Conv2d or Conv1D for a plain, fake-quant or frozen one, else the layer's own type."""
     if Conv1D.is_type_of(layer):
         return Conv1D
-    if type(layer) is JointLoraLinear:
+    if isinstance(layer, JointLoraLinear | QALoraLinear):
         return nn.Linear
     for table in (FAKE_QUANT, FROZEN):
         for plain, quantized in table.items():

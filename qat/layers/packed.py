@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import codebook
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
-from ..numerics import QuantizedTensor, scale_dtype, scale_shape
+from ..numerics import QuantizedTensor, scale_dtype, scale_shape, zero_point_dtype
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
@@ -42,7 +42,7 @@ class PackedWeight(FixedDtype):
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
         scale: (rows, groups) in ``spec.scale_dtype``; None where the scales are quantized too.
         scale_codes, scale_factor, scale_offset, scale_levels: those scales' parts (``qat.double_quantization``).
-        zero_point: int8 like the scale; None if symmetric.
+        zero_point: int8, or ``spec.zero_point_dtype``, like the scale; None if symmetric.
         levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
@@ -61,7 +61,7 @@ class PackedWeight(FixedDtype):
             self.register_buffer("scale_factor", torch.empty(-(-math.prod(scales) // BLOCK)))
             self.register_buffer("scale_offset", torch.empty(()))
             self.register_buffer("scale_levels", torch.empty(256))
-        zero_point = None if spec.symmetric else torch.empty(scales, dtype=torch.int8)
+        zero_point = None if spec.symmetric else torch.empty(scales, dtype=zero_point_dtype(spec))
         self.register_buffer("zero_point", zero_point)
         own = codebook.stored_shape(shape, spec)
         levels = None
