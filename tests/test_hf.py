@@ -247,11 +247,11 @@ def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, cache):
     model = AutoModelForCausalLM.from_config(loaded.config)
     model.load_state_dict(loaded.state_dict())
     tokens = AutoTokenizer.from_pretrained(folder, gguf_file=file)("The history of the village", return_tensors="pt")
-    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "cache_implementation": cache}
     prepared(32, model.eval())
     expected = model.generate(**tokens, **options)
     qat.freeze(model).save_pretrained(tmp_path)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
-    text = opened.generate(**tokens, **options, cache_implementation=cache)
+    text = opened.generate(**tokens, **options)
     assert text.shape[1] == tokens["input_ids"].shape[1] + 200
     assert torch.equal(text, expected)
