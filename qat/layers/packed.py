@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import codebook
+from .. import backend, codebook
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, scale_dtype, scale_shape, zero_point_dtype
@@ -97,8 +97,25 @@ class PackedWeight(FixedDtype):
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in ``dtype``."""
-        return self.quantized_tensor().dequantize(dtype)
+        """Return the weight in ``dtype``: on a GPU 4-bit codes go through one kernel, with the same bits."""
+        size = self._group_size()
+        if self.spec.bits != 4 or size % 2 or self.columns % 2 or not backend.has_kernels(self.packed.device, dtype):
+            return self.quantized_tensor().dequantize(dtype)
+        from qat.kernels.dequantize import dequantize4  # needs Triton, which a CPU does not
+
+        scale, levels = self.scale, self.levels
+        if self.double:
+            scale = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS)).values()
+        if levels is None:
+            levels = torch.arange(-8.0, 8.0, device=self.packed.device)
+        elif len(levels) > 1:  # a table a row
+            return self.quantized_tensor().dequantize(dtype)
+        weight = dequantize4(self.packed, scale, levels.view(16), self.zero_point, size, dtype)
+        return weight.view(self.shape)
+
+    def _group_size(self) -> int:
+        scales = math.prod(scale_shape(self.shape, self.spec))
+        return self.shape.numel() // scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.cpu_operands = None
