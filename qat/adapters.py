@@ -1,17 +1,21 @@
 """Adapters that peft puts on a quantized model: they train beside the codes, and ship so, in peft's own folder.
 
 The base of a LoRA layer is the quantized layer itself, so y = Q(W) x + B A x in training is what a runtime computes
-that opens the exported base and the adapter. Merging B A into codes would round again, which nobody trained: it is
-refused.
+that opens the exported base and the adapter. Merging B A into codes would round again, which nobody trained: peft's own
+merge is refused, and ``qat.merge`` says what it costs. Beside peft's files lies base.json, a hash of the codes that the
+adapter was trained on: ``load_adapter`` refuses others.
 No peft is imported here; its modules are recognised by where their class comes from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from .errors import ArtifactError, StateError
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 FOLDER = "adapter"
 CONFIG = "adapter_config.json"  # by which peft knows its folders
+BASE = "base.json"
 
 
 def wrapping_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -86,7 +91,72 @@ def split(model: nn.Module) -> tuple[nn.Module, Callable[[str], str | None], Cal
                 return None
         return ".".join(part for part in name.split(".") if part != "base_layer")
 
-    return base, plain, model.save_pretrained
+    return base, plain, lambda folder: save_adapter(model, folder)
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write a peft model's adapters in peft's own format, and the hash of the base they were trained on."""
+    model.save_pretrained(folder)
+    digest = fingerprint(model)
+    for file in folder.rglob(CONFIG) if digest else ():
+        (file.parent / BASE).write_text(json.dumps({"sha256": digest}) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, any_base: bool = False) -> nn.Module:
+    """Return peft's model of a base and an adapter that was trained on it.
+
+    Args:
+        model: the base: frozen, or in full precision where the adapter was trained on such a one.
+        folder: of the adapter, as ``save_adapter`` or peft wrote it.
+        trainable: go on training it.
+        any_base: take the adapter whatever it was trained on, such as one of another package, which says nothing of it.
+
+    Raises:
+        ArtifactError: there is no adapter, or it was trained on other codes.
+        StateError: peft is not installed.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{folder} holds no adapter of peft: there is no {CONFIG}")
+    expected = None
+    if (folder / BASE).is_file():
+        expected = json.loads((folder / BASE).read_text(encoding="utf-8")).get("sha256")
+    here = fingerprint(model)
+    if expected != here and not any_base:
+        there = "in full precision or by another package" if expected is None else f"on codes {expected[:12]}"
+        raise ArtifactError(
+            f"the adapter {folder} was trained {there}, and this base has codes {str(here)[:12]}: "
+            "open the base that it was trained on; any_base=True (--any-base) takes it all the same"
+        )
+    return import_peft().PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Return the SHA-256 of a frozen model's codes, scales, zero points and levels by layer; None if it has none.
+
+    Adapters, layer names that peft lengthens, device and compute dtype do not enter.
+    """
+    from .layers import frozen_layers
+
+    digest, seen = hashlib.sha256(), 0
+    for name, layer in frozen_layers(model):
+        if layer.packed_weight is None:
+            continue
+        plain = ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer")
+        for part, value in layer.packed_weight.state_dict().items():
+            digest.update(f"{plain}.{part} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            seen += 1
+    return digest.hexdigest() if seen else None
+
+
+def import_peft():
+    """Return peft; StateError says how to install it."""
+    try:
+        import peft
+    except ImportError:
+        raise StateError("adapters need peft: pip install 'qat-lsq[hf]'") from None
+    return peft
 
 
 def stored(folder: Path | None) -> list[str]:

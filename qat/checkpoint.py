@@ -100,6 +100,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     about = content["qat"]
     if about["version"] > VERSION:
         raise CheckpointError(f"{path} has checkpoint version {about['version']}, this package reads up to {VERSION}")
+    if about.get("adapter"):
+        raise CheckpointError(
+            f"{path} holds an adapter in training, without its base: what it shipped lies beside it, in artifact/ or "
+            "adapter/; resume=auto goes on training"
+        )
     try:
         policy = QuantPolicy.from_dict(about["policy"])
     except QATError as error:

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import adapters
 from .errors import LayerError, StateError
-from .layers import PackedWeight, frozen_layers, make_frozen_, quant_layers
+from .layers import PackedWeight, frozen_layers, make_frozen_, matrix, quant_layers
 from .numerics import QuantizedTensor
 from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
 
@@ -72,6 +72,6 @@ def quantized_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 def _quantize(name: str, layer: nn.Module) -> QuantizedTensor:
     try:
-        return layer.weight_quantizer.quantize(layer.weight)
+        return layer.weight_quantizer.quantize(matrix(layer))
     except LayerError as error:
         raise LayerError(f"{name!r}: {error}") from None

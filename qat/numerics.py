@@ -55,6 +55,18 @@ def scale_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[i
     return rows, inputs // spec.group_size
 
 
+def zero_point_dtype(spec: QuantSpec) -> torch.dtype:
+    """Return the torch dtype that the spec's zero points are stored in."""
+    return torch.int8 if spec.zero_point_dtype is None else getattr(torch, spec.zero_point_dtype.value)
+
+
+def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Round a real zero point to the dtype it is stored and computed with, at most its largest finite value."""
+    dtype = zero_point_dtype(spec)
+    most = torch.finfo(dtype).max
+    return zero_point.detach().clamp(-most, most).to(dtype)
+
+
 def stored_scale(step_size: Tensor, spec: QuantSpec) -> Tensor:
     """Round a step size to the scale that is stored and computed with: at least MIN_SCALE, in ``spec.scale_dtype``."""
     return step_size.detach().clamp_min(MIN_SCALE).to(scale_dtype(spec))
@@ -86,7 +98,8 @@ class QuantizedTensor:
     Attributes:
         codes: int8, the tensor's logical shape, from ``-spec.q_n`` to ``spec.q_p``.
         scale: (rows, groups) in ``spec.scale_dtype``.
-        zero_point: int8, the scale's shape, in the range of the codes; None if symmetric.
+        zero_point: int8, the scale's shape, in the range of the codes, or real in ``spec.zero_point_dtype``; None if
+            symmetric.
         spec: the grid.
         levels: of the codebook, float32 (1 or rows, 2^bits), where the spec has one; a named one's follow from it.
         nested: what the scale was made of, where the scales are quantized too.
@@ -120,8 +133,14 @@ def parameter_bits(shape: torch.Size, spec: QuantSpec) -> int:
     scales = scale_shape(shape, spec)
     if spec.codebook is Codebook.nf4_double:
         return double_quantization.stored_bits(scales)
-    bits = math.prod(scales) * (scale_dtype(spec).itemsize * 8 + (0 if spec.symmetric else spec.bits))
+    bits = math.prod(scales) * (scale_dtype(spec).itemsize * 8 + _zero_point_bits(spec))
     return bits + 32 * math.prod(codebook.stored_shape(shape, spec) or (0,))
+
+
+def _zero_point_bits(spec: QuantSpec) -> int:
+    if spec.symmetric:
+        return 0
+    return spec.bits if spec.zero_point_dtype is None else zero_point_dtype(spec).itemsize * 8
 
 
 def quantize_tensor(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> QuantizedTensor:

@@ -24,6 +24,7 @@ from .layers import (
     is_frozen,
     is_prepared,
     make_frozen_,
+    matrix,
     plain_type,
     set_dtype_,
 )
@@ -133,7 +134,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
         owner = name if packed is None else owners.setdefault(id(packed), name)
         layers[name] = QuantizedLayer(
             plain_type(layer).__name__,
-            list(layer.weight.shape if packed is None else packed.shape),
+            list(matrix(layer).shape if packed is None else packed.shape),
             None if packed is None else packed.spec,
             None if activation is None else activation.spec,
             None if owner == name else owner,
@@ -175,7 +176,7 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
         raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
     packed: dict[str, PackedWeight | None] = {}
     for name, entry in quantized.layers.items():
-        layer = _matching_layer(model, name, entry, quantized.source)
+        layer = matching_layer(model, name, entry, quantized.source)
         if entry.tied is not None:
             packed[name] = packed[entry.tied]
         else:
@@ -220,15 +221,21 @@ def _untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, tied
 
 
-def _matching_layer(model: nn.Module, name: str, entry: QuantizedLayer, source: str) -> nn.Module:
+def matching_layer(model: nn.Module, name: str, entry: QuantizedLayer, source: str) -> nn.Module:
+    """Return the model's layer of that name.
+
+    Raises:
+        ArtifactError: there is none, or it is of another type or shape.
+    """
     problem = f"{source} does not fit {type(model).__name__}:"
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise ArtifactError(f"{problem} that has no layer {name!r}") from None
-    if type(layer) not in FROZEN or type(layer).__name__ != entry.type:
+    kind = plain_type(layer)
+    if kind not in FROZEN or kind.__name__ != entry.type:
         raise ArtifactError(f"{problem} {name!r} is a {type(layer).__name__}, not a {entry.type}")
-    if list(layer.weight.shape) != entry.shape:
-        here = list(layer.weight.shape)
+    if list(matrix(layer).shape) != entry.shape:
+        here = list(matrix(layer).shape)
         raise ArtifactError(f"{problem} the weight of {name!r} is {here} there and {entry.shape} in the artifact")
     return layer

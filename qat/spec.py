@@ -98,6 +98,8 @@ class QuantSpec:
             levels that the layer stores itself, one table an output channel; for weights only. The scale is then not
             learned: it is the largest magnitude of what shares it, as in bitsandbytes (``qat.codebook`` has the
             arithmetic).
+        zero_point_dtype: None for zero points among the codes; "float16" and the like for real ones, which trained
+            zero points are (``qat.qa_lora``); only with ``symmetric=False``.
 
     Raises:
         SpecError: a field out of range, or fields that contradict each other.
@@ -110,6 +112,7 @@ class QuantSpec:
     symmetric: bool = True
     scale_dtype: Optional[ScaleDtype] = None  # noqa: UP045
     codebook: Optional[Codebook] = None  # noqa: UP045
+    zero_point_dtype: Optional[ScaleDtype] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -122,6 +125,10 @@ class QuantSpec:
         if self.scale_dtype is None:
             self.scale_dtype = ScaleDtype.bfloat16 if self.codebook is None else ScaleDtype.float32
         self.scale_dtype = as_member(ScaleDtype, "scale_dtype", self.scale_dtype)
+        if self.zero_point_dtype is not None:
+            self.zero_point_dtype = as_member(ScaleDtype, "zero_point_dtype", self.zero_point_dtype)
+            if self.symmetric:
+                raise SpecError("zero_point_dtype is for symmetric=False: drop one of the two")
         if self.granularity is Granularity.group:
             if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
                 raise SpecError(f"granularity='group' needs a positive group_size, not {self.group_size!r}")
@@ -152,6 +159,11 @@ class QuantSpec:
     def q_p(self) -> int:
         """The highest code."""
         return 2**self.bits - 1 if self._counts_from_zero else 2 ** (self.bits - 1) - 1
+
+    @property
+    def holds_integers(self) -> bool:
+        """Whether a value is a difference of integers times its scale: no codebook, and no real zero point."""
+        return self.codebook is None and self.zero_point_dtype is None
 
     @property
     def _counts_from_zero(self) -> bool:
@@ -187,7 +199,8 @@ class QuantSpec:
             name = f"codebook{self.bits}" if self.codebook is Codebook.custom else self.codebook.value
             return f"{name} {self._where}"
         sign = "u" if self.signed is False else ""
-        return f"{sign}int{self.bits} {self._where}" + ("" if self.symmetric else " asymmetric")
+        zero = "" if self.symmetric else " asymmetric" if self.zero_point_dtype is None else " real zero points"
+        return f"{sign}int{self.bits} {self._where}{zero}"
 
     @property
     def _where(self) -> str:

@@ -11,12 +11,12 @@ from torch import nn
 from . import backend
 from .adapters import own_modules
 from .errors import LayerError, PolicyError, StateError
-from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
+from .layers import FAKE_QUANT, FrozenLayer, QuantLayer, is_frozen, is_prepared, make_fake_quant_, matrix, plain_type
 from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
-from .spec import Dynamic, QuantSpec
+from .spec import Dynamic, Init, QuantSpec
 
 
 @dataclass
@@ -37,8 +37,8 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     weights whose init reads data, wait for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
 
     Args:
-        model: any module; its ``nn.Linear`` and ``nn.Conv2d`` layers can be quantized, and ``nn.Embedding`` layers are
-            where a rule gives them a weight spec.
+        model: any module; its ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` layers can be quantized, and
+            ``nn.Embedding`` layers are where a rule gives them a weight spec.
         policy: a QuantPolicy.
         verbose: print the summary.
 
@@ -53,7 +53,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     decisions = decide(model, policy)
-    _check_shapes(decisions)
+    check_shapes(decisions)
     weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
     init = policy.init.of_activations
     for decision in decisions:
@@ -63,7 +63,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if decision.weight is not None:
             weight = weight_quantizers.get(id(layer.weight))
             if weight is None:
-                weight = _weight_quantizer(decision, policy)
+                weight = weight_quantizer(decision, policy.init)
                 weight_quantizers[id(layer.weight)] = weight
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
@@ -75,12 +75,13 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     return model
 
 
-def _weight_quantizer(decision: Decision, policy: QuantPolicy) -> WeightLSQ | WeightCodebook:
+def weight_quantizer(decision: Decision, init: Init) -> WeightLSQ | WeightCodebook:
+    """Return the quantizer that a decision gives its layer, started from the weight's values."""
+    weight = matrix(decision.layer)
     if decision.weight.codebook is not None:
-        return WeightCodebook(decision.weight, decision.layer.weight, decision.name)
+        return WeightCodebook(decision.weight, weight, decision.name)
     # Methods that read data are for matrix products.
-    init = policy.init.of_activations if _is_embedding(decision) else policy.init
-    return WeightLSQ(decision.weight, decision.layer.weight, decision.name, init)
+    return WeightLSQ(decision.weight, weight, decision.name, init.of_activations if _is_embedding(decision) else init)
 
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
@@ -89,7 +90,8 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     adapters = own_modules(model)
     counted = set(FAKE_QUANT) - {nn.Embedding}  # as the first or the last layer
     described = [
-        (name, type(layer).__name__, type(layer) in counted and id(layer) not in adapters) for name, layer in layers
+        (name, type(layer).__name__, plain_type(layer) in counted and id(layer) not in adapters)
+        for name, layer in layers
     ]
     winners = match_rules(policy.rules, described)
     decisions = []
@@ -99,7 +101,7 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
             decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
         elif type(layer) is nn.Embedding:
             decisions.append(_decide_embedding(name, layer, weight, rule))
-        elif type(layer) in FAKE_QUANT:
+        elif plain_type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
@@ -137,7 +139,7 @@ def summary(model: nn.Module) -> str:
     """Return the table of a prepared model's layers: what each became, and why the others were left alone."""
     decisions = []
     for name, layer in model.named_modules():
-        if plain_type(layer) is not type(layer):
+        if isinstance(layer, QuantLayer | FrozenLayer):
             weight = getattr(layer, "packed_weight", None) or getattr(layer, "weight_quantizer", None)
             activation = layer.activation_quantizer
             specs = [None if part is None else part.spec for part in (weight, activation)]
@@ -152,7 +154,7 @@ def _holds_matrix(layer: nn.Module) -> bool:
     return weight is not None and weight.dim() > 1
 
 
-def _check_shapes(decisions: list[Decision]) -> None:
+def check_shapes(decisions: list[Decision]) -> None:
     """Raise one LayerError that lists every layer whose spec does not fit."""
     problems, tied = [], {}
     embeddings = {id(d.layer.weight): d.name for d in decisions if d.weight is not None and _is_embedding(d)}
@@ -166,7 +168,7 @@ def _check_shapes(decisions: list[Decision]) -> None:
                 )
             continue
         try:
-            scale_shape(weight.shape, decision.weight)
+            scale_shape(matrix(decision.layer).shape, decision.weight)
         except LayerError as error:
             problems.append(f"{decision.name!r}: {error}")
         if not weight.is_floating_point():
@@ -193,11 +195,12 @@ def _is_embedding(decision: Decision) -> bool:
 
 def _dynamic_problems(decision: Decision) -> list[str]:
     kind, layer = decision.activation.value, decision.layer
-    if not isinstance(layer, nn.Linear):
+    if plain_type(layer) is nn.Conv2d:
         fix = "give it a rule with a spec (bits: 8) or null for its activation"
         return [f"{decision.name!r}: {kind} is for linear layers, not for a {type(layer).__name__}: {fix}"]
-    if decision.activation is Dynamic.q8_0 and layer.in_features % BLOCK:
-        return [f"{decision.name!r}: q8_0 rounds {BLOCK} inputs at a time, which do not divide its {layer.in_features}"]
+    inputs = matrix(layer).shape[1]
+    if decision.activation is Dynamic.q8_0 and inputs % BLOCK:
+        return [f"{decision.name!r}: q8_0 rounds {BLOCK} inputs at a time, which do not divide its {inputs}"]
     return []
 
 
@@ -221,10 +224,10 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
             total_bits, total_weights = total_bits + bits * weights, total_weights + weights
         spec = "-" if decision.weight is None else str(decision.weight)
         rows.append((decision.name, "x".join(map(str, shape)), spec, _input(decision), f"{bits:.2f}", note))
-    for name, matrix, note in _other_matrices(model):
-        bits = matrix.element_size() * 8.0
-        rows.append((name, "x".join(map(str, matrix.shape)), "-", "-", f"{bits:.2f}", note))
-        total_bits, total_weights = total_bits + bits * matrix.numel(), total_weights + matrix.numel()
+    for name, other, note in _other_matrices(model):
+        bits = other.element_size() * 8.0
+        rows.append((name, "x".join(map(str, other.shape)), "-", "-", f"{bits:.2f}", note))
+        total_bits, total_weights = total_bits + bits * other.numel(), total_weights + other.numel()
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
@@ -262,7 +265,7 @@ def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]
 
 def _weight_shape(layer: nn.Module):
     packed = getattr(layer, "packed_weight", None)
-    return layer.weight.shape if packed is None else packed.shape
+    return matrix(layer).shape if packed is None else packed.shape
 
 
 def _input(decision: Decision) -> str:

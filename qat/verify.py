@@ -21,7 +21,7 @@ def write_reference(model, example, path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from .layers import quant_layers
+    from .layers import matrix, quant_layers
     from .packing import pack
 
     model = model.float().eval()
@@ -29,9 +29,9 @@ def write_reference(model, example, path: Path) -> None:
     with torch.no_grad():
         for name, layer in quant_layers(model):
             if layer.weight_quantizer is not None:
-                quantized = layer.weight_quantizer.quantize(layer.weight)
+                quantized = layer.weight_quantizer.quantize(matrix(layer))
                 tensors[f"codes/{name}"] = pack(quantized.codes.flatten(1), quantized.spec.bits, -quantized.spec.q_n)
-                digests[name] = _digest(layer.weight_quantizer(layer.weight))
+                digests[name] = _digest(layer.weight_quantizer(matrix(layer)))
         if example is not None:
             tensors["input"], tensors["output"] = example, _output(model, example)
     save_file(tensors, path, metadata=digests)

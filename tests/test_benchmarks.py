@@ -2,10 +2,12 @@
 
 import csv
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,6 +36,17 @@ def test_qat_step(tmp_path):
     assert all(float(row["time ratio"]) > 0 for row in rows if row["variant"] != "torchao")
     assert len((tmp_path / "losses.md").read_text().splitlines()) == 6
     assert (tmp_path / "steps.md").read_text() in done.stdout
+
+
+def test_adapters(tmp_path):
+    pytest.importorskip("peft")
+    variants = ["bf16 LoRA, peft", "NF4, qat", "joint int4 g128 on 8 bits, qat"]
+    command = [sys.executable, "-m", "benchmarks.adapters", "--small", "--steps", "3", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--variants", *variants], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "adapters.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == variants
+    assert all(row["tokens/s"] > 0 and row["estimate GB"] > 0 for row in rows), rows
 
 
 def test_the_straightforward_peer_is_lsq():

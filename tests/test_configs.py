@@ -20,9 +20,11 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
 FILES = [(group, name) for group, names in GROUPS.items() if group != "__pycache__" for name in names]
+POLICIES = ("lm_w4", "lm_nf4", "encoder_w4a8", "vit_w4a8")
 COMPANIONS = {("model", "gpt"): ["data=topics"]}
-COMPANIONS |= {("policy", name): ["data=topics", "model=gpt"] for name in ("lm_w4", "lm_nf4")}
+COMPANIONS |= {("policy", name): ["data=topics", "model=gpt"] for name in POLICIES}
 PATHS = {"train": "somewhere.parquet", "test": "somewhere.parquet", "pretrained_model_name_or_path": "somewhere"}
+PATHS |= {"name": "somewhere", "tokenizer": "somewhere"}
 register()
 
 

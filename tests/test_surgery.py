@@ -211,7 +211,7 @@ def test_a_rule_that_matches_nothing():
 @pytest.mark.parametrize("key", ["weight", "activation"])
 def test_an_unsupported_layer_asked_for(key):
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3))
-    with pytest.raises(PolicyError, match=r"'1', a Conv1d: only Linear, Conv2d, Embedding can be"):
+    with pytest.raises(PolicyError, match=r"'1', a Conv1d: only Linear, Conv2d, Conv1D, Embedding can be"):
         prepare(model, QuantPolicy(rules=[{"match": "1", key: {"bits": 8}}]))
 
 

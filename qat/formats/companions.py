@@ -24,11 +24,17 @@ PATTERNS = (
 def copy_companions(model: QuantizedModel, folder: Path) -> None:
     """Put what travels with a model into ``folder``: companion files, and adapters as peft's own folders."""
     source = model.files
-    for pattern in PATTERNS if source is not None else ():
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    if source is not None:
+        copy_files(source, folder)
     for name in adapters.stored(source):
         shutil.copytree(source / name, folder / name)
     if model.adapter is not None:
         model.adapter(folder / adapters.FOLDER)
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the companion files that lie in ``source``."""
+    for pattern in PATTERNS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

@@ -125,7 +125,7 @@ def _problem(layer: QuantizedLayer) -> str | None:
     spec = layer.weight
     if layer.type == "Embedding":
         return EMBEDDING_FORMATS.format(METHOD)
-    if spec is not None and spec.codebook is not None:
+    if spec is not None and not spec.holds_integers:
         return other_grid(layer, METHOD)
     if layer.activation is Dynamic.q8_0:
         return f"trained with its input rounded as q8_0, and {METHOD} rounds as int8_token; --to gguf keeps that"

@@ -41,7 +41,7 @@ def block_type(layer: QuantizedLayer) -> str:
         )
     if layer.has_activation_scale:
         raise ArtifactError("has a trained activation scale, which llama.cpp has no place for: use --to onnx")
-    if spec.codebook is not None:
+    if not spec.holds_integers:
         raise ArtifactError(other_grid(layer, "GGUF"))
     if inputs % BLOCK or (spec.group_size or BLOCK) % BLOCK:
         what = f"{inputs} inputs" if inputs % BLOCK else f"groups of {spec.group_size}"

@@ -58,7 +58,7 @@ def weight_only_layers(
                 f"trained with its input quantized to {layer.activation}, which {method} would drop; --to onnx keeps "
                 "it, or train with activation: null"
             )
-        elif layer.weight.codebook not in codebooks:
+        elif layer.weight.codebook not in codebooks or layer.weight.zero_point_dtype is not None:
             problems[name] = other_grid(layer, method)
     refuse(method, problems)
     return model.layers
@@ -67,7 +67,8 @@ def weight_only_layers(
 def other_grid(layer: QuantizedLayer, method: str) -> str:
     """Return what to say of a layer whose levels a format does not have, and the format that holds them."""
     holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes", Codebook.nf4_double: "bitsandbytes"}
-    fix = holds.get(layer.weight.codebook, "native") if layer.type == "Linear" else "native"
+    elsewhere = layer.type == "Linear" and layer.weight.zero_point_dtype is None
+    fix = holds.get(layer.weight.codebook, "native") if elsewhere else "native"
     return f"has {layer.weight} weights, whose levels {method} does not have; --to {fix} holds it"
 
 

@@ -58,7 +58,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
         | {
             name: other_grid(layer, "ONNX")
             for name, layer in model.layers.items()
-            if layer.weight is not None and layer.weight.codebook is not None
+            if layer.weight is not None and not layer.weight.holds_integers
         },
     )
     _need("onnx", "onnxscript")

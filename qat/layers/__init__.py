@@ -7,16 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from .conv import FrozenConv2d, QuantConv2d
-from .embedding import FrozenEmbedding, QuantEmbedding, set_dtype_
+from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
+from .embedding import FrozenEmbedding, QuantEmbedding
+from .joint_lora import JointLoraLinear, make_joint_
 from .linear import FrozenLinear, QuantLinear
-from .packed import PackedWeight
+from .packed import PackedWeight, set_dtype_
+from .qa_lora import QALoraLinear, make_qa_lora_
 
-FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, nn.Embedding: QuantEmbedding}
-FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, nn.Embedding: FrozenEmbedding}
+__all__ = [
+    "JointLoraLinear",
+    "PackedWeight",
+    "QALoraLinear",
+    "make_joint_",
+    "make_qa_lora_",
+    "set_dtype_",
+]  # of the modules beside this one
+
+FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Conv1D: QuantConv1D, nn.Embedding: QuantEmbedding}
+FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, Conv1D: FrozenConv1D, nn.Embedding: FrozenEmbedding}
 QuantLayer = QuantLinear | QuantConv2d | QuantEmbedding
 FrozenLayer = FrozenLinear | FrozenConv2d | FrozenEmbedding
 
@@ -42,12 +54,23 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """Return nn.Linear, nn.Conv2d or nn.Embedding for a fake-quant or frozen layer, else the layer's own type."""
+    """Return nn.Linear, nn.Conv2d, Conv1D or nn.Embedding for a fake-quant or frozen one, else the layer's own type."""
+    if Conv1D.is_type_of(layer):
+        return Conv1D
+    if isinstance(layer, JointLoraLinear | QALoraLinear):
+        return nn.Linear
     for table in (FAKE_QUANT, FROZEN):
         for plain, quantized in table.items():
             if type(layer) is quantized:
                 return plain
     return type(layer)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """Return the weight that a layer's codes are made from, with its outputs first."""
+    if isinstance(layer, JointLoraLinear):
+        return layer.merged()
+    return layer.weight.t() if plain_type(layer) is Conv1D else layer.weight
 
 
 def make_fake_quant_(
@@ -56,7 +79,7 @@ def make_fake_quant_(
     activation: ActivationLSQ | DynamicActivation | None,
 ) -> None:
     """Turn a plain layer into its fake-quant twin, in place."""
-    layer.__class__ = FAKE_QUANT[type(layer)]
+    _become(layer, FAKE_QUANT[plain_type(layer)])
     layer.weight_quantizer = weight
     layer.activation_quantizer = activation
 
@@ -65,13 +88,20 @@ def make_frozen_(
     layer: nn.Module, weight: PackedWeight | None, activation: FrozenActivation | DynamicActivation | None
 ) -> None:
     """Turn a plain or fake-quant layer into its frozen twin, in place; packed codes replace the weight."""
-    layer.__class__ = FROZEN[plain_type(layer)]
+    _become(layer, FROZEN[plain_type(layer)])
     if "weight_quantizer" in layer._modules:
         del layer.weight_quantizer
+    set_dtype_(layer, layer.weight.dtype, layer.weight.device)
     if isinstance(layer, FrozenEmbedding):
-        set_dtype_(layer, layer.weight.dtype, layer.weight.device)
         weight.keep_rows()
     if weight is not None:
-        del layer.weight
+        for name in ("weight", "lora_A", "lora_B"):
+            layer._parameters.pop(name, None)
     layer.packed_weight = weight
     layer.activation_quantizer = activation
+
+
+def _become(layer: nn.Module, twin: type[nn.Module]) -> None:
+    if Conv1D.is_type_of(layer):
+        layer.in_features, layer.out_features = layer.weight.shape
+    layer.__class__ = twin

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..quantizers import ActivationLSQ, FrozenActivation, WeightCodebook, WeightLSQ
 from ..spec import Granularity
 from .linear import match_dtypes, roundings
-from .packed import PackedWeight
+from .packed import Frozen
 from .product import Convolution, product
 
 
@@ -25,7 +25,7 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""
-        x_rounding, weight, weight_rounding = roundings(self, x)
+        x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
         if x.dim() == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
             return product(x, weight, self.bias, x_rounding, weight_rounding, convolution)
@@ -34,21 +34,14 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-class FrozenConv2d(nn.Conv2d):
+class FrozenConv2d(Frozen, nn.Conv2d):
     """A convolution that holds packed codes and dequantizes them on use.
 
     Attributes:
-        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
         activation_quantizer: None leaves the input alone.
     """
 
-    packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | None
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight: a parameter where it is not quantized, else a copy to be read only."""
-        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution in the dtype of x (autocast's, where it is on)."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics import fake_quantize
 from ..quantizers import WeightLSQ
-from .packed import PackedWeight
+from .packed import Frozen
 
 
 class QuantEmbedding(nn.Embedding):
@@ -39,25 +38,16 @@ class QuantEmbedding(nn.Embedding):
         return fake_quantize(rows, step_size, quantizer.spec, quantizer.grad_scale(self.weight))
 
 
-class FrozenEmbedding(nn.Embedding):
+class FrozenEmbedding(Frozen, nn.Embedding):
     """An embedding that holds packed codes instead of a weight, and dequantizes the rows that are looked up.
 
     Attributes:
-        packed_weight: the codes.
         activation_quantizer: None: the input is indices.
-        like: empty, in the dtype of what the embedding gives, which follows the model's as a weight's would.
     """
 
-    packed_weight: PackedWeight
     activation_quantizer: None
-    like: Tensor
 
     def forward(self, indices: Tensor) -> Tensor:
         """Return dequantized rows (..., embedding_dim) of int64 or int32 indices (...)."""
         rows = self.packed_weight.dequantize_rows(indices.reshape(-1), self.like.dtype)
         return rows.view(*indices.shape, self.embedding_dim)
-
-
-def set_dtype_(layer: FrozenEmbedding, dtype: torch.dtype, device: torch.device) -> None:
-    """Say in what dtype an embedding gives its rows. It is no part of the state dict: the artifact's config has it."""
-    layer.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)

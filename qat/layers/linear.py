@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from ..quantizers.rounding import Rounding
 from . import cpu_int4
-from .packed import PackedWeight
+from .packed import Frozen, PackedWeight
 from .product import product
 
 
@@ -26,28 +27,21 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        x_rounding, weight, weight_rounding = roundings(self, x)
+        x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
         return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
     On a GPU, 4-bit weights on an even grid run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4
     operator where it takes the shape; everything else dequantizes on use.
 
     Attributes:
-        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
         activation_quantizer: None leaves the input alone.
     """
 
-    packed_weight: PackedWeight | None
     activation_quantizer: FrozenActivation | DynamicActivation | None
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight: a parameter where it is not quantized, else a copy to be read only."""
-        return self._parameters["weight"] if self.packed_weight is None else self.packed_weight.look()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
@@ -62,10 +56,29 @@ class FrozenLinear(nn.Linear):
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            return _FrozenProduct.apply(x, bias, self.packed_weight)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
 
 
-def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
+class _FrozenProduct(torch.autograd.Function):
+    """Keeps the codes, and dequantizes them again in the backward: adapters train through many such layers."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight.dequantize(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_x = grad @ ctx.weight.dequantize(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
     """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
 
     The weight comes back rounded where something other than LSQ does it, such as a codebook.
@@ -73,10 +86,10 @@ def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Tensor, Rou
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
     x_rounding = None if activation is None else activation.rounding(x)
     if quantizer is None:
-        return x_rounding, layer.weight, None
+        return x_rounding, weight, None
     if isinstance(quantizer, WeightLSQ):
-        return x_rounding, layer.weight, quantizer.rounding(layer.weight)
-    return x_rounding, quantizer(layer.weight), None
+        return x_rounding, weight, quantizer.rounding(weight)
+    return x_rounding, quantizer(weight), None
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import codebook
+from .. import backend, codebook
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
-from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape
+from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class DequantizedWeight(Tensor):
-    """A frozen layer's weight for who only looks at it, such as peft: a float32 copy, which refuses to be assigned."""
+    """A frozen layer's weight for who only looks at it, such as peft: a copy, which refuses to be assigned."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
 
@@ -34,8 +34,8 @@ class DequantizedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise StateError(
-            "this weight is frozen into codes: what is added to it would be lost. Keep an adapter beside it, or merge "
-            "before qat.prepare and train on"
+            "this weight is frozen into codes: what is added to it would be lost. Keep an adapter beside it, merge "
+            "with python -m qat.merge, which says what it costs, or merge before qat.prepare and train on"
         )
 
 
@@ -49,7 +49,7 @@ class PackedWeight(FixedDtype):
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
         scale: (rows, groups) in ``spec.scale_dtype``; None where the scales are quantized too.
         scale_codes, scale_factor, scale_offset, scale_levels: those scales' parts (``qat.double_quantization``).
-        zero_point: int8 like the scale; None if symmetric.
+        zero_point: int8, or ``spec.zero_point_dtype``, like the scale; None if symmetric.
         levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
@@ -70,7 +70,7 @@ class PackedWeight(FixedDtype):
             self.register_buffer("scale_factor", torch.empty(-(-math.prod(scales) // BLOCK)))
             self.register_buffer("scale_offset", torch.empty(()))
             self.register_buffer("scale_levels", torch.empty(256))
-        zero_point = None if spec.symmetric else torch.empty(scales, dtype=torch.int8)
+        zero_point = None if spec.symmetric else torch.empty(scales, dtype=zero_point_dtype(spec))
         self.register_buffer("zero_point", zero_point)
         own = codebook.stored_shape(shape, spec)
         levels = None
@@ -137,17 +137,30 @@ class PackedWeight(FixedDtype):
             return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
 
-    def look(self) -> DequantizedWeight:
-        """Return a float32 copy of the weight, to be read only."""
-        return self.dequantize(torch.float32).as_subclass(DequantizedWeight)
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in ``dtype``."""
+        """Return the weight in ``dtype``: on a GPU 4-bit codes go through one kernel, with the same bits."""
         if dtype in self.gpu_operands:
             from qat.kernels.int4_linear import int4_dequantize
 
             return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
-        return self.quantized_tensor().dequantize(dtype)
+        size = self._group_size()
+        if self.spec.bits != 4 or size % 2 or self.columns % 2 or not backend.has_kernels(self.packed.device, dtype):
+            return self.quantized_tensor().dequantize(dtype)
+        from qat.kernels.dequantize import dequantize4  # needs Triton, which a CPU does not
+
+        scale, levels = self.scale, self.levels
+        if self.double:
+            scale = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS)).values()
+        if levels is None:
+            levels = torch.arange(-8.0, 8.0, device=self.packed.device)
+        elif len(levels) > 1:  # a table a row
+            return self.quantized_tensor().dequantize(dtype)
+        weight = dequantize4(self.packed, scale, levels.view(16), self.zero_point, size, dtype)
+        return weight.view(self.shape)
+
+    def _group_size(self) -> int:
+        scales = math.prod(scale_shape(self.shape, self.spec))
+        return self.shape.numel() // scales
 
     def keep_rows(self) -> None:
         """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
@@ -165,10 +178,14 @@ class PackedWeight(FixedDtype):
         self._undo_prepack()
         self.cpu_operands = None
         super()._apply(fn, recurse)
-        if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
-            self.levels = codebook.named_levels(self.spec, self.packed.device)  # which to_empty would leave undefined
+        self.restore_levels()
         self._prepack_on_gpu()
         return self
+
+    def restore_levels(self) -> None:
+        """Set a named codebook's levels, which are not stored: ``to_empty`` and its like leave them undefined."""
+        if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
+            self.levels = codebook.named_levels(self.spec, self.packed.device)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._undo_prepack()
@@ -179,3 +196,28 @@ class PackedWeight(FixedDtype):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "packed"] = self._packed()
+
+
+class Frozen:
+    """What frozen layers share: ``weight`` is dequantized when read, as models and adapters read its dtype or norm.
+
+    Attributes:
+        packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
+        like: empty; its dtype and device are the model's.
+    """
+
+    packed_weight: PackedWeight | None
+    like: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the model's dtype, with its outputs first."""
+        parameter = self._parameters.get("weight")
+        if parameter is not None or self.packed_weight is None:
+            return parameter
+        return self.packed_weight.dequantize(self.like.dtype).as_subclass(DequantizedWeight)
+
+
+def set_dtype_(layer: Frozen, dtype: torch.dtype, device: torch.device) -> None:
+    """Say in what dtype a frozen layer computes or gives its rows. It is no part of the state dict."""
+    layer.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)

@@ -52,7 +52,9 @@ def architecture_of(model: nn.Module) -> dict[str, Any] | None:
     config = getattr(model, "config", None)
     if type(model).__module__.startswith("transformers.") and hasattr(config, "to_dict"):
         values = json.loads(json.dumps(config.to_dict(), default=str))
-        return {"transformers": {**values, "architectures": [type(model).__name__]}}
+        values.pop("quantization_config", None)  # of the checkpoint that the model came from
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {"transformers": {**values, "dtype": dtype, "architectures": [type(model).__name__]}}
     return None
 
 

@@ -18,10 +18,12 @@ from ..accumulation import weight_quantizers
 from ..calibration import activation_quantizers, calibrate, weights_wait
 from ..errors import TrainingError
 from ..layers import quant_layers
+from ..memory import estimate
 from ..numerics import stored_scale
 from ..ptq import Options
 from ..quantizers import DynamicActivation, LearnedStepSize, WeightCodebook
 from .csv_logger import ResumableCSVLogger
+from .metrics import cross_entropy, logits_of, run
 from .tasks import Task
 
 
@@ -49,6 +51,25 @@ class Calibration(Callback):
             calibrate(task.model, batches, lambda _, batch: task(*batch), self.options, rank_zero_only.rank == 0)
         if waiting:
             rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
+
+
+class MemoryEstimate(Callback):
+    """Prints what a training step will take, before the first one."""
+
+    def on_fit_start(self, trainer: Trainer, task: Task) -> None:
+        """Estimate it from the first batch."""
+        batch = next(iter(trainer.datamodule.train_loader(task.device, trainer.global_rank, trainer.world_size)))
+        forward = trainer.strategy.precision_plugin.forward_context
+
+        def loss(model: torch.nn.Module, batch: Any) -> Tensor:
+            with forward():
+                return cross_entropy(logits_of(run(model, batch[0])), batch[1])
+
+        try:
+            memory = str(estimate(task.model, task.optimizer, batch, loss))
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:  # an operator that needs data
+            memory = f"not estimated: {str(error).splitlines()[0]}"
+        rank_zero_only(print)(f"memory      {memory}")
 
 
 class FakeQuantStart(Callback):

@@ -22,6 +22,9 @@ class TrainConfig:
         data, task, optim, trainer: what is instantiated.
         policy: a QuantPolicy.
         logger: a ``_target_``, or empty for none.
+        adapter: what trains in place of the weights: a ``_target_`` such as ``qat.lora.lora``; empty for none.
+        gradient_checkpointing: keep a transformers model's activations at layer borders alone, and compute the rest
+            again in the backward.
         callbacks: by name; a ``_target_`` each, or null to leave one out.
         seed: of everything random.
         name: the run's.
@@ -43,6 +46,8 @@ class TrainConfig:
     trainer: Any = MISSING
     logger: Any = MISSING
     callbacks: Any = MISSING
+    adapter: Any = None
+    gradient_checkpointing: bool = False
     seed: int = 0
     name: str = MISSING
     run_dir: str = MISSING

@@ -7,15 +7,17 @@ from torch import nn
 
 from ..errors import DataError
 from .image_data import ImageData
-from .metrics import ClassificationMetrics, LanguageMetrics, logits_of
+from .instruction_data import InstructionData
+from .metrics import ClassificationMetrics, LanguageMetrics, logits_of, run
 from .text_data import TextData
 
-METRICS = {ImageData: ClassificationMetrics, TextData: LanguageMetrics}
+Data = ImageData | TextData | InstructionData
+METRICS = {ImageData: ClassificationMetrics, TextData: LanguageMetrics, InstructionData: LanguageMetrics}
 
 
 def evaluate(
     model: nn.Module,
-    data: ImageData | TextData,
+    data: Data,
     device: torch.device | str = "cpu",
     reference: nn.Module | None = None,
 ) -> dict[str, float]:
@@ -32,8 +34,8 @@ def evaluate(
         DataError: another kind of data, or a reference for images.
     """
     if type(data) not in METRICS:
-        raise DataError(f"cannot evaluate on {type(data).__name__}: give ImageData or TextData")
-    if reference is not None and not isinstance(data, TextData):
+        raise DataError(f"cannot evaluate on {type(data).__name__}: give ImageData, TextData or InstructionData")
+    if reference is not None and METRICS[type(data)] is not LanguageMetrics:
         raise DataError("only language models are compared with a reference: leave it out")
     metrics = (METRICS[type(data)]() if reference is None else LanguageMetrics(compared=True)).to(device)
     training = model.training
@@ -42,7 +44,7 @@ def evaluate(
         reference.to(device).eval()
     with torch.inference_mode():
         for inputs, targets in data.test_loader(device):
-            more = () if reference is None else (logits_of(reference(inputs)),)
-            metrics.update(logits_of(model(inputs)), targets, *more)
+            more = () if reference is None else (logits_of(run(reference, inputs)),)
+            metrics.update(logits_of(run(model, inputs)), targets, *more)
     model.train(training)
     return {name: value.item() for name, value in metrics.compute().items()}

@@ -9,6 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
+
+
+def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
+    """Return a model's output for a batch's inputs: one tensor, or named ones of a transformers model.
+
+    Without its cache, in the presence of which transformers does not keep packed examples apart.
+    """
+    return model(**inputs, use_cache=False) if isinstance(inputs, dict) else model(inputs)
+
 
 def logits_of(output: Any) -> Tensor:
     """Return a model's logits: its output, or the field ``logits`` of a transformers output."""
@@ -16,8 +26,9 @@ def logits_of(output: Any) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean over all predictions, for logits (..., C) and targets (...), in float32."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), label_smoothing=label_smoothing)
+    """Return the mean over all predictions that count, for logits (..., C) and targets (...), in float32."""
+    flat = logits.flatten(0, -2).float()
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
 
 
 class Mean(Metric):
@@ -28,7 +39,7 @@ class Mean(Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
 
-    def update(self, total: Tensor, count: int) -> None:
+    def update(self, total: Tensor, count: int | Tensor) -> None:
         """Add the sum over so many values."""
         self.total += total
         self.count += count
@@ -70,10 +81,15 @@ class LanguageMetrics(nn.Module):
         self.means = nn.ModuleDict({name: Mean() for name in names})
 
     def update(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
-        """Add a batch of logits (B, T, vocabulary) and next tokens (B, T), with the reference's logits if compared."""
-        count = targets.numel()
-        self.means["loss"].update(cross_entropy(logits, targets) * count, count)
+        """Add a batch of logits (B, T, vocabulary) and next tokens (B, T), with the reference's logits if compared.
+
+        IGNORED tokens do not count.
+        """
+        counted = targets != IGNORED
+        count = counted.sum()
+        self.means["loss"].update(torch.where(count > 0, cross_entropy(logits, targets) * count, 0.0), count)
         if reference is not None:
+            logits, reference = logits[counted], reference[counted]
             self.means["kl"].update(divergence(reference, logits), count)
             self.means["agreement"].update((logits.argmax(-1) == reference.argmax(-1)).sum(), count)
 

@@ -16,8 +16,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..adapters import save_adapter
+from ..artifact import save
 from ..checkpoint import load_state, read_checkpoint
 from ..errors import CheckpointError, QATError, TrainingError
+from ..freezing import freeze
+from ..layers import is_frozen, is_prepared
 from ..models import build
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
@@ -46,6 +50,10 @@ def train(config: DictConfig) -> dict[str, float]:
     model = _model(config.model)
     if config.init_from is not None and resume is None:
         load_weights(model, config.init_from)
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(model)
+    if config.adapter:
+        model = make(config.adapter, model=model, policy=policy)
     task = make(
         config.task,
         model=model,
@@ -54,6 +62,7 @@ def train(config: DictConfig) -> dict[str, float]:
         teacher=None if config.teacher is None else _teacher(config.teacher),
         example=data.example(),
         compile_mode=config.compile_mode if config.compile else None,
+        adapter=bool(config.adapter),
     )
     callbacks = [make(callback) for callback in config.callbacks.values() if callback]
     logger = make(config.logger) if config.logger else False
@@ -63,7 +72,10 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
-    _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing())
+    if config.adapter:
+        _ship_adapter(run_dir, model, metrics)
+    else:
+        _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing())
     return metrics
 
 
@@ -139,6 +151,29 @@ def _teacher(path: str) -> nn.Module:
 def _final_metrics(trainer: Trainer, task: nn.Module, data: Any) -> dict[str, float]:
     logged = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
     return logged or evaluate(task.model, data, trainer.strategy.root_device)
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise TrainingError(f"gradient_checkpointing=true: {type(model).__name__} does not support it: leave it false")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+
+
+@rank_zero_only
+def _ship_adapter(run_dir: Path, model: nn.Module, metrics: dict[str, float]) -> None:
+    """Write what an adapter run deploys: its artifact, or the adapter alone where its base lies in a folder already."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    print(f"run folder  {run_dir}")
+    if is_prepared(model):
+        freeze(model)
+    if is_frozen(model) and getattr(base, "qat_source", None) is None:
+        save(model, run_dir / "artifact")
+        print(f"artifact    {run_dir / 'artifact'}")
+    else:
+        save_adapter(model, run_dir / "adapter")
+        print(f"adapter     {run_dir / 'adapter'}")
+    print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 @rank_zero_only

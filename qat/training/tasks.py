@@ -19,7 +19,7 @@ from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
 from ..spec import as_member
 from ..surgery import prepare
-from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of
+from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 
 
@@ -39,6 +39,7 @@ class Task(LightningModule):
             paper's is 1.
         example: shape, dtype and range of an input, which checkpoints record.
         compile_mode: of ``torch.compile``, such as "default" or "reduce-overhead"; None runs eagerly.
+        adapter: the network is an adapter on its base, quantized already: checkpoints hold what trains, and no more.
 
     Raises:
         QATError: a policy that does not fit the model.
@@ -59,6 +60,7 @@ class Task(LightningModule):
         temperature: float = 1.0,
         example: dict[str, Any] | None = None,
         compile_mode: str | None = None,
+        adapter: bool = False,
     ) -> None:
         super().__init__()
         self.architecture, self.example = architecture_of(model), example
@@ -70,15 +72,17 @@ class Task(LightningModule):
         self.temperature, self.compile_mode = temperature, compile_mode
         self.mixup = 0.0
         self.model = model
-        if not policy.quantizes_nothing():
+        self.adapter = adapter
+        self.strict_loading = not adapter  # a checkpoint of an adapter run leaves the base out
+        if not policy.quantizes_nothing() and not adapter:
             prepare(model, policy, verbose=rank_zero_only.rank == 0)
         self._step_sizes = step_sizes(model)
         self._teacher = (teacher,)  # in a tuple, so that it is no part of the state that is saved and trained
         self._rng_state: dict[str, Tensor] | None = None
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
         """Return the network's logits."""
-        return logits_of(self.model(inputs))
+        return logits_of(run(self.model, inputs))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
@@ -96,7 +100,7 @@ class Task(LightningModule):
         if teacher is None:
             return loss
         with torch.no_grad():
-            taught = logits_of(teacher(inputs))
+            taught = logits_of(run(teacher, inputs))
         return (loss + soft_cross_entropy(logits, taught, self.temperature)) / 2
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
@@ -146,6 +150,10 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``qat.checkpoint`` reads, and the random state."""
         checkpoint["qat"] = describe(self.architecture, self.policy, self.example)
+        if self.adapter:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["qat"]["adapter"] = True
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)

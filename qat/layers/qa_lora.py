@@ -1,0 +1,103 @@
+"""QALoraLinear: a low-rank update of zero points, which merges into codes without touching one: QA-LoRA.
+
+    W' = (q - z') s        z' = round(z - scaling * (B A) / s)        A (r, G), B (N, r), G groups a row
+
+A step of z' moves a whole group, so the update sees sums of inputs over groups: scaling * B A sum_group(x) (QA-LoRA,
+arXiv:2309.14717, section 3.3). There the sum is added to the output and merged after training, which is exact in real
+numbers. Here the forward multiplies by W' itself, with z' rounded to the float16 that it is stored in (straight
+through): codes and scales stay, and what is deployed is the training forward's weight to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..numerics import QuantizedTensor, stored_zero_point
+from ..quantizers import FixedDtype
+from ..spec import ScaleDtype
+from .linear import QuantLinear, match_dtypes
+from .packed import Frozen, PackedWeight
+
+
+class ZeroPointLora(FixedDtype):
+    """The weight quantizer of a QALoraLinear.
+
+    Attributes:
+        lora_A, lora_B: float32 (r, G) and (N, r); B starts at zero.
+        scaling: alpha / r.
+        spec: of the weight that is deployed.
+    """
+
+    def __init__(self, weight: PackedWeight, rank: int, scaling: float) -> None:
+        super().__init__()
+        rows, groups = weight.shape[0], weight.scale.shape[1]
+        self.spec = replace(weight.spec, symmetric=False, zero_point_dtype=ScaleDtype.float16)
+        self.scaling, self._weight = scaling, (weight,)  # in a tuple: it is the layer's
+        self.lora_A = nn.Parameter(torch.empty(rank, groups, device=weight.packed.device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.packed.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    @torch.no_grad()
+    def zero_point(self) -> Tensor:
+        """Return z', (N, G) float16."""
+        (weight,) = self._weight
+        update = self.scaling * (self.lora_B @ self.lora_A) / weight.scale.float()
+        start = 0.0 if weight.zero_point is None else weight.zero_point.float()
+        return stored_zero_point(start - update, self.spec)
+
+    def quantize(self, weight: Tensor | None = None) -> QuantizedTensor:
+        """Return the integers that the forward uses, with their zero points."""
+        (packed,) = self._weight
+        rows = packed.shape[0]
+        return QuantizedTensor(packed.codes(), packed.scale.expand(rows, -1), self.spec, self.zero_point())
+
+
+class QALoraLinear(Frozen, QuantLinear):
+    """A linear layer of frozen codes and scales whose zero points train.
+
+    Attributes:
+        packed_weight: its codes and scales.
+    """
+
+    weight_quantizer: ZeroPointLora
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the linear map of the weight with its trained zero points, in the dtype of x (or autocast's)."""
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer(x)
+        x, bias = match_dtypes(x, self.bias)
+        quantizer = self.weight_quantizer
+        return _Product.apply(x, bias, quantizer.lora_A, quantizer.lora_B, quantizer)
+
+
+def make_qa_lora_(layer: nn.Linear, rank: int, scaling: float) -> None:
+    """Turn a frozen linear layer into a QALoraLinear, in place."""
+    layer.__class__ = QALoraLinear
+    layer.weight_quantizer = ZeroPointLora(layer.packed_weight, rank, scaling)
+
+
+class _Product(torch.autograd.Function):
+    """Keeps x, A and B; the backward dequantizes again, and sums x over groups in place of a weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, bias, a, b, quantizer: ZeroPointLora) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.quantizer = quantizer
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, quantizer.quantize().dequantize(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, a, b = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = grad @ ctx.quantizer.quantize().dequantize(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[1] else None
+        sums = x.flatten(0, -2).unflatten(-1, (a.shape[1], -1)).sum(-1)
+        update = ctx.quantizer.scaling * (rows.t() @ sums).float()
+        return grad_x, grad_bias, b.t() @ update, update @ a.t(), None

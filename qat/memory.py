@@ -1,0 +1,147 @@
+"""Memory of a training step before it runs: the step is played through with tensors that have no data.
+
+Every operator allocates as it will on the device, in the order of the step: forward, backward with what it computes
+again, optimizer. What is counted is live tensors; an allocator keeps some more for itself. Without data transformers
+cannot see that a batch needs no attention mask, so that a batch without packed examples is estimated too large.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+@dataclass
+class Memory:
+    """Bytes of a training step.
+
+    Attributes:
+        weights: parameters that do not train, and buffers such as packed codes.
+        adapters: parameters that train.
+        gradients: of these.
+        optimizer: its states.
+        activations: the rest of the peak: what the forward keeps, and what the backward needs beside it.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(self).items())
+        return f"{self.total / 2**30:.2f} GiB at the peak: {parts}"
+
+
+def estimate(
+    model: nn.Module,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    inputs: Any,
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> Memory:
+    """Return the memory of one training step, without running it; the model is as before afterwards.
+
+    Args:
+        model: on its device, as it will train.
+        optimizer: from parameters to an optimizer.
+        inputs: a batch on the device: a tensor, or a dictionary of them; their values do not matter.
+        loss: from the model and a batch to the loss.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    state = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    weights = _bytes(t for t in state.values() if not t.requires_grad)
+    adapters = _bytes(t for t in state.values() if t.requires_grad)
+    live = LiveBytes()
+    with _without_data(model, mode), mode:
+        fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        stepper = optimizer(trained)
+        with live:
+            loss(model, fake).backward()
+            in_backward, live.most = live.most, live.now
+            stepper.step()
+        gradients = _bytes(parameter.grad for parameter in trained if parameter.grad is not None)
+        states = _bytes(x for values in stepper.state.values() for x in values.values() if isinstance(x, Tensor))
+        at_its_most = max(in_backward, live.most - states)  # states are there from the second step on
+        del stepper
+        for parameter in trained:
+            parameter.grad = None
+    return Memory(weights, adapters, gradients, states, max(0, at_its_most - gradients))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make, while they live.
+
+    Attributes:
+        now: live bytes.
+        most: their largest number so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operator, and count the storages that are new."""
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in before and id(storage) not in self._seen:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._seen.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    return sum({id(x.untyped_storage()): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@contextmanager
+def _without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Put tensors without data in the place of a model's own for a while; what is tied stays tied."""
+    made: dict[int, Tensor] = {}
+    saved = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = mode.from_tensor(tensor.detach())
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                saved.append((tensors, name, tensor))
+                tensors[name] = made[id(tensor)]
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in saved:
+            tensors[name] = tensor

@@ -1,0 +1,171 @@
+"""``python -m qat.merge BASE ADAPTER --out DIR``: put an adapter into the codes of its base, and say what that costs.
+
+Codes hold no small change: rounding W + B A again keeps a part of B A that can be nothing. The share that survives is
+measured and printed, and a merge that loses any is written only with --lossy. What loses nothing is to train inside the
+rounding (``qat.joint_lora``), or to ship the adapter beside its base, as training saves it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import ArtifactError, QATError, StateError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .numerics import QuantizedTensor
+
+
+@dataclass
+class Cost:
+    """What merging an update into codes left of it.
+
+    Attributes:
+        name: the layer's.
+        survives: <Q(W + U) - W, U> / <U, U>, with U the update: 1 if all of it is there, 0 if nothing.
+        noise: |Q(W + U) - W - U| / |U|: what is there instead, in sizes of the update.
+        changed: codes that changed.
+        codes: all of them.
+    """
+
+    name: str
+    survives: float
+    noise: float
+    changed: int
+    codes: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether the merged weight is the sum, to rounding of float32."""
+        return self.noise < 1e-6
+
+
+def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
+    """Put the adapter of peft's model into its frozen base; return the base and what it cost, by layer.
+
+    Raises:
+        StateError: this is no peft model with a frozen base.
+    """
+    from .adapters import wrapping_layers
+    from .layers import FrozenLinear, PackedWeight
+
+    wrapped = list(wrapping_layers(model))
+    if not wrapped or not all(isinstance(layer.base_layer, FrozenLinear) for _, layer in wrapped):
+        raise StateError("merge takes a frozen base with an adapter: adapters.load_adapter(qat.load(BASE), ADAPTER)")
+    costs, base = [], model.get_base_model()
+    for name, wrapper in wrapped:
+        layer = wrapper.base_layer
+        tensor = layer.packed_weight.quantized_tensor()
+        weight = tensor.dequantize()
+        target = _with_update(name, wrapper, weight)
+        merged = requantize(tensor, target)
+        costs.append(_cost(name.removeprefix("base_model.model."), weight, target, merged.dequantize(), tensor, merged))
+        layer.packed_weight = PackedWeight.from_tensor(merged)
+    for name, wrapper in wrapped:
+        base.set_submodule(name.removeprefix("base_model.model."), wrapper.base_layer)
+    return base, costs
+
+
+def requantize(tensor: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
+    """Return the codes of another weight on a tensor's grid: its own scale, or for a codebook the new largest."""
+    from .numerics import quantize_tensor
+    from .quantizers import WeightCodebook
+    from .spec import Codebook
+
+    if tensor.spec.codebook is None:
+        return quantize_tensor(weight, tensor.scale, tensor.spec, tensor.zero_point)
+    quantizer = WeightCodebook(tensor.spec, weight, "")
+    if tensor.spec.codebook is Codebook.custom:
+        quantizer.set_levels(tensor.levels)
+    return quantizer.quantize(weight)
+
+
+def table(costs: list[Cost]) -> str:
+    """Return what a merge cost: the whole, and the layers that lost most."""
+    if all(cost.exact for cost in costs):
+        return f"merged {len(costs)} layers: exact"
+    codes, changed = sum(cost.codes for cost in costs), sum(cost.changed for cost in costs)
+    mean = sum(cost.survives * cost.codes for cost in costs) / codes
+    noise = sum(cost.noise * cost.codes for cost in costs) / codes
+    lines = [f"lossy: {mean:.1%} of the update survives, with noise of {noise:.2f} times its size beside it"]
+    lines.append(f"{changed:,} of {codes:,} codes change ({changed / codes:.2%}), in {len(costs)} layers; the worst:")
+    lines += [f"  {c.name}  {c.survives:.1%}" for c in sorted(costs, key=lambda c: c.survives)[:3]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 1 where it is refused."""
+    parser = argparse.ArgumentParser(prog="python -m qat.merge", description=__doc__)
+    parser.add_argument("base", type=Path, help="a quantized model, in any format that can be read")
+    parser.add_argument("adapter", type=Path, help="a folder of peft's, trained on it")
+    parser.add_argument("--out", type=Path, required=True, help="the artifact to write")
+    parser.add_argument("--lossy", action="store_true", help="write it even if the update does not survive whole")
+    parser.add_argument("--any-base", action="store_true", help="take an adapter that was trained on other codes")
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments.base, arguments.adapter, arguments.out, arguments.lossy, arguments.any_base)
+    except QATError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: bool = False) -> None:
+    """Merge, print what it costs, and write it.
+
+    Raises:
+        ArtifactError: it loses something and ``lossy`` is not set; or a folder cannot be read or written.
+    """
+    from . import formats
+    from .adapters import load_adapter
+    from .atomic import atomic_folder
+    from .formats import native
+    from .quantized_model import from_model, to_model
+
+    quantized = formats.read(source)
+    base, costs = merge(load_adapter(to_model(quantized), adapter, any_base=any_base))
+    print(table(costs))
+    if not lossy and not all(cost.exact for cost in costs):
+        raise ArtifactError(
+            "this merge loses part of the adapter: --lossy writes it all the same; train with adapter=joint to lose "
+            "nothing, or ship the adapter beside its base"
+        )
+    merged = from_model(base)
+    merged.files, merged.example = quantized.files, quantized.example
+    with atomic_folder(out, native.is_artifact) as folder:
+        native.write(merged, folder)
+    print(f"wrote {out}")
+
+
+def _with_update(name: str, wrapper: nn.Module, weight: Tensor) -> Tensor:
+    """Return the float32 weight that base and active adapters make together."""
+    for adapter in wrapper.active_adapters:
+        if adapter not in wrapper.lora_A:
+            continue
+        variant = wrapper.lora_variant.get(adapter)
+        if variant is None:
+            weight = weight + wrapper.get_delta_weight(adapter).float()
+        else:  # DoRA, which scales the sum
+            weight = variant.merge_safe(wrapper, adapter, weight)
+    if not weight.isfinite().all():
+        raise StateError(f"{name!r}: its adapter holds NaN or infinity")
+    return weight.detach()
+
+
+def _cost(name: str, weight: Tensor, target: Tensor, merged: Tensor, before, after) -> Cost:
+    update, done = (target - weight).double(), (merged - weight).double()
+    size = update.square().sum()
+    if not size:
+        return Cost(name, 1.0, 0.0, 0, before.codes.numel())
+    survives, noise = (done * update).sum() / size, ((done - update).square().sum() / size).sqrt()
+    changed = int((before.codes != after.codes).sum())
+    return Cost(name, survives.item(), noise.item(), changed, before.codes.numel())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The experiments qlora and joint_lora, from the command line's config to what they ship."""
+
+import json
+import random
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from random_quantized import LLAMA
+from tiny_tokenizer import WORDS, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import qat
+import qat.hf
+from qat.adapters import load_adapter
+from qat.checkpoint import read_checkpoint
+from qat.errors import CheckpointError, PolicyError, TrainingError
+from qat.train import register
+from qat.training.run import train
+
+pytest.importorskip("peft")
+register()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    options = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192, "vocab_size": len(WORDS)}
+    LlamaForCausalLM(LlamaConfig(**LLAMA | options)).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    nouns, verbs, pick = ["cat", "dog"], {"cat": "sat", "dog": "ran"}, random.Random(0)
+    lines = [
+        {"prompt": f"what did the {noun} do", "completion": f"it {verbs[noun]}"} for noun in pick.choices(nouns, k=64)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+COMMON = ["data.train=train.jsonl", "data.seq_len=64", "data.batch_size=2", "trainer.accelerator=cpu", "optim.lr=0.01"]
+COMMON += ["trainer.max_epochs=3", "trainer.precision=32-true", "model.dtype=float32", "trainer.log_every_n_steps=1"]
+
+
+def run(*overrides, common=COMMON):
+    with initialize_config_module("qat.conf", version_base="1.3"):
+        config = compose("train", [*common, *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return train(config)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(1, 17).view(1, 16)).logits
+
+
+def test_qlora_ships_an_artifact_with_its_adapter(folder, capsys):
+    before = run("experiment=qlora", "model.name=model", "name=start", "trainer.max_epochs=0")
+    after = run("experiment=qlora", "model.name=model")
+    assert after["loss"] < before["loss"]
+    assert "artifact" in capsys.readouterr().out
+    base = qat.load("runs/qlora/artifact")
+    assert all(tensor.nested is not None for tensor in qat.quantized_tensors(base).values())
+    plain = qat.load("runs/qlora/artifact")
+    model = load_adapter(base, "runs/qlora/artifact/adapter")
+    assert not torch.equal(logits(model), logits(plain))
+    state = torch.load("runs/qlora/last.ckpt", weights_only=True)["state_dict"]
+    assert state and all("lora_" in name for name in state)
+    with pytest.raises(CheckpointError, match="an adapter in training"):
+        read_checkpoint("runs/qlora/last.ckpt")
+
+
+def test_lora_on_an_artifact_ships_the_adapter_alone(folder):
+    run("experiment=qlora", "model.name=model", "name=start", "trainer.max_epochs=0")
+    run(
+        "experiment=qlora",
+        "model.name=runs/start/artifact",
+        "model.policy=null",
+        "data.tokenizer=model",
+        "adapter.dora=true",
+    )
+    base = AutoModelForCausalLM.from_pretrained("runs/start/artifact")
+    plain = logits(base)
+    assert not torch.equal(logits(load_adapter(base, "runs/qlora/adapter")), plain)
+    assert not (folder / "runs/qlora/artifact").exists()
+
+
+def test_an_adapter_run_goes_on_to_the_bit(folder):
+    steps = ["experiment=qlora", "model.name=model", "callbacks.checkpoints.every_n_steps=1"]
+    run(*steps, "name=parts", "trainer.max_steps=2", "trainer.max_epochs=-1", "task.schedule=constant", "task.warmup=0")
+    run(*steps, "name=parts", "resume=auto", "trainer.max_epochs=3", "task.schedule=constant", "task.warmup=0")
+    run(*steps, "name=constant", "task.schedule=constant", "task.warmup=0")
+    ends = [torch.load(f"runs/{name}/last.ckpt", weights_only=True)["state_dict"] for name in ("parts", "constant")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_joint_lora_ships_the_codes_it_trained(folder):
+    common = ["experiment=joint_lora", "model.pretrained_model_name_or_path=model"]
+    before = run(*common, "name=start", "trainer.max_epochs=0")
+    after = run(*common)
+    assert after["loss"] < before["loss"]
+    start, end = (qat.quantized_tensors(qat.load(f"runs/{name}/artifact")) for name in ("start", "joint_lora"))
+    assert any(not torch.equal(start[name].codes, end[name].codes) for name in start)
+    assert not (folder / "runs/joint_lora/artifact/adapter").exists()
+
+
+def test_mistakes_are_named(folder):
+    with pytest.raises(PolicyError, match="quantizes nothing: policy=lm_w4"):
+        run("experiment=joint_lora", "model.pretrained_model_name_or_path=model", "policy=none")
+    with pytest.raises(TrainingError, match="GPT does not support it"):
+        run("experiment=topics_fp", "gradient_checkpointing=true", common=[])

@@ -1,0 +1,132 @@
+"""Instructions become rows: tokens by hand, the loss on completions alone, packed examples kept apart."""
+
+import json
+
+import pytest
+import torch
+from random_quantized import LLAMA
+from tiny_tokenizer import WORDS, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qat.errors import DataError
+from qat.training.evaluation import evaluate
+from qat.training.instruction_data import InstructionData, encode, pack_rows
+from qat.training.metrics import IGNORED, LanguageMetrics, cross_entropy, run
+
+
+def words(tokens):
+    return " ".join(WORDS[token] for token in tokens)
+
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "what did the cat do"},
+        {"role": "assistant", "content": "it sat"},
+        {"role": "user", "content": "who ran"},
+        {"role": "assistant", "content": "the dog"},
+    ]
+}
+
+
+def learned(line, tokenizer, completion_only=True):
+    tokens, used = encode(line, tokenizer, completion_only, "here:1")
+    return words(tokens), words(token for token, use in zip(tokens, used, strict=True) if use)
+
+
+def test_a_conversation_by_its_template():
+    whole, said = learned(CHAT, tiny_tokenizer())
+    assert whole == "<user> what did the cat do <bot> it sat <eos> <user> who ran <bot> the dog <eos>"
+    assert said == "it sat <eos> the dog <eos>"
+    assert learned(CHAT, tiny_tokenizer(), completion_only=False)[1] == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "who sat", "completion": "the cat"},
+        {"instruction": "who sat", "input": "", "output": "the cat"},
+        {"instruction": "who", "input": "sat", "output": "the cat"},
+    ],
+)
+def test_other_forms_with_and_without_a_template(line):
+    assert learned(line, tiny_tokenizer()) == ("<user> who sat <bot> the cat <eos>", "the cat <eos>")
+    assert learned(line, tiny_tokenizer(None)) == ("who sat the cat <eos>", "the cat <eos>")
+
+
+def test_packing_by_hand():
+    examples = [([5, 6, 7], [False, True, True]), ([8, 9, 10, 11, 12], [False] + 4 * [True]), ([13, 14], [False, True])]
+    tokens, positions, targets = pack_rows(examples, 8)
+    no = IGNORED
+    assert tokens.tolist() == [[8, 9, 10, 11, 12, 5, 6, 7], [13, 14, 0, 0, 0, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert targets.tolist() == [[9, 10, 11, 12, no, 6, 7, no], [14, no, no, no, no, no, no, no]]
+    assert len(pack_rows(examples, 8, pack=False)[0]) == 3
+    assert pack_rows(examples, 4)[0].tolist() == [[8, 9, 10, 11], [5, 6, 7, 0], [13, 14, 0, 0]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_do_not_see_each_other(attention):
+    config = LlamaConfig(**{**LLAMA, "num_hidden_layers": 2}, attn_implementation=attention)
+    model = LlamaForCausalLM(config).eval()
+    lengths, generator = (9, 6, 5), torch.Generator().manual_seed(0)
+    examples = [(torch.randint(0, 512, (n,), generator=generator).tolist(), n * [True]) for n in lengths]
+    tokens, positions, _ = pack_rows(examples, 20)
+    assert len(tokens) == 1
+    with torch.no_grad():
+        packed = run(model, {"input_ids": tokens.long(), "position_ids": positions.long()}).logits[0]
+        alone = torch.cat([model(torch.tensor([example])).logits[0] for example, _ in examples])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+def write(path, lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+def test_the_data_module(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    train = write(tmp_path / "train.jsonl", [CHAT, "", {"prompt": "who", "completion": "the cat"}] * 20)
+    data = InstructionData(train, str(tmp_path / "tokenizer"), seq_len=32, batch_size=2, val_fraction=0.1)
+    inputs, targets = next(iter(data.train_loader("cpu")))
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape == targets.shape == (2, 32)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 1}))
+    metrics = evaluate(model, data)
+    rows = torch.stack([torch.stack([x.long() for x in row]) for row in zip(*data.val_rows, strict=True)])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=rows[:, 0], position_ids=rows[:, 1], use_cache=False).logits
+    assert metrics["loss"] == pytest.approx(cross_entropy(logits, rows[:, 2]).item(), rel=1e-5)
+    assert data.example()["high"] < len(WORDS)
+
+
+def test_ignored_targets_do_not_count():
+    metrics = LanguageMetrics()
+    logits = torch.randn(2, 3, 7)
+    targets = torch.tensor([[1, IGNORED, 2], [IGNORED, IGNORED, IGNORED]])
+    metrics.update(logits[:1], targets[:1])
+    metrics.update(logits[1:], targets[1:])  # a batch without any
+    log = logits.log_softmax(-1)
+    assert metrics.compute()["loss"].item() == pytest.approx(-(log[0, 0, 1] + log[0, 2, 2]).item() / 2, rel=1e-5)
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    tiny_tokenizer().save_pretrained(tokenizer)
+
+    def load(*lines, seq_len=16):
+        return InstructionData(write(tmp_path / "x.jsonl", lines), str(tokenizer), seq_len=seq_len, batch_size=1)
+
+    with pytest.raises(DataError, match=r"x.jsonl:2 is no JSON"):
+        load(CHAT, "{")
+    with pytest.raises(DataError, match=r"x.jsonl:1: give messages, prompt and completion, .* not \['question'\]"):
+        load({"question": "who"})
+    with pytest.raises(DataError, match="last message is not the assistant's"):
+        load({"messages": CHAT["messages"][:1]})
+    with pytest.raises(DataError, match="fill 0 rows"):
+        load(CHAT)
+    with pytest.raises(DataError, match="no JSONL file"):
+        InstructionData(str(tmp_path / "none"), str(tokenizer), 8, 1)
+    rewriting = tiny_tokenizer(
+        "{{ 'the ' if messages | length > 2 else 'a ' }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        encode(CHAT, rewriting, True, "here:1")

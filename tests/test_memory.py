@@ -1,0 +1,68 @@
+"""The estimate against what torch's profiler sees allocated in the step itself, on a CPU."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_quantized import LLAMA
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qat
+from qat.joint_lora import joint_lora
+from qat.lora import lora
+from qat.memory import estimate
+
+NF4 = {"weight": {"codebook": "nf4_double", "group_size": 64}, "rules": [{"match": "lm_head", "weight": None}]}
+INT4 = {**NF4, "weight": {"group_size": 64}}
+
+
+def loss(model, inputs):
+    logits = model(**inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), inputs["input_ids"].flatten())
+
+
+def measured(model, optimizer, inputs):
+    """Return the peak of the bytes that torch allocates in a step after the first, which makes the states."""
+    stepper = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
+    loss(model, inputs).backward()
+    stepper.step()
+    stepper.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss(model, inputs).backward()
+        stepper.step()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("recipe", "checkpointing"), [("qlora", True), ("qlora", False), ("joint", True), ("full", False)]
+)
+def test_it_is_right_within_ten_percent(recipe, checkpointing):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe == "qlora":
+        model = lora(model, qat.QuantPolicy.from_dict(NF4), rank=8)
+    elif recipe == "joint":
+        joint_lora(model, qat.QuantPolicy.from_dict(INT4), rank=8, verbose=False)
+    model.train()
+    positions = torch.cat([torch.arange(100), torch.arange(156)]).expand(4, 256)
+    inputs = {"input_ids": torch.ones(4, 256, dtype=torch.long), "position_ids": positions}
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    memory = estimate(model, optimizer, inputs, loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is None for parameter in trained)
+    assert memory.adapters == memory.gradients == sum(p.numel() * 4 for p in trained)
+    assert memory.optimizer == 2 * memory.adapters + 4 * len(trained)  # a counter each
+    step = measured(model, optimizer, inputs)
+    assert memory.activations + memory.gradients == pytest.approx(step, rel=0.1)
+    assert "GiB at the peak: weights" in str(memory)

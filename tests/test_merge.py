@@ -1,0 +1,208 @@
+"""LoRA on frozen bases: where it starts, which base it belongs to, and what merging it costs."""
+
+import json
+
+import pytest
+import torch
+from random_quantized import LLAMA
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import qat
+import qat.hf
+from qat import merge
+from qat.adapters import BASE, fingerprint, load_adapter, save_adapter
+from qat.errors import ArtifactError, PolicyError, StateError
+from qat.lora import lora, split_weight
+from qat.surgery import Decision, weight_quantizer
+
+pytest.importorskip("peft")
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+POLICY = {"weight": {"group_size": 64}, "rules": [{"match": "lm_head", "weight": None}], "init": "mse"}
+NF4 = {**POLICY, "weight": {"codebook": "nf4", "group_size": 64}}
+DOUBLE = {**POLICY, "weight": {"codebook": "nf4_double", "group_size": 64}}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 1})).eval()
+
+
+def frozen(policy=POLICY):
+    return qat.freeze(qat.prepare(llama(), qat.QuantPolicy.from_dict(policy), verbose=False))
+
+
+def adapted(base, size, **options):
+    """Return peft's model whose update has about ``size`` times the weight's own size."""
+    model = lora(base, rank=4, alpha=8.0, **options).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=size * 0.03)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("policy", [POLICY, NF4, DOUBLE])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_trains_saves_and_loads_on_its_base_alone(tmp_path, policy, dora):
+    base = frozen(policy)
+    qat.save(base, tmp_path / "base")
+    model = lora(base, rank=4, alpha=8.0, dora=dora)
+    assert torch.allclose(logits(model), logits(qat.load(tmp_path / "base")), atol=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    first = model(TOKENS, labels=TOKENS).loss
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < first
+    save_adapter(model, tmp_path / "adapter")
+    for opened in (qat.load(tmp_path / "base"), AutoModelForCausalLM.from_pretrained(tmp_path / "base")):
+        again = load_adapter(opened, tmp_path / "adapter").eval()
+        assert torch.equal(logits(again), logits(model.eval()))
+    other = frozen(policy)
+    other.model.layers[0].mlp.up_proj.packed_weight.packed[0, 0] ^= 1
+    with pytest.raises(ArtifactError, match=r"was trained on codes .*open the base"):
+        load_adapter(other, tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="this base has codes None"):
+        load_adapter(llama(), tmp_path / "adapter")
+    (tmp_path / "adapter" / BASE).unlink()
+    with pytest.raises(ArtifactError, match="by another package"):
+        load_adapter(frozen(policy), tmp_path / "adapter")
+    load_adapter(frozen(policy), tmp_path / "adapter", any_base=True)
+
+
+def test_the_fingerprint_is_of_the_codes_alone():
+    base = frozen()
+    expected = fingerprint(base)
+    assert fingerprint(base.to(torch.bfloat16)) == expected and fingerprint(lora(base)) == expected
+    assert fingerprint(llama()) is None
+    other = frozen()
+    other.model.layers[0].mlp.up_proj.packed_weight.scale[3, 1] *= 2
+    assert fingerprint(other) != expected
+
+
+@pytest.mark.parametrize("policy", [POLICY, NF4, DOUBLE])
+def test_what_a_merge_costs_is_measured(policy):
+    """Against float64: the update is W + U before and after rounding."""
+    shares = []
+    for size in (0.01, 1.0):
+        model = adapted(frozen(policy), size)
+        before = {n: t.dequantize().double() for n, t in qat.quantized_tensors(model.get_base_model()).items()}
+        updates = {
+            name: layer.get_delta_weight("default").double()
+            for name, layer in model.get_base_model().named_modules()
+            if hasattr(layer, "lora_A")
+        }
+        base, costs = merge.merge(model)
+        assert type(base) is LlamaForCausalLM and not any("lora" in name for name, _ in base.named_parameters())
+        tensors = qat.quantized_tensors(base)
+        assert len(costs) == 7 and {cost.name for cost in costs} == set(tensors)
+        for cost in costs:
+            start = before[f"{cost.name}.base_layer"]
+            update, done = updates[cost.name], tensors[cost.name].dequantize().double() - start
+            assert cost.survives == pytest.approx(((update * done).sum() / update.square().sum()).item(), abs=1e-4)
+            assert cost.noise == pytest.approx(((done - update).norm() / update.norm()).item(), rel=1e-3)
+            assert not cost.exact
+        shares.append(sum(cost.survives for cost in costs) / len(costs))
+    assert shares[0] < 0.6 and 0.8 < shares[1] < 1.1
+
+
+@pytest.mark.parametrize("policy", [POLICY, NF4])
+def test_a_lossy_merge_needs_the_flag(tmp_path, policy, capsys):
+    base = frozen(policy)
+    qat.save(base, tmp_path / "base")
+    save_adapter(adapted(base, 0.02), tmp_path / "adapter")
+    command = [str(tmp_path / "base"), str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert merge.main(command) == 1
+    out = capsys.readouterr()
+    assert "of the update survives" in out.out and "--lossy" in out.err and not (tmp_path / "out").exists()
+    assert merge.main([*command, "--lossy"]) == 0
+    assert qat.quantized_tensors(qat.load(tmp_path / "out")).keys() == qat.quantized_tensors(frozen(policy)).keys()
+
+
+def test_an_update_that_fits_the_codes_is_merged_exactly(tmp_path):
+    """One step of every second code of a row is an update of rank one that the grid holds."""
+    torch.manual_seed(0)
+    base = frozen()
+    layer = base.model.layers[0].mlp.up_proj
+    tensor = layer.packed_weight.quantized_tensor()
+    tensor.codes[0] = tensor.codes[0].clamp(-7, 6)
+    tensor.scale[0] = 0.25
+    layer.packed_weight = type(layer.packed_weight).from_tensor(tensor)
+    model = lora(base, rank=1, alpha=1.0, targets=["up_proj"])
+    with torch.no_grad():
+        adapter = model.get_base_model().model.layers[0].mlp.up_proj
+        adapter.lora_A["default"].weight.copy_((torch.arange(256) % 2) * 0.25)
+        adapter.lora_B["default"].weight.zero_()[0] = 1.0
+    expected = logits(model.eval())
+    merged, costs = merge.merge(model)
+    assert merge.table(costs) == "merged 1 layers: exact" and costs[0].changed == 128
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_is_merged_as_it_is_computed():
+    model = adapted(frozen({**POLICY, "weight": {"bits": 8, "group_size": 64}}), 1.0, dora=True)
+    expected = logits(model)
+    base, costs = merge.merge(model)
+    assert all(cost.survives > 0.95 for cost in costs)
+    assert (logits(base) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+def test_loftq_and_pissa_split_a_weight(iterations):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(128, 64, bias=False)
+    spec = qat.QuantSpec(bits=3, group_size=32, signed=True)
+
+    def quantize(rest):
+        layer.weight.data = rest
+        return weight_quantizer(Decision("", layer, spec, None), qat.QuantPolicy(init="mse").init).quantize(rest)
+
+    weight = torch.randn(64, 128) + 3 * torch.randn(64, 1) @ torch.randn(1, 128)
+    tensor, a, b = split_weight(weight, quantize, 8, iterations)
+    error = (tensor.dequantize() + b @ a - weight).norm()
+    assert error < 0.75 * (quantize(weight).dequantize() - weight).norm()
+    if not iterations:  # PiSSA: the eight largest singular values are the adapter's
+        u, s, v = torch.linalg.svd(weight)
+        torch.testing.assert_close(b @ a, (u[:, :8] * s[:8]) @ v[:8], rtol=1e-3, atol=1e-3)
+        assert torch.equal(tensor.codes, quantize(weight - b @ a).codes)
+    else:  # LoftQ: the adapter is the best of its rank for what the codes leave
+        rest = weight - tensor.dequantize()
+        u, s, v = torch.linalg.svd(rest)
+        torch.testing.assert_close(b @ a, (u[:, :8] * s[:8]) @ v[:8], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("start", ["loftq", "pissa"])
+def test_a_base_split_so_is_closer_to_the_model(tmp_path, start):
+    policy = qat.QuantPolicy.from_dict({**POLICY, "weight": {"bits": 3, "group_size": 64}})
+    plain = llama()
+    expected = logits(plain)
+    rounded = logits(qat.freeze(qat.prepare(llama(), policy, verbose=False)))
+    model = lora(plain, policy, rank=32, alpha=16.0, start=start).eval()
+    assert (logits(model) - expected).norm() < 0.9 * (rounded - expected).norm()
+    qat.save(model, tmp_path)
+    again = load_adapter(qat.load(tmp_path), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert json.loads((tmp_path / "adapter" / BASE).read_text()) == {"sha256": fingerprint(model)}
+
+
+def test_refusals(tmp_path):
+    policy = qat.QuantPolicy.from_dict(POLICY)
+    with pytest.raises(StateError, match="trains its own weights"):
+        lora(qat.prepare(llama(), policy, verbose=False))
+    with pytest.raises(StateError, match="this base is frozen"):
+        lora(frozen(), policy)
+    with pytest.raises(PolicyError, match="give a policy"):
+        lora(llama(), start="pissa")
+    with pytest.raises(PolicyError, match="is quantized and no target"):
+        lora(llama(), policy, targets=["q_proj"], start="pissa")
+    with pytest.raises(StateError, match="merge takes a frozen base"):
+        merge.merge(lora(llama()))
+    with pytest.raises(ArtifactError, match=r"no adapter_config.json"):
+        load_adapter(frozen(), tmp_path)
