@@ -11,7 +11,17 @@ from torch import nn
 from . import backend
 from .adapters import own_modules
 from .errors import LayerError, PolicyError, StateError
-from .layers import FAKE_QUANT, FrozenLayer, QuantLayer, is_frozen, is_prepared, make_fake_quant_, matrix, plain_type
+from .layers import (
+    FAKE_QUANT,
+    Conv1D,
+    FrozenLayer,
+    QuantLayer,
+    is_frozen,
+    is_prepared,
+    make_fake_quant_,
+    matrix,
+    plain_type,
+)
 from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
@@ -54,6 +64,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     decisions = decide(model, policy)
     check_shapes(decisions)
+    _check_init(decisions, policy.init)
     weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
     init = policy.init.of_activations
     for decision in decisions:
@@ -187,6 +198,13 @@ def check_shapes(decisions: list[Decision]) -> None:
             )
     if problems:
         raise LayerError("the policy does not fit these layers:\n  " + "\n  ".join(problems))
+
+
+def _check_init(decisions: list[Decision], init: Init) -> None:
+    """Raise a LayerError that names the layers which an init that reads data does not know."""
+    names = [repr(d.name) for d in decisions if d.weight is not None and plain_type(d.layer) is Conv1D]
+    if init.reads_data and names:
+        raise LayerError(f"init={init.value} does not read Conv1D layers ({', '.join(names)}): use init=mse or hqq")
 
 
 def _is_embedding(decision: Decision) -> bool:

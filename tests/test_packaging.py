@@ -115,7 +115,7 @@ def test_wheel_holds_all_of_the_package_and_nothing_else(wheel):
     expected = {"qat/py.typed"}
     for folder, inside in (("qat", "qat"), ("kernels", "qat/kernels"), ("conf", "qat/conf")):
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".yaml"):
+            if file.suffix in (".py", ".yaml", ".json"):
                 expected.add(f"{inside}/{file.relative_to(ROOT / folder).as_posix()}")
     assert {name for name in names if name.startswith("qat/")} == expected
 
