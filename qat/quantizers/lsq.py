@@ -27,6 +27,11 @@ from .fixed_dtype import FixedDtype
 from .least_error import best_step_size, squared_errors
 from .rounding import Rounding
 
+CAST = (
+    "the {what} of {name!r} arrives as {dtype}, cast for the forward (FSDP2's MixedPrecisionPolicy does that), and "
+    "what trains would not be what ships: leave out param_dtype; for speed, train a bf16 model with "
+    "qat.shard_step_sizes, or under autocast"
+)
 SAMPLE = 2**16  # values that a calibration batch leaves for the search of the least error
 
 
@@ -96,6 +101,8 @@ class LearnedStepSize(FixedDtype):
         """Raise StateError if no step size was ever set."""
         if not self._ready:
             raise StateError(f"the step size of {self.name!r} was never initialised: {self.fix}")
+        if self.step_size.dtype not in (torch.float32, torch.float64):
+            raise StateError(CAST.format(what="step size", name=self.name, dtype=self.step_size.dtype))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -107,9 +114,11 @@ class WeightLSQ(LearnedStepSize):
 
     Attributes:
         kept: rounded weights that ``qat.kept_weights`` keeps for several micro-batches; None keeps none.
+        stored_dtype: what a sharded weight is stored in, and has to arrive in; None where nothing shards it.
     """
 
     kept: dict | None = None
+    stored_dtype: torch.dtype | None = None
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
@@ -129,6 +138,8 @@ class WeightLSQ(LearnedStepSize):
         if not self.enabled:
             return None
         self.require_initialised()
+        if self.stored_dtype not in (None, weight.dtype):
+            raise StateError(CAST.format(what="weight", name=self.name, dtype=weight.dtype))
         elements = weight.numel() // self.step_size.numel()  # that share a scale
         return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p), self.kept)
 
