@@ -1,7 +1,7 @@
 # Every target sets itself up, on a fresh machine too: Python 3.11 or newer, make and the package index are enough.
 #
 #   make demo                      train a 4-bit network and ship it, in minutes on a CPU
-#   make test                      the default tests; also test-slow, test-gpu, test-clients, lint
+#   make test                      the default tests; also test-slow, test-gpu, test-clients, test-executorch, lint
 #   make test ARGS="-k lsq -x"     more arguments for pytest
 #   make test PYTHON=python3.12    another interpreter, in an environment of its own
 #   make test SYSTEM=1             keep the packages that $(PYTHON) has: a CUDA or ROCm build of torch, a container's
@@ -19,7 +19,7 @@ PY      := $(VENV)/bin/python
 PYTEST  := $(PY) -P -m pytest
 DEFAULT := not slow and not gpu and not clients
 
-.PHONY: demo test test-slow test-gpu test-clients lint clean
+.PHONY: demo test test-slow test-gpu test-clients test-executorch .test-executorch lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-data
@@ -36,6 +36,13 @@ test-gpu: $(VENV)/installed-dev
 
 test-clients: $(VENV)/installed-dev,clients
 	$(PYTEST) -m "clients" $(ARGS)
+
+# In an environment of its own, which is large: 2 GB and several minutes.
+test-executorch:
+	$(MAKE) VENV=$(VENV)-executorch .test-executorch
+
+.test-executorch: $(VENV)/installed-dev,executorch
+	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_dynamic.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -89,10 +89,18 @@ def split(model: nn.Module) -> tuple[nn.Module, Callable[[str], str | None], Cal
     return base, plain, model.save_pretrained
 
 
+def stored(folder: Path | None) -> list[str]:
+    """Return the names of peft's folders in a folder; one of several adapters holds them in folders of their own."""
+    if folder is None:
+        return []
+    return sorted(
+        {file.relative_to(folder).parts[0] for deep in ("*", "*/*") for file in folder.glob(f"{deep}/{CONFIG}")}
+    )
+
+
 def folders(model: QuantizedModel) -> list[str]:
     """Return the names of the adapters' folders that lie beside a model's files, or will."""
-    found = [] if model.files is None else sorted(file.parent.name for file in model.files.glob(f"*/{CONFIG}"))
-    return found if model.adapter is None else [*found, FOLDER]
+    return stored(model.files) + ([] if model.adapter is None else [FOLDER])
 
 
 def refuse_beside(model: QuantizedModel, method: str) -> None:

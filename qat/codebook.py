@@ -2,6 +2,7 @@
 
     s = max|x|      codes = index of the level nearest to x * (1 / s)      x_hat = levels[codes] * s
 
+(with the s that ``qat.double_quantization`` makes of it in the last product, where the spec says so)
 in float32 (float64 for float64 inputs), rounded once to the dtype asked for; a tie goes to the lower level, and a block
 of zeros has s = 0. s is taken from the weight at every forward, so a model trained with "nf4" has exactly the codes and
 weights that bitsandbytes' ``quantize_4bit`` makes of its weights (its ``backends/default/ops.py`` and CUDA kernel).
@@ -15,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .double_quantization import nest
 from .errors import LayerError
 from .spec import Codebook, Granularity, QuantSpec
 
@@ -40,7 +42,7 @@ def named_levels(spec: QuantSpec, device: torch.device) -> Tensor:
     Raises:
         LayerError: the weight should have stored them.
     """
-    if spec.codebook is not Codebook.nf4:
+    if spec.codebook is Codebook.custom:
         raise LayerError("a custom codebook is without its levels")
     return torch.tensor([NF4], device=device)
 
@@ -72,19 +74,29 @@ def dequantize(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype)
     return (values.reshape(*scale.shape, -1) * scale.to(working)[..., None]).to(dtype).reshape(codes.shape)
 
 
-def fake_quantized(x: Tensor, shape: tuple[int, int], levels: Tensor) -> Tensor:
-    """Return x quantized and dequantized in its own dtype, without gradients; ``shape`` is the scale's."""
+def fake_quantized(x: Tensor, shape: tuple[int, int], levels: Tensor, scale_levels: Tensor | None = None) -> Tensor:
+    """Return x quantized and dequantized in its own dtype, without gradients.
+
+    Args:
+        x: any float dtype.
+        shape: (rows, groups) of the scale.
+        levels: (1, L) or (rows, L).
+        scale_levels: float32 (256,), where scales are quantized too.
+    """
     scale = block_scale(x, shape)
-    return dequantize(quantize(x.detach(), scale, levels), scale, levels, x.dtype)
+    codes = quantize(x.detach(), scale, levels)
+    if scale_levels is not None:
+        scale = nest(scale, scale_levels).values()
+    return dequantize(codes, scale, levels, x.dtype)
 
 
-def fake_quantize(x: Tensor, shape: tuple[int, int], levels: Tensor) -> Tensor:
+def fake_quantize(x: Tensor, shape: tuple[int, int], levels: Tensor, scale_levels: Tensor | None = None) -> Tensor:
     """Return ``fake_quantized``, whose gradient is the incoming one."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # keeps Inductor's own rounding out
 
-        return compiled.codebook_fake_quantize(x, shape, levels)
-    return _FakeQuantize.apply(x, shape, levels)
+        return compiled.codebook_fake_quantize(x, shape, levels, scale_levels)
+    return _FakeQuantize.apply(x, shape, levels, scale_levels)
 
 
 def check_levels(levels: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -105,9 +117,9 @@ class _FakeQuantize(torch.autograd.Function):
     """Saves nothing."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, shape: tuple[int, int], levels: Tensor) -> Tensor:
-        return fake_quantized(x, shape, levels)
+    def forward(ctx, x: Tensor, shape: tuple[int, int], levels: Tensor, scale_levels: Tensor | None) -> Tensor:
+        return fake_quantized(x, shape, levels, scale_levels)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        return grad_output, None, None
+        return grad_output, None, None, None

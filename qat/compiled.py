@@ -109,22 +109,22 @@ def _round_gradients(ctx, grad_output: Tensor):
 _round.register_autograd(_round_gradients, setup_context=_keep_input)
 
 
-def codebook_fake_quantize(x: Tensor, shape: tuple[int, int], levels: Tensor) -> Tensor:
+def codebook_fake_quantize(x: Tensor, shape: tuple[int, int], levels: Tensor, scale_levels: Tensor | None) -> Tensor:
     """Do what ``codebook.fake_quantize`` does, inside a compiled graph."""
-    return _codebook(x, *shape, levels)
+    return _codebook(x, *shape, levels, scale_levels)
 
 
 @torch.library.custom_op("qat::codebook_fake_quantize", mutates_args=())
-def _codebook(x: Tensor, rows: int, groups: int, levels: Tensor) -> Tensor:
-    return codebook.fake_quantized(x, (rows, groups), levels)
+def _codebook(x: Tensor, rows: int, groups: int, levels: Tensor, scale_levels: Tensor | None) -> Tensor:
+    return codebook.fake_quantized(x, (rows, groups), levels, scale_levels)
 
 
 @_codebook.register_fake
-def _(x, rows, groups, levels):
+def _(x, rows, groups, levels, scale_levels):
     return torch.empty_like(x)
 
 
-_codebook.register_autograd(lambda ctx, grad_output: (grad_output, None, None, None))
+_codebook.register_autograd(lambda ctx, grad_output: (grad_output, None, None, None, None))
 
 
 def product(

@@ -100,16 +100,18 @@ def _try_kernel(device) -> str:
     """Run the int4 kernel once and say what it was."""
     import torch
 
+    from qat.kernels.int4_layout import prepack
     from qat.kernels.int4_linear import backend, int4_linear, int4_linear_reference
 
     x = torch.linspace(-1, 1, 16 * 64, device=device, dtype=torch.bfloat16).view(16, 64)
     packed = torch.arange(32 * 32, device=device).view(32, 32).to(torch.uint8)
     scale = torch.full((32, 2), 2.0**-6, device=device, dtype=torch.bfloat16)
     try:
-        y = int4_linear(x, packed, scale, None, 64, 32)
+        weight = prepack(packed, scale, None, 64, 32)
+        y = int4_linear(x, weight)
     except Exception as error:  # whatever a compiler or driver raises: the report must go on and show it
         return f"{backend(device)} FAILED: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-    difference = (y.float() - int4_linear_reference(x, packed, scale, None, 64).float()).abs().max().item()
+    difference = (y.float() - int4_linear_reference(x, weight).float()).abs().max().item()
     return f"{backend(device)}, within {difference:.1g} of the reference"
 
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend, codebook
+from . import backend, codebook, double_quantization
+from .double_quantization import NestedScale
 from .errors import LayerError
-from .spec import Granularity, QuantSpec
+from .spec import Codebook, Granularity, QuantSpec
 
 # The smallest scale: from here up to 65536 a bf16 scale, and a 4-bit code times it, are exact in fp16.
 MIN_SCALE = 2.0**-17
@@ -88,6 +89,7 @@ class QuantizedTensor:
         zero_point: int8, the scale's shape, in the range of the codes; None if symmetric.
         spec: the grid.
         levels: of the codebook, float32 (1 or rows, 2^bits), where the spec has one; a named one's follow from it.
+        nested: what the scale was made of, where the scales are quantized too.
     """
 
     codes: Tensor
@@ -95,6 +97,7 @@ class QuantizedTensor:
     spec: QuantSpec
     zero_point: Tensor | None = None
     levels: Tensor | None = None
+    nested: NestedScale | None = None
 
     def __post_init__(self) -> None:
         if self.spec.codebook is not None and self.levels is None:
@@ -109,12 +112,16 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits a weight, scales and zero points included."""
-        parameters = self.scale.numel() * (
-            self.scale.element_size() * 8 + (0 if self.spec.symmetric else self.spec.bits)
-        )
-        if codebook.stored_shape(self.codes.shape, self.spec) is not None:
-            parameters += self.levels.numel() * 32
-        return self.spec.bits + parameters / self.codes.numel()
+        return self.spec.bits + parameter_bits(self.codes.shape, self.spec) / self.codes.numel()
+
+
+def parameter_bits(shape: torch.Size, spec: QuantSpec) -> int:
+    """Return the bits that a weight's scales, zero points and levels take."""
+    scales = scale_shape(shape, spec)
+    if spec.codebook is Codebook.nf4_double:
+        return double_quantization.stored_bits(scales)
+    bits = math.prod(scales) * (scale_dtype(spec).itemsize * 8 + (0 if spec.symmetric else spec.bits))
+    return bits + 32 * math.prod(codebook.stored_shape(shape, spec) or (0,))
 
 
 def quantize_tensor(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> QuantizedTensor:

@@ -10,15 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import adapters
 from .checkpoint import load_state
 from .errors import ArtifactError, StateError
-from .layers import FROZEN, PackedWeight, frozen_layers, is_frozen, is_prepared, make_frozen_, plain_type
+from .layers import (
+    FROZEN,
+    FrozenEmbedding,
+    PackedWeight,
+    frozen_layers,
+    is_frozen,
+    is_prepared,
+    make_frozen_,
+    plain_type,
+    set_dtype_,
+)
 from .numerics import QuantizedTensor
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec, as_member
+
+_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
 
 @dataclass
@@ -26,11 +39,12 @@ class QuantizedLayer:
     """What one quantized layer is, without its tensors.
 
     Attributes:
-        type: "Linear" or "Conv2d".
+        type: "Linear", "Conv2d" or "Embedding".
         shape: of the weight.
         weight: its spec; None where only the input is quantized.
         activation: the input's spec, or how the runtime rounds it; None where the input is left alone.
         tied: the layer whose quantized weight this one shares; None for a weight of its own.
+        dtype: of the rows that an embedding gives; None for other layers, whose input decides.
     """
 
     type: str
@@ -38,6 +52,7 @@ class QuantizedLayer:
     weight: QuantSpec | None
     activation: QuantSpec | Dynamic | None
     tied: str | None = None
+    dtype: str | None = None
 
     @property
     def has_activation_scale(self) -> bool:
@@ -58,7 +73,8 @@ class QuantizedLayer:
         if activation is not None:
             word = isinstance(activation, str)
             activation = as_member(Dynamic, "activation", activation) if word else QuantSpec.from_dict(activation)
-        return cls(values["type"], values["shape"], weight and QuantSpec.from_dict(weight), activation, values["tied"])
+        weight = weight and QuantSpec.from_dict(weight)
+        return cls(values["type"], values["shape"], weight, activation, values["tied"], values.get("dtype"))
 
 
 @dataclass
@@ -90,6 +106,12 @@ class QuantizedModel:
     adapter: Callable[[Path], None] | None = None
 
 
+def shares_embedding(model: QuantizedModel, name: str) -> bool:
+    """Return whether a layer, such as a language model's head, shares the codes of an embedding."""
+    owner = model.layers[name].tied
+    return owner is not None and model.layers[owner].type == "Embedding"
+
+
 def from_model(model: nn.Module) -> QuantizedModel:
     """Describe a frozen model; tensors are not copied. One that peft wrapped is described without its adapter.
 
@@ -115,6 +137,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
             None if packed is None else packed.spec,
             None if activation is None else activation.spec,
             None if owner == name else owner,
+            str(layer.like.dtype).removeprefix("torch.") if isinstance(layer, FrozenEmbedding) else None,
         )
     inside = _quantized_names(model)
     state = {plain_name(name): value for name, value in model.state_dict().items() if name not in inside}
@@ -163,6 +186,8 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
         elif entry.activation is not None:
             activation = FrozenActivation(entry.activation, quantized.activation_scale(name))
         make_frozen_(layer, packed[name], activation)
+        if isinstance(layer, FrozenEmbedding) and entry.dtype is not None:
+            set_dtype_(layer, _DTYPES[entry.dtype], layer.like.device)
     inside = _quantized_names(model)
     state = {name: value for name, value in model.state_dict().items() if name in inside}
     state.update(quantized.dense)

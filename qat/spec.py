@@ -29,20 +29,43 @@ class ScaleDtype(StrEnum):
 
 
 class Codebook(StrEnum):
-    """A table of levels that codes point into, in place of evenly spaced ones: NF4's, or the layer's own."""
+    """A table of levels that codes point into, in place of evenly spaced ones: NF4's, or the layer's own.
+
+    ``nf4_double`` is NF4 whose scales are quantized too (``qat.double_quantization``), as QLoRA has it.
+    """
 
     nf4 = "nf4"
+    nf4_double = "nf4_double"
     custom = "custom"
 
 
 class Init(StrEnum):
-    """How a step size starts: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; or the
-    one of least squared error.
+    """How a weight's step sizes start, and for those that read calibration data also where the weight itself does.
+
+    From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; the step size
+    of least squared error; HQQ's. With calibration data (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, and LSQ trained one
+    block at a time. Activations start at the least squared error where the word is one of weights only.
     """
 
     lsq = "lsq"
     minmax = "minmax"
     mse = "mse"
+    hqq = "hqq"
+    gptq = "gptq"
+    gptaq = "gptaq"
+    awq = "awq"
+    signround = "signround"
+    blockwise = "blockwise"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether ``qat.calibrate`` sets the weights' step sizes, and not ``qat.prepare``."""
+        return self in (Init.gptq, Init.gptaq, Init.awq, Init.signround, Init.blockwise)
+
+    @property
+    def of_activations(self) -> Init:
+        """How an activation's step size starts."""
+        return self if self in (Init.lsq, Init.minmax, Init.mse) else Init.mse
 
 
 class Dynamic(StrEnum):
@@ -71,9 +94,10 @@ class QuantSpec:
         symmetric: True for no zero point.
         scale_dtype: the dtype the scale is rounded to inside the training forward and stored in: bfloat16 unless
             given, and always float32 with a codebook.
-        codebook: "nf4" (QLoRA, arXiv:2305.14314, 4 bits), or "custom" for levels that the layer stores itself, one
-            table an output channel; for weights only. The scale is then not learned: it is the largest magnitude of
-            what shares it, as in bitsandbytes (``qat.codebook`` has the arithmetic).
+        codebook: "nf4" or, with scales of 8 bits, "nf4_double" (QLoRA, arXiv:2305.14314, 4 bits), or "custom" for
+            levels that the layer stores itself, one table an output channel; for weights only. The scale is then not
+            learned: it is the largest magnitude of what shares it, as in bitsandbytes (``qat.codebook`` has the
+            arithmetic).
 
     Raises:
         SpecError: a field out of range, or fields that contradict each other.
@@ -110,8 +134,9 @@ class QuantSpec:
     def _check_codebook(self) -> None:
         self.codebook = as_member(Codebook, "codebook", self.codebook)
         most = 4  # indices lie in int8, and more levels than this gain nothing over even ones
-        if self.bits > most or (self.codebook is Codebook.nf4 and self.bits != 4):
-            bits = "4 bits" if self.codebook is Codebook.nf4 else f"2 to {most} bits"
+        nf4 = self.codebook is not Codebook.custom
+        if self.bits > most or (nf4 and self.bits != 4):
+            bits = "4 bits" if nf4 else f"2 to {most} bits"
             raise SpecError(f"codebook={self.codebook.value!r} has {bits}, not {self.bits}")
         if not self.symmetric or self.signed is False:
             raise SpecError("a codebook has its own zero and sign: drop symmetric=False and signed=False")
@@ -159,7 +184,7 @@ class QuantSpec:
 
     def __str__(self) -> str:
         if self.codebook is not None:
-            name = self.codebook.value if self.codebook is Codebook.nf4 else f"codebook{self.bits}"
+            name = f"codebook{self.bits}" if self.codebook is Codebook.custom else self.codebook.value
             return f"{name} {self._where}"
         sign = "u" if self.signed is False else ""
         return f"{sign}int{self.bits} {self._where}" + ("" if self.symmetric else " asymmetric")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from . import backend
 from .adapters import own_modules
-from .codebook import stored_shape
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, is_frozen, is_prepared, make_fake_quant_, plain_type
-from .numerics import scale_shape
+from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
@@ -34,11 +33,12 @@ class Decision:
 def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.Module:
     """Make a model train as the quantized model it will be; in place.
 
-    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes wait
-    for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
+    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes, and
+    weights whose init reads data, wait for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
 
     Args:
-        model: any module; its ``nn.Linear`` and ``nn.Conv2d`` layers can be quantized.
+        model: any module; its ``nn.Linear`` and ``nn.Conv2d`` layers can be quantized, and ``nn.Embedding`` layers are
+            where a rule gives them a weight spec.
         policy: a QuantPolicy.
         verbose: print the summary.
 
@@ -55,6 +55,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     decisions = decide(model, policy)
     _check_shapes(decisions)
     weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
+    init = policy.init.of_activations
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
             continue
@@ -67,7 +68,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
         elif decision.activation is not None:
-            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, policy.init)
+            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, init)
         make_fake_quant_(layer, weight, activation)
     if verbose:
         print(_table(model, decisions))
@@ -77,15 +78,18 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
 def _weight_quantizer(decision: Decision, policy: QuantPolicy) -> WeightLSQ | WeightCodebook:
     if decision.weight.codebook is not None:
         return WeightCodebook(decision.weight, decision.layer.weight, decision.name)
-    return WeightLSQ(decision.weight, decision.layer.weight, decision.name, policy.init)
+    # Methods that read data are for matrix products.
+    init = policy.init.of_activations if _is_embedding(decision) else policy.init
+    return WeightLSQ(decision.weight, decision.layer.weight, decision.name, init)
 
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
     layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
     adapters = own_modules(model)
+    counted = set(FAKE_QUANT) - {nn.Embedding}  # as the first or the last layer
     described = [
-        (name, type(layer).__name__, type(layer) in FAKE_QUANT and id(layer) not in adapters) for name, layer in layers
+        (name, type(layer).__name__, type(layer) in counted and id(layer) not in adapters) for name, layer in layers
     ]
     winners = match_rules(policy.rules, described)
     decisions = []
@@ -93,12 +97,14 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
         weight, activation = policy.specs_of(rule)
         if id(layer) in adapters:
             decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
+        elif type(layer) is nn.Embedding:
+            decisions.append(_decide_embedding(name, layer, weight, rule))
         elif type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
         elif rule is not None and (rule.get("weight") is not None or rule.get("activation") is not None):
-            known = " and ".join(plain.__name__ for plain in FAKE_QUANT)
+            known = ", ".join(plain.__name__ for plain in FAKE_QUANT)
             raise PolicyError(
                 f"the rule with match={rule['match']!r} asks to quantize {name!r}, a {type(layer).__name__}: "
                 f"only {known} can be; let the rule match less, or set its weight and activation to null"
@@ -106,6 +112,25 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
         else:
             decisions.append(Decision(name, layer, None, None, f"{type(layer).__name__} stays in full precision"))
     return decisions
+
+
+def _decide_embedding(
+    name: str, layer: nn.Embedding, weight: QuantSpec | None, rule: dict[str, Any] | None
+) -> Decision:
+    """Quantize an embedding only where a rule says so: it is a table of vectors, and its input is indices.
+
+    Raises:
+        PolicyError: the rule asks to quantize the input.
+    """
+    if rule is not None and rule.get("activation") is not None:
+        raise PolicyError(
+            f"the rule with match={rule['match']!r} asks to quantize the input of {name!r}, an Embedding, which is "
+            "indices: let the rule match less, or set its activation to null"
+        )
+    if rule is not None and rule.get("weight") is not None:
+        return Decision(name, layer, weight, None)
+    reason = f"rule match={rule['match']!r}" if rule and "weight" in rule else "Embedding stays in full precision"
+    return Decision(name, layer, None, None, reason)
 
 
 def summary(model: nn.Module) -> str:
@@ -130,10 +155,16 @@ def _holds_matrix(layer: nn.Module) -> bool:
 def _check_shapes(decisions: list[Decision]) -> None:
     """Raise one LayerError that lists every layer whose spec does not fit."""
     problems, tied = [], {}
+    embeddings = {id(d.layer.weight): d.name for d in decisions if d.weight is not None and _is_embedding(d)}
     for decision in decisions:
-        if decision.weight is None:
-            continue
         weight = decision.layer.weight
+        if decision.weight is None:
+            if id(weight) in embeddings:
+                problems.append(
+                    f"{decision.name!r}: its weight is tied to the embedding {embeddings[id(weight)]!r}, which is "
+                    "quantized: give both the same rule"
+                )
+            continue
         try:
             scale_shape(weight.shape, decision.weight)
         except LayerError as error:
@@ -142,6 +173,10 @@ def _check_shapes(decisions: list[Decision]) -> None:
             problems.append(f"{decision.name!r}: its weight is {weight.dtype}, not a float: it is quantized already")
         if isinstance(decision.activation, Dynamic):
             problems += _dynamic_problems(decision)
+        if _is_embedding(decision) and decision.weight.codebook is not None:
+            problems.append(f"{decision.name!r}: an Embedding takes no codebook: set it, or weight, to null")
+        if _is_embedding(decision) and decision.layer.max_norm is not None:
+            problems.append(f"{decision.name!r}: max_norm rescales rows in the forward: set it, or weight, to null")
         first = tied.setdefault(id(weight), decision)
         if first.weight != decision.weight:
             problems.append(
@@ -150,6 +185,10 @@ def _check_shapes(decisions: list[Decision]) -> None:
             )
     if problems:
         raise LayerError("the policy does not fit these layers:\n  " + "\n  ".join(problems))
+
+
+def _is_embedding(decision: Decision) -> bool:
+    return isinstance(decision.layer, nn.Embedding)
 
 
 def _dynamic_problems(decision: Decision) -> list[str]:
@@ -172,9 +211,7 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
         if decision.weight is None:
             bits = decision.layer.weight.element_size() * 8.0
         else:
-            stored = math.prod(scale_shape(shape, decision.weight)) * _scale_bits(decision.weight)
-            stored += math.prod(stored_shape(shape, decision.weight) or (0,)) * 32
-            bits = decision.weight.bits + stored / weights
+            bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights
         note = decision.reason
         key = id(getattr(decision.layer, "packed_weight", None) or decision.layer.weight)
         if key in names:
@@ -234,7 +271,3 @@ def _input(decision: Decision) -> str:
     if isinstance(decision.activation, Dynamic):
         return f"{decision.activation.value} (dynamic)"
     return str(decision.activation) + (" (sign detected)" if decision.activation.signed is None else "")
-
-
-def _scale_bits(spec: QuantSpec) -> int:
-    return 32 if spec.scale_dtype == "float32" else 16

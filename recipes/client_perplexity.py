@@ -4,9 +4,10 @@
 
 CLIENT is one of the names in CLIENTS; FOLDER is what ``python -m qat.convert`` wrote for it. The text's lines are
 tokenised at once; of its first non-overlapping windows of 512 tokens, the mean cross-entropy of 511 predictions each is
-taken, and e to it. The last line printed is JSON: perplexity, and the tokens a second of the fastest window. All run
-on one thread, as a busy machine makes several wait for each other, and in float32; but llama.cpp rounds the inputs of
-its quantized products to int8.
+taken, and e to the mean of these. The last line printed is JSON: perplexity, the windows' cross-entropies, and the
+tokens a second of the fastest window. All run on one thread, as a busy machine makes several wait for each other, and
+in float32; but llama.cpp and ExecuTorch round the inputs of their quantized products to int8, and so do qat_q8_0 and
+qat_int8_token, which are our own runtime with that rounding.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch import Tensor
 
 LENGTH = 512
 Logits = Callable[[Tensor], Tensor]  # tokens (1, T) -> (1, T, vocabulary)
+Result = dict[str, float | list[float]]
 
 
 def qat_load(folder: Path) -> Logits:
@@ -39,12 +41,45 @@ def qat_load(folder: Path) -> Logits:
     return lambda tokens: model(tokens).logits
 
 
+def qat_q8_0(folder: Path) -> Logits:
+    """Our own runtime, with inputs rounded as llama.cpp does it."""
+    return rounded_as(folder, "q8_0")
+
+
+def qat_int8_token(folder: Path) -> Logits:
+    """Our own runtime, with inputs rounded as ExecuTorch does it."""
+    return rounded_as(folder, "int8_token")
+
+
+def rounded_as(folder: Path, dynamic: str) -> Logits:
+    """Our own runtime, with each quantized layer's input rounded to int8."""
+    import qat
+    from qat.layers import frozen_layers
+    from qat.quantizers import DynamicActivation
+    from qat.spec import Dynamic
+
+    model = qat.load(folder).float()
+    for _, layer in frozen_layers(model):
+        layer.activation_quantizer = DynamicActivation(Dynamic(dynamic))
+    return lambda tokens: model(tokens).logits
+
+
+def executorch(folder: Path) -> Logits:
+    """Of a program, which takes one text at a time."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(folder / "model.pte").load_method("forward")
+    return lambda tokens: method.execute([tokens])[0]
+
+
 def transformers(folder: Path) -> Logits:
-    """Of a Hugging Face folder, through compressed-tensors, or of a GGUF file."""
+    """Of a Hugging Face folder, through compressed-tensors, torchao or bitsandbytes, or of a GGUF file."""
     from transformers import AutoModelForCausalLM
 
     options = {"gguf_file": "model.gguf"} if (folder / "model.gguf").is_file() else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # read by bitsandbytes, whose kernel there multiplies in bf16
     return lambda tokens: model(tokens).logits
 
 
@@ -97,7 +132,7 @@ def openvino(folder: Path) -> Logits:
     return lambda tokens: torch.from_numpy(compiled([tokens.numpy()])[0].copy())
 
 
-def measure(logits: Logits, windows: Tensor) -> dict[str, float]:
+def measure(logits: Logits, windows: Tensor) -> Result:
     """Return the perplexity and the speed."""
     losses, seconds = [], []
     with torch.inference_mode():
@@ -107,10 +142,15 @@ def measure(logits: Logits, windows: Tensor) -> dict[str, float]:
             found = logits(window[None])
             seconds.append(time.perf_counter() - start)
             losses.append(F.cross_entropy(found[0, :-1].float(), window[1:]).item())
-    return {"perplexity": math.exp(sum(losses) / len(losses)), "tokens_per_second": LENGTH / min(seconds)}
+    return result(losses, LENGTH / min(seconds))
 
 
-def llama_cpp(folder: Path, windows: Tensor) -> dict[str, float]:
+def result(losses: list[float], speed: float) -> Result:
+    """Return what is printed."""
+    return {"perplexity": math.exp(sum(losses) / len(losses)), "losses": losses, "tokens_per_second": speed}
+
+
+def llama_cpp(folder: Path, windows: Tensor) -> Result:
     """Of a GGUF file: one request a prediction, whose bias makes llama.cpp choose, and so report, the token that comes.
 
     The probability is reported before the bias. Tokens read before stay in its cache, so that a request reads one.
@@ -125,6 +165,7 @@ def llama_cpp(folder: Path, windows: Tensor) -> dict[str, float]:
     server = xllamacpp.Server(params)
     losses, seconds = [], []
     for window in windows.tolist():
+        window_losses = []
         for length in range(LENGTH - 1, 0, -1):  # the first request reads the whole window
             start = time.perf_counter()
             request = {"prompt": window[:length], "max_tokens": 1, "logprobs": 1, "temperature": 0.0}
@@ -134,12 +175,14 @@ def llama_cpp(folder: Path, windows: Tensor) -> dict[str, float]:
                 seconds.append(time.perf_counter() - start)
             if answer["id"] != window[length]:
                 sys.exit(f"error: llama.cpp chose token {answer['id']} in spite of the bias")
-            losses.append(-answer["logprob"])
-    return {"perplexity": math.exp(sum(losses) / len(losses)), "tokens_per_second": (LENGTH - 1) / min(seconds)}
+            window_losses.append(-answer["logprob"])
+        losses.append(sum(window_losses) / len(window_losses))
+    return result(losses, (LENGTH - 1) / min(seconds))
 
 
-CLIENTS = {client.__name__: client for client in (qat_load, transformers, mlx_lm, onnxruntime, onnxruntime_genai)}
-CLIENTS |= {"openvino": openvino, "llama_cpp": llama_cpp}
+OURS = (qat_load, qat_q8_0, qat_int8_token)
+OTHERS = (transformers, mlx_lm, onnxruntime, onnxruntime_genai, openvino, llama_cpp, executorch)
+CLIENTS = {client.__name__: client for client in (*OURS, *OTHERS)}
 
 
 def main() -> None:
@@ -157,8 +200,8 @@ def main() -> None:
     tokens = AutoTokenizer.from_pretrained(arguments.tokenizer)(arguments.text.read_text(encoding="utf-8"))["input_ids"]
     windows = torch.tensor(tokens[: LENGTH * arguments.windows]).view(-1, LENGTH)
     client = CLIENTS[arguments.client]
-    result = client(arguments.folder, windows) if client is llama_cpp else measure(client(arguments.folder), windows)
-    print(json.dumps(result))
+    found = client(arguments.folder, windows) if client is llama_cpp else measure(client(arguments.folder), windows)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qat
+from qat.double_quantization import dynamic_map, nest
 from qat.numerics import QuantizedTensor, scale_shape
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
@@ -19,6 +20,9 @@ def random_tensor(rows, inputs, spec, seed=0):
         return torch.randint(-spec.q_n, spec.q_p + 1, size, dtype=torch.int8, generator=generator)
 
     scale = torch.exp2(torch.rand(shape, generator=generator) * 20 - 17).to(getattr(torch, spec.scale_dtype))
+    if spec.codebook == "nf4_double":
+        nested = nest(scale, dynamic_map())
+        return QuantizedTensor(integers(rows, inputs), nested.values(), spec, nested=nested)
     return QuantizedTensor(integers(rows, inputs), scale, spec, None if spec.symmetric else integers(*shape))
 
 

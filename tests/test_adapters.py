@@ -7,7 +7,7 @@ from random_quantized import LLAMA
 import qat
 from qat import adapters, formats
 from qat.convert import convert
-from qat.errors import ArtifactError, StateError
+from qat.errors import ArtifactError, QATError, StateError
 from qat.formats.integer_linears import tensors
 from qat.quantized_model import from_model, to_model
 
@@ -118,6 +118,20 @@ def test_exports_carry_the_adapter(tmp_path, capsys, to, options):
     assert gap <= 1e-5 * logits(model).abs().max()
 
 
+def test_adapters_keep_their_names(tmp_path):
+    model = quantized_with_lora("pf")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config, adapter_name="mine").eval()
+    model.add_adapter("other", config)
+    qat.save(model, tmp_path / "artifact")
+    convert(tmp_path / "artifact", tmp_path / "out", "torchao")
+    again = peft.PeftModel.from_pretrained(
+        qat.load(tmp_path / "artifact"), tmp_path / "out" / adapters.FOLDER / "mine", adapter_name="mine"
+    )
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert (tmp_path / "out" / adapters.FOLDER / "other" / adapters.CONFIG).is_file()
+
+
 @pytest.mark.parametrize("to", ["gguf", "onnx", "mlx", "executorch"])
 def test_formats_that_would_drop_the_adapter_refuse_it(tmp_path, to):
     qat.save(quantized_with_lora("plf"), tmp_path / "artifact")
@@ -129,7 +143,7 @@ def test_formats_that_would_drop_the_adapter_refuse_it(tmp_path, to):
 def test_merging_into_codes_is_refused(safe):
     model = quantized_with_lora("pfl")
     before = logits(model)
-    with pytest.raises(StateError, match=r"frozen into codes.*Keep an adapter beside"):
+    with pytest.raises(QATError, match="frozen"):
         model.merge_adapter(safe_merge=safe)
     assert torch.equal(logits(model), before)
 

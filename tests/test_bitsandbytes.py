@@ -53,15 +53,15 @@ def with_state(change):
 
 
 def test_nibbles_scales_and_state(tmp_path):
-    codes = (torch.arange(64) % 16).to(torch.int8).view(2, 32)
-    tensor = QuantizedTensor(codes, torch.tensor([[0.1], [2.0]]), nf4(32))
+    codes = (torch.arange(128) % 16).to(torch.int8).view(2, 64)
+    tensor = QuantizedTensor(codes, torch.tensor([[0.1, 3.0], [2.0, 4.0]]), nf4(32))
     _, stored, quantization = written(tmp_path, {ONE: tensor}, dtype=torch.bfloat16)
-    assert stored[f"{ONE}.weight"].shape == (32, 1)
-    assert stored[f"{ONE}.weight"].flatten().tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 4
-    assert stored[f"{ONE}.weight.absmax"].tolist() == torch.tensor([0.1, 2.0]).tolist()
+    assert stored[f"{ONE}.weight"].shape == (64, 1)
+    assert stored[f"{ONE}.weight"].flatten().tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 8
+    assert stored[f"{ONE}.weight.absmax"].tolist() == torch.tensor([0.1, 3.0, 2.0, 4.0]).tolist()
     assert stored[f"{ONE}.weight.quant_map"].tolist() == torch.tensor(codebook.NF4).tolist()
     state = json.loads(bytes(stored[f"{ONE}.weight.quant_state.bitsandbytes__nf4"].tolist()))
-    assert state == {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [2, 32]}
+    assert state == {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [2, 64]}
     assert quantization["quant_method"] == "bitsandbytes" and quantization["load_in_4bit"]
     assert quantization["llm_int8_skip_modules"] == ["model.embed_tokens", "lm_head"]
     assert formats.format_of(tmp_path) == "bitsandbytes"
@@ -71,11 +71,13 @@ def test_nibbles_scales_and_state(tmp_path):
     sizes=st.lists(st.sampled_from([None, "tensor", 32, 64, 96, 128, 256]), min_size=1, max_size=3),
     rows=st.integers(1, 6),
     inputs=st.sampled_from([768, 8448]),
+    codebook=st.sampled_from(["nf4", "nf4_double"]),
 )
-def test_any_layers_survive(tmp_path_factory, sizes, rows, inputs):
+def test_any_layers_survive(tmp_path_factory, sizes, rows, inputs, codebook):
     folder, tensors = tmp_path_factory.mktemp("out"), {}
     for index, size in enumerate(sizes):
-        spec = nf4(None, granularity="tensor") if size == "tensor" else nf4(size)
+        options = {"granularity": "tensor"} if size == "tensor" else {}
+        spec = weight(4, None if size == "tensor" else size, codebook=codebook, **options)
         tensors[f"model.layers.{index}.a"] = random_tensor(rows + index, inputs, spec, index)
     model = model_of(tensors)
     bitsandbytes.write(model, folder)
@@ -86,6 +88,11 @@ def test_any_layers_survive(tmp_path_factory, sizes, rows, inputs):
         assert torch.equal(made.codes, tensor.codes) and made.scale.dtype == torch.float32
         repeats = made.scale.shape[1] // tensor.scale.shape[1]
         assert torch.equal(made.scale, tensor.scale.repeat_interleave(repeats, 1).expand_as(made.scale))
+        kept = codebook == "nf4_double" and tensor.spec.group_size in bitsandbytes.BLOCK_SIZES
+        assert made.spec.codebook == ("nf4_double" if kept else "nf4")
+        if kept:
+            assert torch.equal(made.nested.codes, tensor.nested.codes)
+            assert torch.equal(made.nested.factor, tensor.nested.factor)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
@@ -101,6 +108,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         tensors = {ONE: random_tensor(8, 64, nf4()), TWO: random_tensor(8, inputs, spec)}
         with pytest.raises(ArtifactError, match=message):
             bitsandbytes.write(model_of(tensors), tmp_path)
+    alike = model_of({"model.lm_head": random_tensor(8, 64, nf4())})
+    with pytest.raises(ArtifactError, match=r"'model.lm_head' would be skipped with 'lm_head'"):
+        bitsandbytes.write(alike, tmp_path)
     with pytest.raises(ArtifactError, match="is a Conv2d, and bitsandbytes holds linear layers only"):
         bitsandbytes.write(model_of({ONE: random_tensor(8, 64, nf4())}, kind="Conv2d"), tmp_path)
 
@@ -121,21 +131,41 @@ def test_a_custom_codebook_is_kept_by_native_only(tmp_path):
 
 
 def test_double_quantization_is_read_by_hand(tmp_path):
-    """absmax = map[u] * nested_absmax + offset, two blocks of absmax for each nested one."""
-    _, stored, _ = written(tmp_path, {ONE: random_tensor(3, 32, nf4(32))})
+    """absmax = map[u] * nested_absmax + offset, 256 of absmax for each of nested_absmax."""
+    _, stored, _ = written(tmp_path, {ONE: random_tensor(258, 32, nf4(32))})
     weights = stored[f"{ONE}.weight"]
 
     def nest(stored):
-        stored[f"{ONE}.weight.absmax"] = torch.tensor([255, 0, 1], dtype=torch.uint8)
+        stored[f"{ONE}.weight.absmax"] = torch.tensor([255, *[0] * 255, 0, 1], dtype=torch.uint8)
         stored[f"{ONE}.weight.nested_absmax"] = torch.tensor([0.5, 4.0])
         stored[f"{ONE}.weight.nested_quant_map"] = torch.arange(256) / 256
-        with_state(lambda state: state.update(nested_blocksize=2, nested_dtype="float32", nested_offset=3.0))(stored)
+        with_state(lambda state: state.update(nested_blocksize=256, nested_dtype="float32", nested_offset=3.0))(stored)
 
     rewrite(tmp_path, nest)
     tensor = bitsandbytes.read(tmp_path).quantized(ONE)
-    assert tensor.scale.tolist() == [[255 / 512 + 3], [3.0], [1 / 64 + 3]]
-    high = (weights.view(3, 16) >> 4).to(torch.int8)
+    assert tensor.scale[[0, 1, 255, 256, 257], 0].tolist() == [255 / 512 + 3, 3.0, 3.0, 3.0, 1 / 64 + 3]
+    high = (weights.view(258, 16) >> 4).to(torch.int8)
     assert torch.equal(tensor.codes[:, ::2], high)
+
+
+def test_double_quantization_is_written_as_it_was_trained(tmp_path):
+    tensor = random_tensor(9, 64, weight(4, 32, codebook="nf4_double"))
+    plain = random_tensor(8, 64, nf4(32))
+    model = model_of({ONE: tensor, TWO: plain})
+    notes = bitsandbytes.write(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored[f"{ONE}.weight.absmax"].dtype == torch.uint8 and f"{TWO}.weight.nested_absmax" not in stored
+    assert 'use_double_quant": true' in (tmp_path / "config.json").read_text()
+    assert any(f"'{TWO}' has float32 scales" in note for note in notes)
+    read = bitsandbytes.read(tmp_path)
+    assert {name: str(layer.weight) for name, layer in read.layers.items()} == {ONE: "nf4_double g32", TWO: "nf4 g32"}
+
+
+def test_scales_in_other_blocks_are_refused(tmp_path):
+    written(tmp_path, {ONE: random_tensor(4, 64, nf4(32))})
+    rewrite(tmp_path, with_state(lambda state: state.update(nested_blocksize=64, nested_offset=0.0)))
+    with pytest.raises(ArtifactError, match="its scales are quantized in blocks of 64, and runtimes know 256"):
+        bitsandbytes.read(tmp_path)
 
 
 def swap_the_kind(stored):
@@ -150,6 +180,12 @@ def swap_the_kind(stored):
         (with_state(lambda state: state.update(blocksize=128)), r"blocks of 128 span the rows of its \[4, 64\]"),
         (lambda stored: stored[f"{ONE}.weight.quant_map"].mul_(0.5), "other levels than NF4's"),
         (lambda stored: stored.pop(f"{ONE}.weight.quant_map"), "quant_map"),
+        (lambda stored: stored.update({f"{ONE}.weight": stored[f"{ONE}.weight"][:-1]}), "127 bytes and 4 scales"),
+        (lambda stored: stored.update({f"{ONE}.weight.absmax": torch.ones(3)}), "128 bytes and 3 scales"),
+        (
+            lambda stored: stored.update({f"{ONE}.weight.absmax": torch.ones(4, dtype=torch.uint8)}),
+            f"{ONE}.weight.nested_absmax",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, change, message):
@@ -225,12 +261,16 @@ def test_training_makes_the_codes_of_bitsandbytes(block, rows, dtype, seed, spre
 
 
 @pytest.mark.clients
-@given(size=st.sampled_from([None, "tensor", 32, 64, 128, 256]), rows=st.integers(1, 20))
-def test_bitsandbytes_reads_level_times_scale(tmp_path_factory, size, rows):
+@given(
+    size=st.sampled_from([None, "tensor", 32, 64, 128, 256]),
+    rows=st.integers(1, 200),
+    codebook=st.sampled_from(["nf4", "nf4_double"]),
+)
+def test_bitsandbytes_reads_level_times_scale(tmp_path_factory, size, rows, codebook):
     pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("out")
-    spec = nf4(None, granularity="tensor") if size == "tensor" else nf4(size)
-    model = model_of({ONE: random_tensor(rows, 256, spec)})
+    options = {"granularity": "tensor"} if size == "tensor" else {"group_size": size}
+    model = model_of({ONE: random_tensor(rows, 256, weight(4, codebook=codebook, **options))})
     model.architecture["transformers"]["architectures"] = ["LlamaModel"]
     bitsandbytes.write(model, folder)
     assert dict(bitsandbytes.verify(folder, model))["codes, bitsandbytes"].startswith("0 of")
@@ -241,6 +281,8 @@ def test_bitsandbytes_reads_level_times_scale(tmp_path_factory, size, rows):
     ("rules", "options", "dtype"),
     [
         ([], {}, torch.float32),
+        ([{"match": "*_proj", "weight": {"codebook": "nf4_double"}}], {}, torch.float32),
+        ([{"match": "*.v_proj", "weight": {"codebook": "nf4_double", "group_size": 32}}], {}, torch.bfloat16),
         ([], {"tie_word_embeddings": True}, torch.float32),
         ([{"match": "*.down_proj", "weight": {"group_size": 32}}], {"attention_bias": True}, torch.float32),
         ([{"match": "*.0.mlp.*", "weight": None}], {"model_type": "qwen2"}, torch.bfloat16),
@@ -288,9 +330,16 @@ def test_what_transformers_quantized_keeps_its_codes(tmp_path, double, storage):
     (tmp_path / "ours").mkdir()
     bitsandbytes.write(read, tmp_path / "ours")
     assert dict(bitsandbytes.verify(tmp_path / "ours", read))["logits, transformers"].startswith("differ by at most 0 ")
+    theirs, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for key in ours:
+        if "quant_state" not in key:  # whose JSON holds the offset with other digits
+            here, there = (stored[key].flatten().view(torch.uint8) for stored in (ours, theirs))
+            assert torch.equal(here, there), key
     # and it is a starting point: the next training forward uses the same codes
     layer = nn.Sequential(nn.Linear(512, 256, bias=False))
     layer[0].weight.data = read.quantized(name).dequantize(torch.float32)
-    qat.prepare(layer, qat.QuantPolicy(weight=qat.QuantSpec(codebook="nf4", group_size=64)), verbose=False)
+    spec = qat.QuantSpec(codebook="nf4", group_size=64)
+    qat.prepare(layer, qat.QuantPolicy(weight=spec), verbose=False)
     again = qat.quantized_tensors(layer)["0"]
     assert torch.equal(again.codes, read.quantized(name).codes) and torch.equal(again.scale, read.quantized(name).scale)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qat
-from qat import codebook
+from qat import codebook, double_quantization
 from qat.checkpoint import load_state
 from qat.errors import LayerError, PolicyError, SpecError, StateError
 from qat.numerics import QuantizedTensor
@@ -131,7 +131,14 @@ def test_the_nearest_level_is_chosen(rows, groups, block, bits, dtype, seed):
     assert torch.equal(made, expected * scale.repeat_interleave(block, 1))
 
 
-@pytest.mark.parametrize("spec", [nf4(group_size=32), nf4(), nf4(granularity="tensor"), custom(group_size=16)])
+def double(**options):
+    return qat.QuantSpec(codebook="nf4_double", **options)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [nf4(group_size=32), nf4(), nf4(granularity="tensor"), custom(group_size=16), double(group_size=16), double()],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_trains_is_what_is_frozen_saved_and_loaded(tmp_path, spec, dtype):
     model = prepared(spec, dtype=dtype)
@@ -178,8 +185,38 @@ def test_gradients_pass_straight_through():
     assert not list(model[0].weight_quantizer.parameters())
 
 
-def test_compiled_training_has_the_same_bits():
-    model = prepared(nf4(group_size=32))
+def check_nested(double_quantization):
+    """By hand: levels -1, 0, 0.5 and 1; offset 2; the largest distance from it 2, so bounds at -1, 0.5 and 1.5."""
+    levels = torch.tensor([-1.0, 0.0, 0.5, 1.0])
+    nested = double_quantization.nest(torch.tensor([[0.0, 4.0], [2.4, 2.6], [1.0, 2.0]]), levels)
+    assert nested.offset == 2 and nested.factor.tolist() == [2.0]
+    assert nested.codes.tolist() == [[0, 3], [1, 2], [0, 1]] and nested.codes.dtype == torch.uint8
+    assert nested.values().tolist() == [[0.0, 4.0], [2.0, 3.0], [0.0, 2.0]]
+    long = double_quantization.nest(torch.arange(600.0).view(2, 300), double_quantization.dynamic_map())
+    assert long.factor.tolist() == [299.5, 211.5, 300.5 - 1]
+    assert (long.values() - torch.arange(600.0).view(2, 300)).abs().max() < 4
+
+
+def test_scales_are_quantized_by_hand():
+    check_nested(double_quantization)
+
+
+def test_the_dynamic_map():
+    levels = double_quantization.dynamic_map()
+    assert levels.shape == (256,) and (levels.diff() > 0).all()
+    assert levels[-1] == 1 and 0.0 in levels and levels[0].item() == pytest.approx(-0.99296875)
+    assert levels[128].item() == pytest.approx(0.55e-6)  # the one mean of the lowest decade
+
+
+@pytest.mark.clients
+def test_the_dynamic_map_is_bitsandbytes_own_but_for_its_rounding():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.testing.assert_close(double_quantization.dynamic_map(), functional.create_dynamic_map(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("spec", [nf4(group_size=32), double(group_size=32)])
+def test_compiled_training_has_the_same_bits(spec):
+    model = prepared(spec)
     x = torch.randn(5, 64)
     eager = model(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -203,6 +240,8 @@ def test_convolutions_and_tied_weights():
 
 def test_bits_are_counted():
     assert qat.quantized_tensors(prepared(nf4(group_size=64)))["0"].bits_per_weight == 4.5
+    nested = qat.quantized_tensors(prepared(double(group_size=64), inputs=2048, rows=64))["0"]
+    assert nested.bits_per_weight == 4 + 8 / 64 + 32 / (64 * 256) + 32 * 257 / (64 * 2048)
     own = qat.quantized_tensors(prepared(custom(group_size=64)))["0"]
     assert own.bits_per_weight == 2 + 32 / 64 + 4 * 32 / 64
     assert " 4.50\n" in qat.summary(prepared(nf4(group_size=64)))

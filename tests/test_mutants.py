@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import qat.layers.conv
+import qat.layers.embedding
 import qat.layers.linear
 import qat.layers.packed
 
@@ -33,11 +34,14 @@ def load_checks(name):
 numerics, lsq, packing = load_checks("test_numerics"), load_checks("test_lsq"), load_checks("test_packing")
 policy, surgery, calibration = load_checks("test_policy"), load_checks("test_surgery"), load_checks("test_calibration")
 freezing, layers, codebook = load_checks("test_freezing"), load_checks("test_layers"), load_checks("test_codebook")
+embedding = load_checks("test_embedding")
 
 NUMERICS, LSQ, PACKING = "qat.numerics", "qat.quantizers.lsq", "qat.packing"
 POLICY, SURGERY, CALIBRATION = "qat.policy", "qat.surgery", "qat.calibration"
 FREEZING, LINEAR, CONV = "qat.freezing", "qat.layers.linear", "qat.layers.conv"
-PACKED, CPU_INT4, CODEBOOK = "qat.layers.packed", "qat.layers.cpu_int4", "qat.codebook"
+PACKED, CPU_INT4 = "qat.layers.packed", "qat.layers.cpu_int4"
+CODEBOOK, NESTED = "qat.codebook", "qat.double_quantization"
+EMBEDDING = "qat.layers.embedding"
 
 
 class Mutant(NamedTuple):
@@ -240,8 +244,8 @@ MUTANTS = [
     Mutant(
         "Q_N in the weights' gradient scale",
         LSQ,
-        "math.sqrt(elements * self.spec.q_p)",
-        "math.sqrt(elements * self.spec.q_n)",
+        "self.step_size.numel() * self.spec.q_p)",
+        "self.step_size.numel() * self.spec.q_n)",
         lsq.check_weight_gradient_scale,
     ),
     Mutant(
@@ -331,10 +335,15 @@ MUTANTS = [
     Mutant(
         "the gradient halved",
         CODEBOOK,
-        "return grad_output, None, None",
-        "return grad_output / 2, None, None",
+        "return grad_output, None, None, None",
+        "return grad_output / 2, None, None, None",
         codebook.check_gradient,
     ),
+    Mutant("the offset forgotten", NESTED, "(values + self.offset)", "values", codebook.check_nested),
+    Mutant(
+        "a factor for all scales", NESTED, ".amax(-1)\n", ".amax(-1) * 0 + blocks.abs().amax()\n", codebook.check_nested
+    ),
+    Mutant("a nested tie goes up", NESTED, "out_int32=True)", "out_int32=True, right=True)", codebook.check_nested),
     # Packing
     Mutant(
         "nibbles swapped, both ways",
@@ -440,13 +449,13 @@ MUTANTS = [
         "layers left alone are not printed",
         SURGERY,
         "[(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]",
-        "[(name, layer) for name, layer in model.named_modules() if type(layer) in FAKE_QUANT]",
+        "[(name, layer) for name, layer in model.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]",
         surgery.check_table,
     ),
     Mutant(
         "scales cost nothing",
         SURGERY,
-        "bits = decision.weight.bits + stored / weights",
+        "bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights",
         "bits = float(decision.weight.bits)",
         surgery.check_table,
     ),
@@ -594,6 +603,13 @@ MUTANTS = [
         layers.check_cpu_operands_follow_the_weight,
     ),
     Mutant(
+        "a state dict holds no codes while they lie in the kernels' order",
+        PACKED,
+        'destination[prefix + "packed"] = self._packed()',
+        "pass",
+        layers.check_prepacked_weight,
+    ),
+    Mutant(
         "an operand of torch's operator outlives a cast",
         PACKED,
         "self.cpu_operands = None\n        super()._apply",
@@ -637,6 +653,28 @@ MUTANTS = [
         "return y if bias is None else y + bias",
         "return y",
         layers.check_operator,
+    ),
+    # Embeddings
+    Mutant(
+        "an embedding's N counts the rows that are looked up",
+        EMBEDDING,
+        "quantizer.grad_scale(self.weight)",
+        "quantizer.grad_scale(rows)",
+        embedding.check_rows_and_gradients,
+    ),
+    Mutant(
+        "an embedding's padding learns its step size",
+        EMBEDDING,
+        "F.embedding(indices, step_size, *options)",
+        "F.embedding(indices, step_size)",
+        embedding.check_padding,
+    ),
+    Mutant(
+        "rows take the first rows' scales",
+        PACKED,
+        "part[rows] for part",
+        "part[: len(rows)] for part",
+        embedding.check_frozen_rows,
     ),
 ]
 

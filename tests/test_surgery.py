@@ -210,8 +210,9 @@ def test_a_rule_that_matches_nothing():
 
 @pytest.mark.parametrize("key", ["weight", "activation"])
 def test_an_unsupported_layer_asked_for(key):
-    with pytest.raises(PolicyError, match=r"'embed', a Embedding: only Linear and Conv2d can be"):
-        prepare(Net(), QuantPolicy(rules=[{"match": "embed", key: {"bits": 8}}]))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3))
+    with pytest.raises(PolicyError, match=r"'1', a Conv1d: only Linear, Conv2d, Embedding can be"):
+        prepare(model, QuantPolicy(rules=[{"match": "1", key: {"bits": 8}}]))
 
 
 def test_an_unsupported_layer_may_be_left_alone_by_a_rule():

@@ -28,7 +28,7 @@ def copy_companions(model: QuantizedModel, folder: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    for config in source.glob(f"*/{adapters.CONFIG}") if source is not None else ():
-        shutil.copytree(config.parent, folder / config.parent.name)
+    for name in adapters.stored(source):
+        shutil.copytree(source / name, folder / name)
     if model.adapter is not None:
         model.adapter(folder / adapters.FOLDER)

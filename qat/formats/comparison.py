@@ -45,7 +45,7 @@ def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, 
     """Compare an export read back by this package: codes, weights and dense tensors; as ``compare``."""
 
     def one(name: str) -> tuple[Tensor, Tensor]:
-        tensor = read.quantized(name)
+        tensor = read.quantized(read.layers[name].tied or name)
         scale, zero_point = grid(tensor, tensor.scale.shape[1])
         size = tensor.codes.shape[1] // scale.shape[1]
         return tensor.codes.int() - zero_point.int().repeat_interleave(size, 1), tensor.dequantize(torch.float32)

@@ -1,8 +1,8 @@
 """GGUF: one file that llama.cpp and what is built on it opens, written block by block (see ``gguf_blocks``).
 
-Symmetric weights of up to 4 bits become Q4_0, with a zero point Q4_1, of 5 to 8 bits Q8_0. What is not quantized stays
-exact: vectors in F32, matrices in F16 or BF16 where that holds every value, else in F32. Tensors are written one at a
-time. ``llama-quantize`` would choose new scales; nothing here does.
+Symmetric weights of up to 4 bits become Q4_0, with a zero point Q4_1, of 5 to 8 bits Q8_0; those of embeddings too.
+What is not quantized stays exact: vectors in F32, matrices in F16 or BF16 where that holds every value, else in F32.
+Tensors are written one at a time. ``llama-quantize`` would choose new scales; nothing here does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..adapters import refuse_beside
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
-from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from ..spec import Dynamic
 from . import gguf_blocks, gguf_client
 from .gguf_names import (
@@ -45,10 +45,11 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     """
     refuse_beside(model, "GGUF")
     config = language_config(model.architecture)
-    kinds = _block_types(model)
+    # llama.cpp multiplies by the embedding where there is no output matrix
+    kinds = {name: kind for name, kind in _block_types(model).items() if not shares_embedding(model, name)}
     dense = {name: name for name in model.dense} | model.tied
     if dense.get("lm_head.weight") == "model.embed_tokens.weight":
-        del dense["lm_head.weight"]  # llama.cpp multiplies by the embedding where there is no output matrix
+        del dense["lm_head.weight"]
     _need_package()
     import gguf
 
@@ -225,13 +226,14 @@ def _is_linear(name: str, stored: Any) -> bool:
 
 
 def _notes(model: QuantizedModel, config: dict[str, Any], kinds: dict[str, str]) -> list[str]:
-    trained = sum(model.layers[name].activation is Dynamic.q8_0 for name in kinds)
+    products = [layer for layer in model.layers.values() if layer.type == "Linear"]
+    trained = sum(layer.activation is Dynamic.q8_0 for layer in products)
     notes = [
         f"{FILE}: "
         + ", ".join(f"{list(kinds.values()).count(kind)} layers in {kind}" for kind in sorted(set(kinds.values()))),
-        "llama.cpp rounds the inputs of these layers to int8 with one fp16 scale per 32 values (Q8_0) at run time: "
-        f"{trained} of {len(kinds)} were trained with exactly that"
-        + ("" if trained == len(kinds) else " (policy: dynamic: q8_0)"),
+        "llama.cpp rounds the inputs of linear layers to int8 with one fp16 scale per 32 values (Q8_0) at run time: "
+        f"{trained} of {len(products)} were trained with exactly that"
+        + ("" if trained == len(products) else " (policy: dynamic: q8_0)"),
     ]
     small = [name for name in kinds if model.layers[name].weight.bits not in (4, 8)]
     if small:

@@ -33,7 +33,7 @@ def block_type(layer: QuantizedLayer) -> str:
         ArtifactError: none does; the message says why and what does.
     """
     spec, inputs = layer.weight, layer.shape[-1]
-    if layer.type != "Linear":
+    if layer.type not in ("Linear", "Embedding"):
         raise ArtifactError(f"is a {layer.type}: use --to onnx")
     if layer.activation is Dynamic.int8_token:
         raise ArtifactError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..quantized_model import QuantizedModel, to_model
+from ..quantized_model import QuantizedModel, shares_embedding, to_model
 from ..quantizers import DynamicActivation
 from .gguf_names import ARCHITECTURES, ROPE_FREQUENCIES, gguf_names, row_order
 
@@ -120,6 +120,8 @@ def compare_tensors(file: Path, model: QuantizedModel, config: dict[str, Any]) -
     total = 0
     names = gguf_names(config, [*(f"{name}.weight" for name in model.layers), *model.dense])
     for name, layer in model.layers.items():
+        if shares_embedding(model, name):
+            continue
         tensor = model.quantized(layer.tied or name)
         found = _in_order(dense(tensors[names[f"{name}.weight"]]), config, f"{name}.weight")
         scale = tensor.scale.float()[..., None]

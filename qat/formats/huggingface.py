@@ -10,15 +10,17 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
-from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from .companions import copy_companions
 from .integer_linears import refuse
 from .native import Selected, StoredTensors
@@ -44,7 +46,7 @@ def write_dense(model: QuantizedModel, shards: ShardWriter) -> dict[str, int]:
 
 def dense_names(model: QuantizedModel) -> list[str]:
     """Return the names that ``write_dense`` writes."""
-    return list(model.dense) + ([] if _ties_embeddings(model) else list(model.tied))
+    return list(model.dense) + ([] if ties_embeddings(model) else list(model.tied))
 
 
 def fused_experts(model: QuantizedModel) -> list[str]:
@@ -74,6 +76,9 @@ def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]
 
 def model_dtype(model: QuantizedModel) -> torch.dtype:
     """Return the dtype that the model is stored in: its embedding's."""
+    for layer in model.layers.values():
+        if layer.dtype is not None:
+            return getattr(torch, layer.dtype)
     for tensor in model.dense.values():
         if tensor.dim() > 1 and tensor.is_floating_point():
             return tensor.dtype
@@ -97,7 +102,7 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if config.get("tie_word_embeddings") and not _ties_embeddings(model):
+    if config.get("tie_word_embeddings") and not ties_embeddings(model):
         config["tie_word_embeddings"] = False  # the head has codes of its own
     (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")
     copy_companions(model, folder)
@@ -167,8 +172,32 @@ def to_quantized_model(
     )
 
 
-def _ties_embeddings(model: QuantizedModel) -> bool:
-    return bool(model.architecture["transformers"].get("tie_word_embeddings") and model.tied)
+def typed_layers(config: dict[str, Any], layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
+    """Return layers that were read as linear ones, with embeddings told apart, and the head that shares one's codes."""
+    from ..models import build
+
+    with torch.device("meta"):
+        modules = dict(build({"transformers": config}).named_modules())
+    typed = {}
+    for name, layer in layers.items():
+        if isinstance(modules.get(name), nn.Embedding):
+            dtype = config.get("dtype") or config.get("torch_dtype") or layer.weight.scale_dtype.value
+            typed[name] = replace(layer, type="Embedding", dtype=dtype)
+            heads = [
+                other
+                for other, module in modules.items()
+                if isinstance(module, nn.Linear) and module.weight is modules[name].weight and other not in layers
+            ]
+            typed.update({head: replace(layer, tied=name) for head in heads})
+        else:
+            typed[name] = layer
+    return typed
+
+
+def ties_embeddings(model: QuantizedModel) -> bool:
+    """Return whether the head is stored as the embedding, quantized or not, which the config then says."""
+    tied = bool(model.tied) or any(shares_embedding(model, name) for name in model.layers)
+    return bool(model.architecture["transformers"].get("tie_word_embeddings")) and tied
 
 
 def _legacy_config(folder: Path) -> dict[str, Any]:

@@ -19,15 +19,19 @@ from ..spec import Codebook, Dynamic, QuantSpec
 ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format whose runtime rounds inputs that way
 
 
+EMBEDDING_FORMATS = "is an Embedding, which our {} files have no place for; --to gguf, mlx or onnx holds it"
+
+
 def weight_only_layers(
-    model: QuantizedModel, method: str, codebook: Codebook | None = None
+    model: QuantizedModel, method: str, codebooks: tuple[Codebook | None, ...] = (None,), embeddings: bool = False
 ) -> dict[str, QuantizedLayer]:
     """Return the layers by name, all of which a weight-only format of linear layers can hold.
 
     Args:
         model: what is exported.
         method: the format's name.
-        codebook: the one it is made of; None for even grids.
+        codebooks: the ones it holds; None stands for even grids.
+        embeddings: whether it holds these too.
 
     Raises:
         ArtifactError: the architecture is not of transformers, or layers do not fit; each is named.
@@ -39,7 +43,10 @@ def weight_only_layers(
         )
     problems = {}
     for name, layer in model.layers.items():
-        if layer.type != "Linear":
+        if layer.type == "Embedding":
+            if not embeddings:
+                problems[name] = EMBEDDING_FORMATS.format(method)
+        elif layer.type != "Linear":
             problems[name] = f"is a {layer.type}, and {method} holds linear layers only; --to onnx holds it"
         elif isinstance(layer.activation, Dynamic):
             problems[name] = (
@@ -51,7 +58,7 @@ def weight_only_layers(
                 f"trained with its input quantized to {layer.activation}, which {method} would drop; --to onnx keeps "
                 "it, or train with activation: null"
             )
-        elif layer.weight.codebook != codebook:
+        elif layer.weight.codebook not in codebooks:
             problems[name] = other_grid(layer, method)
     refuse(method, problems)
     return model.layers
@@ -59,7 +66,7 @@ def weight_only_layers(
 
 def other_grid(layer: QuantizedLayer, method: str) -> str:
     """Return what to say of a layer whose levels a format does not have, and the format that holds them."""
-    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes"}
+    holds = {None: "compressed-tensors", Codebook.nf4: "bitsandbytes", Codebook.nf4_double: "bitsandbytes"}
     fix = holds.get(layer.weight.codebook, "native") if layer.type == "Linear" else "native"
     return f"has {layer.weight} weights, whose levels {method} does not have; --to {fix} holds it"
 
@@ -71,13 +78,21 @@ def refuse(method: str, problems: dict[str, str]) -> None:
         raise ArtifactError(f"{method} cannot hold these layers exactly:{lines}")
 
 
-def tensors(model: QuantizedModel) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield each layer's quantized weight by name, on the CPU, one at a time; layers that share one get a copy each."""
-    for name, layer in model.layers.items():
+def tensors(
+    model: QuantizedModel, layers: dict[str, QuantizedLayer] | None = None
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield each layer's quantized weight by name, on the CPU, one at a time; layers that share one get a copy each.
+
+    Args:
+        model: what holds them.
+        layers: those of its layers that are asked for; all by default.
+    """
+    for name, layer in (model.layers if layers is None else layers).items():
         tensor = model.quantized(layer.tied or name)
         zero_point = None if tensor.zero_point is None else tensor.zero_point.cpu()
         levels = None if tensor.levels is None else tensor.levels.cpu()
-        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point, levels)
+        nested = None if tensor.nested is None else tensor.nested.cpu()
+        yield name, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, zero_point, levels, nested)
 
 
 def largest_size(

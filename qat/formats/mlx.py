@@ -22,7 +22,7 @@ from torch import Tensor
 from ..adapters import refuse_beside
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
-from ..quantized_model import QuantizedLayer, QuantizedModel
+from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from ..spec import QuantSpec
 from . import huggingface as hf
 from .comparison import compare, compare_logits, compare_own, small
@@ -44,12 +44,14 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         OSError: the disk is full, or cannot be written.
     """
     refuse_beside(model, METHOD)
-    layers = weight_only_layers(model, METHOD)
+    layers = weight_only_layers(model, METHOD, embeddings=True)
+    if hf.ties_embeddings(model):
+        layers = {name: layer for name, layer in layers.items() if not shares_embedding(model, name)}
     hf.refuse_fused_experts(model, METHOD)
     sizes = {name: largest_size({name: layer}, METHOD, GROUP_SIZES) for name, layer in layers.items()}
     shards, dtype = ShardWriter(folder), hf.model_dtype(model)
     hf.write_dense(model, shards)
-    for name, tensor in tensors(model):
+    for name, tensor in tensors(model, layers):
         bits = _bits(tensor.spec)
         scale, zero_point = grid(tensor, tensor.codes.shape[1] // sizes[name])
         if bits > 4 or tensor.spec.scale_dtype != "bfloat16":
@@ -97,6 +99,8 @@ def read(folder: Path) -> QuantizedModel:
             ) from None
         layers[name] = QuantizedLayer("Linear", [rows, columns], spec, None)
 
+    layers = hf.typed_layers(config, layers)
+
     def quantized(name: str) -> QuantizedTensor:
         spec = layers[name].weight
         codes = unpack_words(stored[f"{name}.weight"].view(torch.int32), spec.bits, layers[name].shape[1])
@@ -122,6 +126,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     _, _, stored = hf.read_folder(folder, METHOD)
 
     def one(name: str) -> tuple[Tensor, Tensor]:
+        name = name if f"{name}.scales" in stored else model.layers[name].tied
         spec = read_back.layers[name].weight
         parts = [mx.array(stored[f"{name}.{part}"].float().numpy()) for part in ("scales", "biases")]
         words = mx.array(stored[f"{name}.weight"].numpy())

@@ -3,9 +3,10 @@
 config.json holds the architecture (a transformers config at the top level, or a builder of ours under "architecture")
 and, under "quantization_config", the layers' specs and what is tied. A layer NAME with a quantized weight stores
 ``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale``, if asymmetric
-``NAME.packed_weight.zero_point`` and, of a custom codebook, ``NAME.packed_weight.levels``; one with a quantized input
-``NAME.activation_quantizer.scale``, unless that is rounded as a runtime rounds it, which only the spec says. Nothing in
-it is executable: names are looked up in fixed tables only.
+``NAME.packed_weight.zero_point`` and, of a custom codebook, ``NAME.packed_weight.levels``; of ``nf4_double`` the parts
+``NAME.packed_weight.scale_codes``, ``_factor``, ``_offset`` and ``_levels`` instead of the scale. One with a quantized
+input stores ``NAME.activation_quantizer.scale``, unless that is rounded as a runtime rounds it, which only the spec
+says. Nothing in it is executable: names are looked up in fixed tables only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import __version__
+from ..double_quantization import PARTS, NestedScale
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
@@ -58,7 +60,10 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
             shards.add(
                 f"{name}.packed_weight.packed", pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
             )
-            shards.add(f"{name}.packed_weight.scale", tensor.scale)
+            if tensor.nested is None:
+                shards.add(f"{name}.packed_weight.scale", tensor.scale)
+            for part in PARTS if tensor.nested is not None else ():
+                shards.add(f"{name}.packed_weight.scale_{part}", getattr(tensor.nested, part))
             if tensor.zero_point is not None:
                 shards.add(f"{name}.packed_weight.zero_point", tensor.zero_point)
             if tensor.spec.codebook is Codebook.custom:
@@ -207,7 +212,8 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
-            inside |= {f"{name}.packed_weight.{part}" for part in ("packed", "scale", "zero_point", "levels")}
+            parts = ("packed", "scale", "zero_point", "levels", *(f"scale_{part}" for part in PARTS))
+            inside |= {f"{name}.packed_weight.{part}" for part in parts}
         if layer.has_activation_scale:
             inside.add(f"{name}.activation_quantizer.scale")
 
@@ -217,6 +223,9 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
         codes = unpack(tensors[f"{prefix}.packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
         zero_point = None if spec.symmetric else tensors[f"{prefix}.zero_point"]
         levels = tensors[f"{prefix}.levels"] if spec.codebook is Codebook.custom else None
+        if spec.codebook is Codebook.nf4_double:
+            nested = NestedScale(*(tensors[f"{prefix}.scale_{part}"] for part in PARTS))
+            return QuantizedTensor(codes, nested.values(), spec, None, None, nested)
         return QuantizedTensor(codes, tensors[f"{prefix}.scale"], spec, zero_point, levels)
 
     return QuantizedModel(

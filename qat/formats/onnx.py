@@ -232,7 +232,8 @@ class _Dense(Mapping[str, Tensor]):
 def _notes(model: QuantizedModel, graph: Any) -> list[str]:
     kinds = [node.op_type for node in graph]
     linear = any(layer.type == "Linear" and layer.weight is not None for layer in model.layers.values())
-    notes = [f"{FILE}: {kinds.count('MatMulNBits')} MatMulNBits and {kinds.count('DequantizeLinear')} DequantizeLinear"]
+    counted = [kind for kind in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear") if kind in kinds]
+    notes = [f"{FILE}: " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in counted)]
     if "MatMulNBits" in kinds:
         notes.append(
             "MatMulNBits multiplies in float32 (accuracy_level=0); setting that attribute to 4 is several times as "

@@ -45,7 +45,7 @@ def compare_layers(file: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     for name, layer in model.layers.items():
         if layer.weight is not None:
             expected = model.quantized(layer.tied or name).dequantize(torch.float32)
-            found = _weight(graph, name, layer.tied or name, layer.shape)
+            found = _weight(graph, name, layer.shape)
             if not torch.equal(found, expected):
                 off = int((found != expected).sum())
                 raise ArtifactError(f"{name} differs in {file}: {off} of {expected.numel()} weights in onnxruntime")
@@ -113,10 +113,12 @@ def _run_openvino(file: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(compiled([x.numpy()])[0].copy())
 
 
-def _weight(graph: Any, name: str, owner: str, shape: list[int]) -> Tensor:
+def _weight(graph: Any, name: str, shape: list[int]) -> Tensor:
     """Return a layer's weight as onnxruntime computes it."""
-    if not any(value.name == f"{owner}.weight_nbits" for value in graph.initializer):
+    if any(node.name.startswith(f"{name}/weight/") for node in graph.node):
         return torch.from_numpy(_run(graph, [f"{name}/weight/"])).view(shape)
+    if any(node.name.startswith(f"{name}/embedding/") for node in graph.node):
+        return torch.from_numpy(_run(graph, [f"{name}/embedding/"], torch.arange(shape[0]).numpy()))
     columns = []
     for start in range(0, shape[1], ROWS):
         count = min(ROWS, shape[1] - start)
@@ -144,7 +146,10 @@ def _run(graph: Any, prefixes: list[str], x: Any = None) -> Any:
     part = helper.make_graph(
         nodes,
         "part",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * x.ndim) for name in inputs],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim)
+            for name in inputs
+        ],
         [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
         constants,
     )

@@ -4,6 +4,7 @@ torch's exporter sees each quantized weight and activation as one node of the do
 name and no data; ``insert_quantized`` puts in its place (opset 21; ``onnx_weights`` has the layouts)
 
     a Linear's product   com.microsoft MatMulNBits
+    an Embedding's rows  com.microsoft GatherBlockQuantized
     any other weight     DequantizeLinear, and Reshape where a convolution has groups
     an activation        Clip to [-Q_N s, Q_P s] where the type is wider than the codes, QuantizeLinear to UINT4, INT4,
                          UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even, clamp
@@ -11,6 +12,7 @@ name and no data; ``insert_quantized`` puts in its place (opset 21; ``onnx_weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..layers import FrozenLayer, FrozenLinear, frozen_layers
+from ..layers import FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
 from .onnx_weights import (
     DEQUANTIZE_PARTS,
     MATMUL_PARTS,
+    ROW_PARTS,
     dequantize_operands,
     dequantize_shapes,
+    in_blocks,
     matmul_block,
     matmul_operands,
     matmul_shapes,
@@ -47,6 +51,10 @@ class Exported(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x as the layer does."""
         layer = self.layer
+        if isinstance(layer, FrozenEmbedding):
+            if self.multiply:
+                return self._placeholder("embedding", x, (*x.shape, self.entry.shape[1]))
+            return F.embedding(x, self._placeholder("weight", x, self.entry.shape))
         if self.entry.activation is not None:
             x = self._placeholder("activation", x, x.shape)
         if self.multiply:
@@ -59,7 +67,7 @@ class Exported(nn.Module):
 
     def _placeholder(self, kind: str, x: Tensor, shape: Any) -> Tensor:
         attributes = {"layer": self.name}
-        return torch.onnx.ops.symbolic(f"qat::{kind}", (x,), attributes, dtype=x.dtype, shape=tuple(shape))
+        return torch.onnx.ops.symbolic(f"qat::{kind}", (x,), attributes, dtype=torch.float32, shape=tuple(shape))
 
 
 class LogitsOnly(nn.Module):
@@ -87,8 +95,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     wrapped, exported = LogitsOnly(network).eval(), {}
     for name, layer in frozen_layers(network):
         entry = model.layers[name]
-        multiply = entry.weight is not None and entry.type == "Linear" and not qdq and matmul_block(entry) is not None
-        exported[layer] = Exported(layer, name, entry, multiply)
+        exported[layer] = Exported(layer, name, entry, not qdq and in_blocks(entry))
     for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
         if layer in exported:
             wrapped.set_submodule(name, exported[layer])
@@ -127,7 +134,7 @@ def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
         name = node.attributes["layer"].as_string()
         reached.add((name, node.op_type == "activation"))
         build = _Builder(graph, node, name, model)
-        value = {"activation": build.activation, "linear": build.linear, "weight": build.weight}[node.op_type]()
+        value = getattr(build, node.op_type)()
         value.shape, value.dtype = node.outputs[0].shape, node.outputs[0].dtype
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
         node.graph.remove(node, safe=True)
@@ -178,14 +185,27 @@ class _Builder:
     def linear(self) -> Any:
         rows, inputs = self.layer.shape
         bits, block = stored_bits(self.layer.weight), matmul_block(self.layer)
-        shapes = matmul_shapes(self.layer)
-        kinds = ("UINT8", "FLOAT", "UINT8")[: 2 if self.layer.weight.symmetric else 3]
-        operands = [
-            self._initialiser(part, kind, shape, lambda index=index: matmul_operands(self._tensor(), block)[index])
-            for index, (part, kind, shape) in enumerate(zip(MATMUL_PARTS, kinds, shapes, strict=False))
-        ]
         numbers = {"K": inputs, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 0}
-        return self._node("MatMulNBits", [self.node.inputs[0], *operands], "com.microsoft", **numbers)
+        return self._node("MatMulNBits", [self.node.inputs[0], *self._blocks(MATMUL_PARTS)], "com.microsoft", **numbers)
+
+    def embedding(self) -> Any:
+        bits, block = stored_bits(self.layer.weight), matmul_block(self.layer)
+        codes, *parameters = self._blocks(ROW_PARTS)
+        numbers = {"gather_axis": 0, "quantize_axis": 1, "bits": bits, "block_size": block}
+        operands = [codes, self.node.inputs[0], *parameters]
+        return self._node("GatherBlockQuantized", operands, "com.microsoft", **numbers)
+
+    def _blocks(self, parts: tuple[str, ...]) -> list[Any]:
+        block, shapes = matmul_block(self.layer), matmul_shapes(self.layer)
+        if parts == ROW_PARTS:  # the same bytes, as matrices
+            shapes = [(self.layer.shape[0], math.prod(shape) // self.layer.shape[0]) for shape in shapes]
+        kinds = ("UINT8", "FLOAT", "UINT8")[: 2 if self.layer.weight.symmetric else 3]
+
+        def make(index: int) -> Callable[[], Tensor]:
+            return lambda: matmul_operands(self._tensor(), block)[index].reshape(shapes[index])
+
+        described = enumerate(zip(parts, kinds, shapes, strict=False))
+        return [self._initialiser(part, kind, shape, make(index)) for index, (part, kind, shape) in described]
 
     def weight(self) -> Any:
         shape, spec = self.layer.shape, self.layer.weight

@@ -3,6 +3,8 @@
     MatMulNBits         B uint8 [N, blocks, block * bits / 8], the even input in the low nibble, u = code + 8 of 4 bits
     (com.microsoft)     (code + 128 of 8); scales float32 [N * blocks]; zero points uint8 [N * ceil(blocks * bits / 8)],
                         packed like the codes of a row and absent where symmetric (8, or 128); a last block is padded
+    GatherBlockQuantized    the same bytes, of an embedding, as matrices of as many rows; a head that is tied to it has
+    (com.microsoft)         them once more, since OpenVINO takes nothing but constants
     DequantizeLinear    codes INT4, or UINT8 u with zero points of 128 + z: unsigned, because onnxruntime's kernels for
                         signed ones may saturate on AVX2 without VNNI (its docs, "Quantize ONNX models", on U8S8);
                         scales float32 [], [O] or [O, groups]
@@ -28,6 +30,7 @@ from .gguf_blocks import spread
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 MATMUL_PARTS = ("weight_nbits", "weight_scales", "weight_zero_points")
+ROW_PARTS = ("row_nbits", "row_scales", "row_zero_points")
 DEQUANTIZE_PARTS = ("weight_codes", "weight_scales", "weight_zero_points")
 
 
@@ -42,6 +45,18 @@ def matmul_block(layer: QuantizedLayer) -> int | None:
         return max(math.gcd(layer.shape[1], LARGEST_BLOCK), 32)  # one scale a row: the last block may be padded
     block = math.gcd(layer.weight.group_size, LARGEST_BLOCK)
     return block if block >= SMALLEST_BLOCK else None
+
+
+def in_blocks(layer: QuantizedLayer) -> bool:
+    """Return whether a layer's operator reads blocks.
+
+    MatMulNBits does; GatherBlockQuantized those that fill a row. OpenVINO 2026.4 fails on zero points in the latter.
+    """
+    if layer.weight is None or layer.type not in ("Linear", "Embedding"):
+        return False
+    block = matmul_block(layer)
+    rows = layer.type == "Embedding"
+    return block is not None and not (rows and (layer.shape[1] % block or not layer.weight.symmetric))
 
 
 def matmul_shapes(layer: QuantizedLayer) -> tuple[tuple[int, ...], ...]:
@@ -87,15 +102,16 @@ def decode(tensors: Mapping[str, Tensor], name: str, layer: QuantizedLayer) -> Q
     """Undo ``matmul_operands`` or ``dequantize_operands`` for tensors called ``NAME.PART``."""
     spec, bits = layer.weight, stored_bits(layer.weight)
     shape = scale_shape(layer.shape, spec)
-    scale = tensors[f"{name}.weight_scales"]
-    zero_point = None if spec.symmetric else tensors[f"{name}.weight_zero_points"]
+    part = "row" if f"{name}.row_nbits" in tensors else "weight"
+    scale = tensors[f"{name}.{part}_scales"]
+    zero_point = None if spec.symmetric else tensors[f"{name}.{part}_zero_points"]
     if f"{name}.weight_codes" in tensors:
         codes = tensors[f"{name}.weight_codes"]
         if bits == 8:
             codes, zero_point = _flipped(codes), None if zero_point is None else _flipped(zero_point)
     else:
-        packed = tensors[f"{name}.weight_nbits"]
-        rows, blocks = packed.shape[:2]
+        packed = tensors[f"{name}.{part}_nbits"]
+        rows, blocks = packed.shape[0], scale.numel() // packed.shape[0]
         codes = unpack(packed.flatten(1), bits, layer.shape[1])
         # Every row and group begins with its own scale: what is repeated after it was equal.
         first = slice(None, None, rows // shape[0]), slice(None, None, blocks // shape[1])

@@ -11,13 +11,14 @@ from torch import nn
 
 from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
 from .conv import FrozenConv2d, QuantConv2d
+from .embedding import FrozenEmbedding, QuantEmbedding, set_dtype_
 from .linear import FrozenLinear, QuantLinear
 from .packed import PackedWeight
 
-FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
-FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
-QuantLayer = QuantLinear | QuantConv2d
-FrozenLayer = FrozenLinear | FrozenConv2d
+FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, nn.Embedding: QuantEmbedding}
+FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, nn.Embedding: FrozenEmbedding}
+QuantLayer = QuantLinear | QuantConv2d | QuantEmbedding
+FrozenLayer = FrozenLinear | FrozenConv2d | FrozenEmbedding
 
 
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -41,7 +42,7 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """Return nn.Linear or nn.Conv2d for a fake-quant or frozen layer, else the layer's own type."""
+    """Return nn.Linear, nn.Conv2d or nn.Embedding for a fake-quant or frozen layer, else the layer's own type."""
     for table in (FAKE_QUANT, FROZEN):
         for plain, quantized in table.items():
             if type(layer) is quantized:
@@ -67,6 +68,9 @@ def make_frozen_(
     layer.__class__ = FROZEN[plain_type(layer)]
     if "weight_quantizer" in layer._modules:
         del layer.weight_quantizer
+    if isinstance(layer, FrozenEmbedding):
+        set_dtype_(layer, layer.weight.dtype, layer.weight.device)
+        weight.keep_rows()
     if weight is not None:
         del layer.weight
     layer.packed_weight = weight

@@ -33,8 +33,8 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights on an even grid run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator
-    where it takes the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights on an even grid run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4
+    operator where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         packed_weight: None where only the input is quantized; ``weight`` is then an ordinary parameter.
@@ -58,25 +58,25 @@ class FrozenLinear(nn.Linear):
         x, bias = match_dtypes(x, self.bias)
         if cpu_int4.fits(x, self.packed_weight):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
-        spec = self.packed_weight.spec
-        even = spec.symmetric and spec.codebook is None
-        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and even:
+        if x.dtype in self.packed_weight.gpu_operands:
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
-            return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
+            return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
 
 
 def roundings(layer: nn.Module, x: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
     """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
 
-    The weight comes back rounded where a codebook does it, which has no step size to take part in the backward.
+    The weight comes back rounded where something other than LSQ does it, such as a codebook.
     """
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
     x_rounding = None if activation is None else activation.rounding(x)
-    if isinstance(quantizer, WeightCodebook):
-        return x_rounding, quantizer(layer.weight), None
-    return x_rounding, layer.weight, None if quantizer is None else quantizer.rounding(layer.weight)
+    if quantizer is None:
+        return x_rounding, layer.weight, None
+    if isinstance(quantizer, WeightLSQ):
+        return x_rounding, layer.weight, quantizer.rounding(layer.weight)
+    return x_rounding, quantizer(layer.weight), None
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

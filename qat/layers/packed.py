@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
-from ..numerics import QuantizedTensor, scale_dtype, scale_shape
+from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantizers import FixedDtype
-from ..spec import QuantSpec
+from ..spec import Codebook, QuantSpec
+
+if TYPE_CHECKING:
+    from qat.kernels.int4_layout import Int4Weight
 
 
 class DequantizedWeight(Tensor):
@@ -37,13 +42,19 @@ class DequantizedWeight(Tensor):
 class PackedWeight(FixedDtype):
     """Real low-bit storage of a weight.
 
+    On a GPU, 4-bit codes are held in the order in which the kernels read them, and ``packed`` is empty unless rows are
+    looked up; a state dict has the layout below all the same.
+
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
-        scale: (rows, groups) in ``spec.scale_dtype``.
+        scale: (rows, groups) in ``spec.scale_dtype``; None where the scales are quantized too.
+        scale_codes, scale_factor, scale_offset, scale_levels: those scales' parts (``qat.double_quantization``).
         zero_point: int8 like the scale; None if symmetric.
         levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
+        gpu_operands: by the dtype of x, what the int4 kernels read; empty where they do not take the weight.
+        looked_up: an embedding reads rows of ``packed``, which therefore stays.
     """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> None:
@@ -52,15 +63,23 @@ class PackedWeight(FixedDtype):
         self.columns = math.prod(self.shape[1:])
         row_bytes = packed_row_bytes(self.columns, spec.bits)
         self.register_buffer("packed", torch.empty(self.shape[0], row_bytes, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(scale_shape(shape, spec), dtype=scale_dtype(spec)))
-        zero_point = None if spec.symmetric else torch.empty(self.scale.shape, dtype=torch.int8)
+        self.double, scales = spec.codebook is Codebook.nf4_double, scale_shape(shape, spec)
+        self.register_buffer("scale", None if self.double else torch.empty(scales, dtype=scale_dtype(spec)))
+        if self.double:
+            self.register_buffer("scale_codes", torch.empty(scales, dtype=torch.uint8))
+            self.register_buffer("scale_factor", torch.empty(-(-math.prod(scales) // BLOCK)))
+            self.register_buffer("scale_offset", torch.empty(()))
+            self.register_buffer("scale_levels", torch.empty(256))
+        zero_point = None if spec.symmetric else torch.empty(scales, dtype=torch.int8)
         self.register_buffer("zero_point", zero_point)
         own = codebook.stored_shape(shape, spec)
         levels = None
         if spec.codebook is not None:
-            levels = codebook.named_levels(spec, self.scale.device) if own is None else torch.empty(own)
+            levels = codebook.named_levels(spec, self.packed.device) if own is None else torch.empty(own)
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
+        self.gpu_operands: dict[torch.dtype, Int4Weight] = {}
+        self.looked_up = False
 
     @classmethod
     def from_tensor(cls, tensor: QuantizedTensor) -> PackedWeight:
@@ -68,17 +87,54 @@ class PackedWeight(FixedDtype):
         with torch.device("meta"):
             weight = cls(tensor.spec, tensor.codes.shape)
         weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
-        weight.scale = tensor.scale
+        if weight.double:
+            for part in PARTS:
+                setattr(weight, f"scale_{part}", getattr(tensor.nested, part))
+        else:
+            weight.scale = tensor.scale
         weight.zero_point = tensor.zero_point
         weight.levels = tensor.levels
+        weight._prepack_on_gpu()
         return weight
+
+    def prepack(self) -> None:
+        """Lay 4-bit codes out for the int4 kernels, in the place of ``packed``; done by itself on a GPU."""
+        from qat.kernels.int4_layout import GROUP_MULTIPLE, prepack  # kernels are not needed elsewhere
+
+        group_size = self.spec.group_size or self.columns
+        fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
+        if self.gpu_operands or self.spec.bits != 4 or self.spec.codebook is not None or not fits:
+            return
+        stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size)
+        self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
+        for dtype in (torch.bfloat16, torch.float16):  # the kernels are fastest with the scale in the dtype of x
+            scale = stored.scale.to(dtype)
+            if torch.equal(scale.float(), stored.scale.float()):  # also waits: kernels read a weight ahead of time
+                self.gpu_operands[dtype] = stored._replace(scale=scale)
+        if not self.looked_up:
+            self.packed = self.packed.new_empty(0)
+
+    def _prepack_on_gpu(self) -> None:
+        if self.packed.device.type not in ("cpu", "meta"):
+            self.prepack()
+
+    def _packed(self) -> Tensor:
+        if self.packed.numel() or not self.gpu_operands:
+            return self.packed
+        return self.gpu_operands[torch.float32].checkpoint()[0]
+
+    def _undo_prepack(self) -> None:
+        self.packed, self.gpu_operands = self._packed(), {}
 
     def codes(self) -> Tensor:
         """Return the int8 codes in the weight's logical shape."""
-        return unpack(self.packed, self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
+        return unpack(self._packed(), self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
+        if self.double:
+            nested = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
+            return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
 
     def look(self) -> DequantizedWeight:
@@ -87,15 +143,39 @@ class PackedWeight(FixedDtype):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``."""
+        if dtype in self.gpu_operands:
+            from qat.kernels.int4_linear import int4_dequantize
+
+            return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
         return self.quantized_tensor().dequantize(dtype)
 
+    def keep_rows(self) -> None:
+        """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
+        self.packed, self.looked_up = self._packed(), True
+
+    def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
+        parameters = [self.scale, self.zero_point]
+        if self.scale.shape[0] == self.shape[0]:
+            parameters = [None if part is None else part[rows] for part in parameters]
+        codes = unpack(self.packed[rows], self.spec.bits, self.columns, -self.spec.q_n)
+        return dequantize(codes, parameters[0], dtype, parameters[1])
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._undo_prepack()
         self.cpu_operands = None
         super()._apply(fn, recurse)
         if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
-            self.levels = codebook.named_levels(self.spec, self.scale.device)  # which to_empty would leave undefined
+            self.levels = codebook.named_levels(self.spec, self.packed.device)  # which to_empty would leave undefined
+        self._prepack_on_gpu()
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._undo_prepack()
         self.cpu_operands = None
         super()._load_from_state_dict(*args, **kwargs)
+        self._prepack_on_gpu()
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = self._packed()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..double_quantization import dynamic_map, nest
 from ..errors import LayerError, StateError
 from ..numerics import QuantizedTensor, scale_shape
 from ..spec import Codebook, QuantSpec
@@ -20,6 +21,7 @@ class WeightCodebook(FixedDtype):
 
     Attributes:
         levels: float32 (1, L) of a named codebook; (rows, L) of a custom one, which are saved.
+        scale_levels: float32 (256,), saved, where the scales are quantized too; else None.
         enabled: False passes tensors through, for a delayed start.
         name: the layer's, for messages.
     """
@@ -32,6 +34,8 @@ class WeightCodebook(FixedDtype):
         device = torch.device("cpu") if weight.is_meta else weight.device  # no checkpoint would fill a named one's
         levels = codebook.named_levels(spec, device) if own is None else torch.zeros(own, device=weight.device)
         self.register_buffer("levels", levels, persistent=own is not None)
+        double = spec.codebook is Codebook.nf4_double
+        self.register_buffer("scale_levels", dynamic_map(device) if double else None)
         self._ready = own is None
 
     @torch.no_grad()
@@ -60,7 +64,7 @@ class WeightCodebook(FixedDtype):
         if not self.enabled:
             return weight
         self.require_initialised()
-        return codebook.fake_quantize(weight, self.shape, self.levels)
+        return codebook.fake_quantize(weight, self.shape, self.levels, self.scale_levels)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the codes that ``forward`` uses, with their scales and levels.
@@ -74,7 +78,11 @@ class WeightCodebook(FixedDtype):
             raise LayerError("the weight or its scale holds NaN or infinity")
         scale = codebook.block_scale(weight, self.shape)
         codes = codebook.quantize(weight.detach(), scale, self.levels)
-        return QuantizedTensor(codes, scale, self.spec, None, self.levels.clone())
+        nested = None
+        if self.scale_levels is not None:
+            nested = nest(scale, self.scale_levels.clone())
+            scale = nested.values()
+        return QuantizedTensor(codes, scale, self.spec, None, self.levels.clone(), nested)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)

@@ -24,6 +24,7 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
+from .half_quadratic import half_quadratic_step_size
 from .least_error import best_step_size, squared_errors
 from .rounding import Rounding
 
@@ -45,13 +46,22 @@ def minmax_step_size(max_magnitude: Tensor, spec: QuantSpec) -> Tensor:
     return max_magnitude / spec.q_p
 
 
-def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init) -> Tensor:
-    """Return the initial step size of a weight, (rows, groups) float32."""
+def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tensor | None = None) -> Tensor:
+    """Return the initial step size of a weight, (rows, groups) float32.
+
+    Args:
+        weight: any float tensor.
+        spec: the grid.
+        init: one that reads no data.
+        weights: of the squared errors, for Init.mse: float32 that broadcasts to the weight; None for 1.
+    """
     magnitude = weight.detach().abs().float().reshape(*scale_shape(weight.shape, spec), -1)
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
-    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec), largest)
+    if init is Init.hqq:
+        return half_quadratic_step_size(weight, largest, spec)
+    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
 
 
 class LearnedStepSize(FixedDtype):
@@ -110,7 +120,7 @@ class LearnedStepSize(FixedDtype):
 
 
 class WeightLSQ(LearnedStepSize):
-    """Fake-quantizes a weight per tensor, channel or group.
+    """Fake-quantizes a weight per tensor, channel or group; its step size waits for data if its init reads any.
 
     Attributes:
         kept: rounded weights that ``qat.kept_weights`` keeps for several micro-batches; None keeps none.
@@ -125,7 +135,9 @@ class WeightLSQ(LearnedStepSize):
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
         spec = replace(spec, signed=True)
         super().__init__(spec, scale_shape(weight.shape, spec), name, init, weight.device)
-        if not weight.is_meta:
+        if init.reads_data:
+            self.fix = f"init={init.value} reads data: run qat.calibrate(model, batches) (the training command does it)"
+        elif not weight.is_meta:
             self.set_step_size(weight_step_size(weight, spec, init))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -140,8 +152,16 @@ class WeightLSQ(LearnedStepSize):
         self.require_initialised()
         if self.stored_dtype not in (None, weight.dtype):
             raise StateError(CAST.format(what="weight", name=self.name, dtype=weight.dtype))
-        elements = weight.numel() // self.step_size.numel()  # that share a scale
-        return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p), self.kept)
+        return Rounding(self.spec, self.step_size, self.grad_scale(weight), self.kept)
+
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether ``qat.calibrate`` is to set it, by an init that reads data."""
+        return self.init.reads_data and not self.is_initialised
+
+    def grad_scale(self, weight: Tensor) -> float:
+        """Return LSQ's 1/sqrt(N Q_P) with N the elements that share a scale."""
+        return 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
