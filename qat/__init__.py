@@ -22,6 +22,7 @@ _HOME = {
     "summary": "surgery",
     "calibrate": "calibration",
     "kept_weights": "accumulation",
+    "shard_step_sizes": "sharding",
     "freeze": "freezing",
     "quantized_tensors": "freezing",
     "save": "artifact",

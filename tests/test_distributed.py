@@ -1,6 +1,7 @@
 """A prepared model under DDP and FSDP2, two processes on a CPU: the gradients of one process, and what ships."""
 
 import copy
+import socket
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import qat
 from qat import QuantPolicy, QuantSpec
+from qat.errors import StateError
 from qat.numerics import MIN_SCALE
 
 RANKS = 2
@@ -44,13 +46,13 @@ def batches():
     return [torch.randn(2 * RANKS, 16, generator=generator) for _ in range(3)]
 
 
-def train(model, rank, ranks):
-    """Three steps; each rank sees its part of the batch. Return the losses of the whole batch."""
+def train(model, rank, ranks, dtype=torch.float32):
+    """Three steps; each rank sees its part of the batch. Return this part's losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     steps = [p for name, p in model.named_parameters() if name.endswith("step_size")]
     losses = []
     for batch in batches():
-        loss = model(batch.chunk(ranks)[rank]).square().mean()
+        loss = model(batch.to(dtype).chunk(ranks)[rank]).float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -61,48 +63,55 @@ def train(model, rank, ranks):
     return torch.stack(losses)
 
 
-def full(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def sharded(model, own_groups, **options):
+    if own_groups:
+        qat.shard_step_sizes(model)
+    for block in model.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def work(how, file):
     """What torchrun starts on each rank: train, and let rank 0 save the losses and the whole state."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model = prepared()
-    if how == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    else:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if how == "fsdp2-bf16" else MixedPrecisionPolicy()
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        wrapped = fully_shard(model, mp_policy=policy)
+    model, own_groups = prepared(), how == "own groups"
+    wrapped = nn.parallel.DistributedDataParallel(model) if how == "ddp" else sharded(model, own_groups)
     losses = train(wrapped, dist.get_rank(), RANKS)
     dist.all_reduce(losses)
-    state = {name: full(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+    state = {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+        for name, tensor in model.state_dict().items()
+    }
+    if how != "ddp":  # cast for the forward: the weights, and the step sizes too where they are in the same group
+        cast = sharded(prepared(), own_groups, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with pytest.raises(StateError, match=r"(weight|step size) of 'blocks\.0\.0' arrives as torch\.bfloat16"):
+            cast(batches()[0])
+    if own_groups:
+        in_bf16 = sharded(prepared().bfloat16(), own_groups)
+        assert train(in_bf16, dist.get_rank(), RANKS, torch.bfloat16).isfinite().all()
+        assert {parameter.dtype for parameter in in_bf16.parameters()} == {torch.bfloat16, torch.float32}
     if dist.get_rank() == 0:
         torch.save({"losses": losses / RANKS, "state": state}, file)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2-bf16"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "own groups"])
 def test_two_processes(how, tmp_path):
     """The same losses and parameters as one process with the whole batch; then it freezes."""
     file = tmp_path / "rank0.pt"
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--master-addr=127.0.0.1", f"--master-port={free.getsockname()[1]}"]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", *place]
     done = subprocess.run([*command, __file__, how, file], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = torch.load(file)
-    losses, state = results["losses"], results["state"]
-    alone = prepared()
+    results, alone = torch.load(file), prepared()
     model = copy.deepcopy(alone)
-    model.load_state_dict(state)
-    if how == "fsdp2-bf16":
-        assert losses[-1] < losses[0] and all(tensor.isfinite().all() for tensor in state.values())
-    else:
-        torch.testing.assert_close(losses, train(alone, 0, 1), rtol=1e-4, atol=1e-6)
-        for name, tensor in alone.state_dict().items():
-            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4)
+    model.load_state_dict(results["state"])
+    torch.testing.assert_close(results["losses"], train(alone, 0, 1), rtol=1e-4, atol=1e-6)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(results["state"][name], tensor, rtol=1e-3, atol=1e-4)
     expected = qat.quantized_tensors(model)
     for name, tensor in qat.quantized_tensors(qat.freeze(model)).items():
         assert torch.equal(tensor.codes, expected[name].codes)

@@ -208,3 +208,19 @@ def test_activation_checkpointing():
         checkpointed = lambda x, reentrant=reentrant: checkpoint(model, x, use_reentrant=reentrant)  # noqa: E731
         for one, other in zip(results(model, model, x), results(model, checkpointed, x), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inductor(channels_last):
+    """Convolution and linear layers in one compiled graph with Inductor's own layouts: the bits of eager."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 8))
+    policy = QuantPolicy(weight={"bits": 4}, activation={"bits": 8})
+    x = torch.randn(2, 4, 6, 6)
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    qat.calibrate(qat.prepare(model, policy, verbose=False), [x])
+    torch._dynamo.reset()
+    mine, compiled = results(model, model, x), results(model, torch.compile(model, fullgraph=True), x)
+    for one, other in zip(mine, compiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

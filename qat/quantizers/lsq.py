@@ -28,6 +28,11 @@ from .half_quadratic import half_quadratic_step_size
 from .least_error import best_step_size, squared_errors
 from .rounding import Rounding
 
+CAST = (
+    "the {what} of {name!r} arrives as {dtype}, cast for the forward (FSDP2's MixedPrecisionPolicy does that), and "
+    "what trains would not be what ships: leave out param_dtype; for speed, train a bf16 model with "
+    "qat.shard_step_sizes, or under autocast"
+)
 SAMPLE = 2**16  # values that a calibration batch leaves for the search of the least error
 
 
@@ -106,6 +111,8 @@ class LearnedStepSize(FixedDtype):
         """Raise StateError if no step size was ever set."""
         if not self._ready:
             raise StateError(f"the step size of {self.name!r} was never initialised: {self.fix}")
+        if self.step_size.dtype not in (torch.float32, torch.float64):
+            raise StateError(CAST.format(what="step size", name=self.name, dtype=self.step_size.dtype))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -117,9 +124,11 @@ class WeightLSQ(LearnedStepSize):
 
     Attributes:
         kept: rounded weights that ``qat.kept_weights`` keeps for several micro-batches; None keeps none.
+        stored_dtype: what a sharded weight is stored in, and has to arrive in; None where nothing shards it.
     """
 
     kept: dict | None = None
+    stored_dtype: torch.dtype | None = None
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
@@ -141,6 +150,8 @@ class WeightLSQ(LearnedStepSize):
         if not self.enabled:
             return None
         self.require_initialised()
+        if self.stored_dtype not in (None, weight.dtype):
+            raise StateError(CAST.format(what="weight", name=self.name, dtype=weight.dtype))
         return Rounding(self.spec, self.step_size, self.grad_scale(weight), self.kept)
 
     @property

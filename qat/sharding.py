@@ -1,0 +1,39 @@
+"""FSDP2: step sizes in groups of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .layers import quant_layers
+from .quantizers import LearnedStepSize, WeightLSQ
+
+
+def shard_step_sizes(model: nn.Module, **options: Any) -> nn.Module:
+    """Shard each step size by itself, before ``fully_shard`` takes the blocks that hold them; in place.
+
+    FSDP2 wants one dtype in a group, and step sizes are float32: a model with bf16 weights needs this, one in float32
+    does not. It takes a small all-gather for every step size. Weights must arrive as they are stored: a policy that
+    casts them (``MixedPrecisionPolicy(param_dtype=...)``) is refused in the forward, since what trains would not be
+    what ships; use bf16 weights, or autocast.
+
+        qat.shard_step_sizes(model)
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+
+    Args:
+        model: prepared, and calibrated.
+        options: for ``fully_shard``, such as mesh.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import
+
+    for _, layer in quant_layers(model):
+        if isinstance(layer.weight_quantizer, WeightLSQ):
+            layer.weight_quantizer.stored_dtype = layer.weight.dtype
+    for quantizer in list(model.modules()):
+        if isinstance(quantizer, LearnedStepSize):
+            fully_shard(quantizer, reshard_after_forward=False, **options)
+            register_fsdp_forward_method(quantizer, "rounding")  # which layers call in place of forward
+    return model
