@@ -204,7 +204,7 @@ def _check_init(decisions: list[Decision], init: Init) -> None:
     """Raise a LayerError that names the layers which an init that reads data does not know."""
     names = [repr(d.name) for d in decisions if d.weight is not None and plain_type(d.layer) is Conv1D]
     if init.reads_data and names:
-        raise LayerError(f"init={init.value} does not read Conv1D layers ({', '.join(names)}): use init=mse or hqq")
+        raise LayerError(f"init={init.value} does not read Conv1D layers ({', '.join(names)}): use init=mse")
 
 
 def _is_embedding(decision: Decision) -> bool:

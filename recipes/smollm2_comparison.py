@@ -11,7 +11,7 @@ and its test text to measure with; never the same. Overrides for every training 
 Every linear layer but lm_head gets symmetric weights in groups of 64. Rows, for each number of bits and each seed:
 
     full precision        as it was, and trained on the same batches as the others ("tuned")
-    METHOD                post-training quantization of the original model: rounded (minmax), mse, hqq, gptq, gptaq, ...
+    METHOD                post-training quantization of the original model: rounded (minmax), mse, gptq, gptaq, ...
     METHOD of tuned       the same of the tuned model, which has seen the same tokens as LSQ; without these a comparison
                           would credit quantization-aware training with what any fine-tuning gains
     LSQ from minmax, LSQ from the best METHOD       trained from the original model, on the same batches
@@ -39,7 +39,7 @@ from pathlib import Path
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
 MODEL, run = formats["MODEL"], formats["run"]
 OUT = Path("runs/smollm2_comparison")
-PTQ = ("minmax", "mse", "hqq", "gptq", "gptaq", "awq", "signround", "blockwise")
+PTQ = ("minmax", "mse", "gptq", "gptaq", "awq", "signround", "blockwise")
 LR = {32: 2e-5, 4: 5e-5, 3: 1e-4, 2: 2e-4}
 FULL, TUNED = "full precision", "full precision, tuned"
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 def calibration_seed(init: str, seed: int) -> int:
     """Return 0 for what reads no data, and is the same for every seed."""
-    return 0 if init in ("minmax", "mse", "hqq") else seed
+    return 0 if init in ("minmax", "mse") else seed
 
 
 def arguments() -> argparse.Namespace:

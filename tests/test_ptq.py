@@ -391,25 +391,9 @@ def test_training_a_block_keeps_the_best_state(init):
         assert torch.equal(model[0].weight_quantizer.step_size, largest)
 
 
-@given(bits=st.integers(2, 8), seed=st.integers(0, 999))
-def test_hqq_minimises_a_norm_below_one(bits, seed):
-    """Within a percent of the best of 200 step sizes, for weights with outliers; without outliers close to the mse."""
-    weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
-    weight[:, 0] *= 6
-    grid = spec(bits, scale_dtype="float32")
-    largest = weight_step_size(weight, grid, Init.minmax)
-
-    def norm(step):
-        return (rounded_weight(weight, step, grid) - weight).abs().pow(0.7).sum(-1)
-
-    best = torch.stack([norm(largest * share / 200) for share in range(40, 201)]).amin(0)
-    assert (norm(weight_step_size(weight, grid, Init.hqq)) <= best * 1.05).all()
-
-
 def test_activations_start_at_the_least_error():
-    for init in ("hqq", "gptq"):
-        policy = qat.QuantPolicy(weight=QuantSpec(4), activation={"bits": 8}, init=init)
-        assert qat.prepare(nn.Linear(4, 4), policy, verbose=False).activation_quantizer.init is Init.mse
+    policy = qat.QuantPolicy(weight=QuantSpec(4), activation={"bits": 8}, init="gptq")
+    assert qat.prepare(nn.Linear(4, 4), policy, verbose=False).activation_quantizer.init is Init.mse
 
 
 # One part after another
@@ -673,7 +657,8 @@ def test_too_little_data(init, capsys):
     qat.calibrate(model, x, options=Options(allow_fallback=True))
     printed = capsys.readouterr().out
     assert (
-        "3 layers were rounded to the least squared error instead" in printed and "'0': 9 calibration rows" in printed
+        f"{init}: fallbacks: 3, to the least squared error of the weight" in printed
+        and "'0': 9 calibration rows" in printed
     )
     assert torch.equal(model[0].weight_quantizer.step_size, prepared(mlp(), "mse")[0].weight_quantizer.step_size)
 
@@ -696,7 +681,7 @@ def test_a_layer_that_is_never_reached(init, capsys):
         qat.calibrate(prepared(Rare(), init), x, options=QUICK)
     model = prepared(Rare(), init)
     qat.calibrate(model, x, options=Options(steps=8, allow_fallback=True))
-    assert "1 layers were rounded to the least squared error instead:\n  'rare'" in capsys.readouterr().out
+    assert "fallbacks: 1, to the least squared error of the weight\n  'rare'" in capsys.readouterr().out
     assert model.rare.weight_quantizer.is_initialised
 
 

@@ -48,7 +48,7 @@ class Report:
             lines.append(f"{self.init.value}: {note}: {_some(names)}")
         if self.fallbacks:
             lines.append(
-                f"{self.init.value}: {len(self.fallbacks)} layers were rounded to the least squared error instead:"
+                f"{self.init.value}: fallbacks: {len(self.fallbacks)}, to the least squared error of the weight"
             )
             lines += [f"  {name!r}: {reason}" for name, reason in self.fallbacks.items()]
         return "\n".join(lines)

@@ -24,7 +24,6 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
-from .half_quadratic import half_quadratic_step_size
 from .least_error import best_step_size, squared_errors
 from .rounding import Rounding
 
@@ -59,8 +58,6 @@ def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tenso
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
-    if init is Init.hqq:
-        return half_quadratic_step_size(weight, largest, spec)
     return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
 
 
