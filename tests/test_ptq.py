@@ -503,6 +503,45 @@ def test_convolutions(init):
     assert network(data[0]).isfinite().all()
 
 
+class Exact(nn.Module):
+    """Computes in float32 whatever autocast is on, and remembers whether it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = mlp(), set()
+
+    def forward(self, x):
+        self.seen.add(torch.is_autocast_enabled("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("init", READ_DATA)
+def test_autocast_is_for_the_model_alone(init):
+    """The algebra stays in float32, and the model runs in what the caller is in."""
+    found, data = [], [torch.randn(64, 32)]
+    for ambient in (False, True):
+        model = prepared(Exact(), init)
+        with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+            qat.calibrate(model, data, options=QUICK, verbose=False)
+        assert model.seen == {ambient}
+        found.append(qat.quantized_tensors(model))
+    assert all(torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0])
+
+
+@pytest.mark.parametrize("init", READ_DATA)
+def test_blocks_run_in_autocast(init):
+    """As in training with bf16-mixed: better than round-to-nearest, with no stale cast of a weight."""
+    data, reference = tokens(), language_model()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, errors = [reference(batch) for batch in data], {}
+        for word in ("minmax", init):
+            model = prepared(language_model(), word)
+            qat.calibrate(model, data, options=Options(steps=40), verbose=False)
+            errors[word] = sum((model(batch) - y).square().mean() for batch, y in zip(data, expected, strict=True))
+    assert errors[init] < (0.8 if init != "awq" else 0.95) * errors["minmax"]
+
+
 def test_the_model_is_left_as_it_was():
     model = prepared(language_model(), "gptq").train()
     model.blocks[1].eval()

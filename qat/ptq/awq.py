@@ -140,17 +140,20 @@ def stage_loss(unit: Unit, stage: list[str], moments: Moments) -> Callable[[Tens
             float(output_error(weight.float(), new.float(), moments.hessian[0]))
             for weight, new in zip(weights, rounded(scales), strict=True)
         )
-    expected = [first(module(*args, **kwargs)) for module, args, kwargs in calls]
+
+    def outputs() -> list[Tensor]:
+        with unit.context():
+            return [first(module(*args, **kwargs)) for module, args, kwargs in calls]
+
+    expected = outputs()
 
     def loss(scales: Tensor) -> float:
         for layer, new in zip(layers, rounded(scales), strict=True):
             layer.weight.copy_(new)
-        total = 0.0
-        for (module, args, kwargs), output in zip(calls, expected, strict=True):
-            total += (first(module(*args, **kwargs)) - output).float().square().sum(dtype=torch.float64).item()
+        changes = [(found - output).float() for found, output in zip(outputs(), expected, strict=True)]
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.copy_(weight)
-        return total
+        return sum(change.square().sum(dtype=torch.float64).item() for change in changes)
 
     return loss
 

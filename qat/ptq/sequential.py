@@ -26,7 +26,7 @@ from . import awq, block_training, error_compensation
 from .options import Options
 from .report import Report
 from .resume import Finished
-from .units import Chain, Forward, Layers, Unit, find_blocks, probe
+from .units import Chain, Context, Forward, Layers, Unit, find_blocks, probe
 
 METHODS: dict[Init, Callable[[Unit, Options, Report], None]] = {
     Init.gptq: error_compensation.quantize_unit,
@@ -71,9 +71,16 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
     check_batches(batches)
     init = next(iter(layers.values())).weight_quantizer.init
     report = Report(init)
-    with calibrating(model, layers), torch.no_grad():
+    device = torch.device(options.device or next(model.parameters()).device).type
+    context = ambient_autocast(device)
+
+    def run(module: nn.Module, batch: Any) -> Any:
+        with context():
+            return forward(module, batch)
+
+    with calibrating(model), torch.no_grad(), torch.autocast(device, enabled=False):
         finished = Finished(options, init, batches)
-        units = walk(model, layers, batches, forward, options, init in NEED_TWIN)
+        units = walk(model, layers, batches, run, options, context, init in NEED_TWIN)
         bar = tqdm(total=len(layers), desc=init.value, unit="layer", disable=not sys.stderr.isatty())
         with bar, closing(units):
             for unit in units:
@@ -88,13 +95,22 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
 
 
 def walk(
-    model: nn.Module, layers: Layers, batches: list[Any], forward: Forward, options: Options, twins: bool
+    model: nn.Module,
+    layers: Layers,
+    batches: list[Any],
+    forward: Forward,
+    options: Options,
+    context: Context,
+    twins: bool,
 ) -> Iterator[Unit]:
     """Yield the units in order; each is finished by the consumer before the next one is asked for."""
 
+    def on_batch(module: nn.Module, batch: int) -> Any:
+        return forward(module, batches[batch])
+
     def whole(name: str, part: Layers) -> Unit:
         twin = unquantized_copy(model) if twins else None
-        return Unit(name, model, part, lambda module, batch: forward(module, batches[batch]), len(batches), twin)
+        return Unit(name, model, part, on_batch, len(batches), context, twin)
 
     found = find_blocks(model, layers)
     seen = found and probe(model, found[1], layers, batches[0], forward)
@@ -108,7 +124,7 @@ def walk(
     after = {name: layer for name, layer in outside.items() if name not in seen.early}
     if before:
         yield whole("before", before)
-    chain = Chain(model, blocks, seen.rest, batches, forward)
+    chain = Chain(model, blocks, seen.rest, batches, forward, context)
     for index, block in enumerate(blocks):
         home = next(block.parameters()).device
         block.to(options.device or home)
@@ -117,7 +133,7 @@ def walk(
             twin = unquantized_copy(block) if twins else None
             part = {name: layer for name, layer in layers.items() if id(layer) in members}
             run = chain.runner(index, twin, options.device)
-            unit = Unit(f"{path}.{index}", block, part, run, len(batches), twin)
+            unit = Unit(f"{path}.{index}", block, part, run, len(batches), context, twin)
             if part:
                 yield unit
             chain.advance(unit)
@@ -126,7 +142,16 @@ def walk(
     if after:
         twin = unquantized_copy(model, blocks) if twins else None
         with chain.finished(batches, forward, twin) as run:
-            yield Unit("after", model, after, run, len(batches), twin)
+            yield Unit("after", model, after, run, len(batches), context, twin)
+
+
+def ambient_autocast(device: str) -> Context:
+    """Return the autocast that is on here, for the model's forwards: the algebra around them stays in float32.
+
+    Its cache would keep casts of weights that change between two forwards.
+    """
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def unquantized_copy(module: nn.Module, shared: nn.Module | None = None) -> nn.Module:
@@ -168,7 +193,7 @@ def broadcast(unit: Unit) -> None:
 
 
 @contextmanager
-def calibrating(model: nn.Module, layers: Layers) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
     modes = {module: module.training for module in model.modules()}
     quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize)]
