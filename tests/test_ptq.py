@@ -724,6 +724,36 @@ def test_a_layer_that_is_never_reached(init, capsys):
     assert model.rare.weight_quantizer.is_initialised
 
 
+@pytest.mark.parametrize("init", READ_DATA)
+def test_a_weight_that_an_embedding_shares(init, capsys):
+    """It is refused, or rounded where it is: the embedding does not move, and nothing is folded into it."""
+
+    def tied():
+        torch.manual_seed(0)
+        sizes = {"vocabulary": 64, "width": 32, "depth": 2, "heads": 2, "context": 16}
+        return build({"builder": "gpt", "args": {**sizes, "tie_embeddings": True}})
+
+    message = r"the weight of 'lm_head' is also that of 'tokens'.*leave 'lm_head' out by a rule"
+    with pytest.raises(CalibrationError, match=message):
+        qat.calibrate(prepared(tied(), init), tokens(), options=QUICK)
+    model = prepared(tied(), init)
+    qat.calibrate(model, tokens(), options=Options(steps=8, allow_fallback=True))
+    assert "fallbacks: 1" in capsys.readouterr().out
+    assert torch.equal(model.tokens.weight, tied().tokens.weight)
+    assert model.lm_head.weight_quantizer.is_initialised and model.lm_head.weight_quantizer.enabled
+
+
+def test_two_layers_that_share_a_weight():
+    """Both are quantized, once, and stay tied; AWQ folds nothing into what is used elsewhere."""
+    for init in ("gptq", "awq"):
+        model = mlp(depth=3)
+        model[2].weight = model[4].weight
+        prepared(model, init)
+        qat.calibrate(model, [torch.randn(128, 32)], verbose=False)
+        found = qat.quantized_tensors(model)
+        assert model[2].weight is model[4].weight and torch.equal(found["2"].codes, found["4"].codes)
+
+
 def test_nothing_rounds_to_nearest_before_calibration():
     model = prepared(mlp(), "gptq")
     with pytest.raises(StateError, match=r"'0' was never initialised: init=gptq reads data: run qat.calibrate"):

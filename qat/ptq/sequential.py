@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
-from ..layers import quant_layers
+from ..layers import QuantLayer, quant_layers
 from ..quantizers import DynamicActivation, LearnedStepSize
 from ..quantizers.lsq import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation
+from .error_compensation import fall_back
 from .options import Options
 from .report import Report
 from .resume import Finished
@@ -71,6 +73,10 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
     check_batches(batches)
     init = next(iter(layers.values())).weight_quantizer.init
     report = Report(init)
+    tied = tied_parameters(model)
+    refuse_tied(model, layers, options, report)
+    if not layers:
+        return report
     device = torch.device(options.device or next(model.parameters()).device).type
     context = ambient_autocast(device)
 
@@ -84,6 +90,7 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
         bar = tqdm(total=len(layers), desc=init.value, unit="layer", disable=not sys.stderr.isatty())
         with bar, closing(units):
             for unit in units:
+                unit.tied = tied
                 if not finished.load(unit, report):
                     METHODS[init](unit, options, report)
                     broadcast(unit)
@@ -110,7 +117,7 @@ def walk(
 
     def whole(name: str, part: Layers) -> Unit:
         twin = unquantized_copy(model) if twins else None
-        return Unit(name, model, part, on_batch, len(batches), context, twin)
+        return Unit(name, model, part, on_batch, len(batches), context, twin=twin)
 
     found = find_blocks(model, layers)
     seen = found and probe(model, found[1], layers, batches[0], forward)
@@ -133,7 +140,7 @@ def walk(
             twin = unquantized_copy(block) if twins else None
             part = {name: layer for name, layer in layers.items() if id(layer) in members}
             run = chain.runner(index, twin, options.device)
-            unit = Unit(f"{path}.{index}", block, part, run, len(batches), context, twin)
+            unit = Unit(f"{path}.{index}", block, part, run, len(batches), context, twin=twin)
             if part:
                 yield unit
             chain.advance(unit)
@@ -142,7 +149,32 @@ def walk(
     if after:
         twin = unquantized_copy(model, blocks) if twins else None
         with chain.finished(batches, forward, twin) as run:
-            yield Unit("after", model, after, run, len(batches), context, twin)
+            yield Unit("after", model, after, run, len(batches), context, twin=twin)
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that are used in several places."""
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in counts.items() if count > 1}
+
+
+def refuse_tied(model: nn.Module, layers: Layers, options: Options, report: Report) -> None:
+    """Take layers out that share their weight with a part that is not quantized, which would be moved along.
+
+    Raises:
+        CalibrationError: there is one, and options allow no fallback.
+    """
+    plain = {
+        id(module._parameters["weight"]): path
+        for path, module in model.named_modules()
+        if module._parameters.get("weight") is not None and not isinstance(module, QuantLayer)
+    }
+    for name, layer in list(layers.items()):
+        if id(layer.weight) in plain:
+            reason = f"the weight of {name!r} is also that of {plain[id(layer.weight)]!r}, which it would change"
+            error = CalibrationError(f"{reason}: leave {name!r} out by a rule with weight null, or untie the two")
+            fall_back({name: layer}, error, options, report)
+            del layers[name]
 
 
 def ambient_autocast(device: str) -> Context:

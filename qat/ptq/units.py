@@ -37,6 +37,7 @@ class Unit:
         run: (module or its twin, batch index) -> output; the twin reads the stream of unquantized blocks.
         batches: how many there are.
         context: what parts of the model run in: the autocast that the caller is in, without its cache of weights.
+        tied: ids of the model's parameters that are used in several places.
         twin: an unquantized copy of the module, for methods that ask for one.
         stages: the names of layers that read the same tensor, in the order in which the unit reaches them; a layer that
             no batch reaches has none.
@@ -50,6 +51,7 @@ class Unit:
     run: Callable[[nn.Module, int], Any]
     batches: int
     context: Context
+    tied: set[int] = field(default_factory=set)
     twin: nn.Module | None = None
     stages: list[list[str]] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
