@@ -503,6 +503,45 @@ def test_convolutions(init):
     assert network(data[0]).isfinite().all()
 
 
+class Exact(nn.Module):
+    """Computes in float32 whatever autocast is on, and remembers whether it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = mlp(), set()
+
+    def forward(self, x):
+        self.seen.add(torch.is_autocast_enabled("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("init", READ_DATA)
+def test_autocast_is_for_the_model_alone(init):
+    """The algebra stays in float32, and the model runs in what the caller is in."""
+    found, data = [], [torch.randn(64, 32)]
+    for ambient in (False, True):
+        model = prepared(Exact(), init)
+        with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+            qat.calibrate(model, data, options=QUICK, verbose=False)
+        assert model.seen == {ambient}
+        found.append(qat.quantized_tensors(model))
+    assert all(torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0])
+
+
+@pytest.mark.parametrize("init", READ_DATA)
+def test_blocks_run_in_autocast(init):
+    """As in training with bf16-mixed: better than round-to-nearest, with no stale cast of a weight."""
+    data, reference = tokens(), language_model()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, errors = [reference(batch) for batch in data], {}
+        for word in ("minmax", init):
+            model = prepared(language_model(), word)
+            qat.calibrate(model, data, options=Options(steps=40), verbose=False)
+            errors[word] = sum((model(batch) - y).square().mean() for batch, y in zip(data, expected, strict=True))
+    assert errors[init] < (0.8 if init != "awq" else 0.95) * errors["minmax"]
+
+
 def test_the_model_is_left_as_it_was():
     model = prepared(language_model(), "gptq").train()
     model.blocks[1].eval()
@@ -692,6 +731,36 @@ def test_codebooks_wait_for_nothing(init):
     model = prepared(mlp(), init, rules=rules)
     qat.calibrate(model, [torch.randn(64, 32)], options=QUICK)
     assert torch.equal(qat.quantized_tensors(model)["2"].codes, before["2"].codes)
+
+
+@pytest.mark.parametrize("init", READ_DATA)
+def test_a_weight_that_an_embedding_shares(init, capsys):
+    """It is refused, or rounded where it is: the embedding does not move, and nothing is folded into it."""
+
+    def tied():
+        torch.manual_seed(0)
+        sizes = {"vocabulary": 64, "width": 32, "depth": 2, "heads": 2, "context": 16}
+        return build({"builder": "gpt", "args": {**sizes, "tie_embeddings": True}})
+
+    message = r"the weight of 'lm_head' is also that of 'tokens'.*leave 'lm_head' out by a rule"
+    with pytest.raises(CalibrationError, match=message):
+        qat.calibrate(prepared(tied(), init), tokens(), options=QUICK)
+    model = prepared(tied(), init)
+    qat.calibrate(model, tokens(), options=Options(steps=8, allow_fallback=True))
+    assert "fallbacks: 1" in capsys.readouterr().out
+    assert torch.equal(model.tokens.weight, tied().tokens.weight)
+    assert model.lm_head.weight_quantizer.is_initialised and model.lm_head.weight_quantizer.enabled
+
+
+def test_two_layers_that_share_a_weight():
+    """Both are quantized, once, and stay tied; AWQ folds nothing into what is used elsewhere."""
+    for init in ("gptq", "awq"):
+        model = mlp(depth=3)
+        model[2].weight = model[4].weight
+        prepared(model, init)
+        qat.calibrate(model, [torch.randn(128, 32)], verbose=False)
+        found = qat.quantized_tensors(model)
+        assert model[2].weight is model[4].weight and torch.equal(found["2"].codes, found["4"].codes)
 
 
 def test_nothing_rounds_to_nearest_before_calibration():

@@ -27,13 +27,7 @@ from .units import Unit, first
 ALPHAS = [index / 20 for index in range(20)]
 SHRINKS = [1 - index / 20 for index in range(10)]  # of max|w|
 SEARCH_ROWS = 2048  # inputs of a module whose output judges alpha
-NOT_CLIPPED = (
-    "q_",
-    "k_",
-    "query",
-    "key",
-    "qkv",
-)  # in their names: a clipped outlier would change every attention score
+NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv")  # in names: a clipped outlier would change every attention score
 
 
 def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
@@ -86,10 +80,12 @@ def channel_scales(magnitude: Tensor, alpha: float) -> Tensor:
 def find_producer(unit: Unit, stage: list[str]) -> nn.Module | None:
     """Return the norm or linear layer that makes a stage's input, if dividing its outputs by s is exact there."""
     layers = [unit.layers[name] for name in stage]
+    if any(has_tied(layer, unit.tied) for layer in layers):
+        return None
     width, batch = layers[0].in_features, unit.reached[stage[0]]
     expected = first(unit.run(unit.module, batch))
     for candidate in unit.module.modules():
-        if candidate in layers or not makes(candidate, width):
+        if candidate in layers or not makes(candidate, width) or has_tied(candidate, unit.tied):
             continue
         scales = torch.exp2((torch.arange(width) % 5 - 2).float())  # powers of two: folding and undoing them is exact
         scales = scales[torch.randperm(width, generator=torch.Generator().manual_seed(0))].to(layers[0].weight.device)
@@ -99,6 +95,11 @@ def find_producer(unit: Unit, stage: list[str]) -> nn.Module | None:
         if (found - expected).abs().max() <= 1e-5 * expected.abs().max():
             return candidate
     return None
+
+
+def has_tied(module: nn.Module, tied: set[int]) -> bool:
+    """Return whether a parameter of a module is also used elsewhere, where folding would be noticed."""
+    return any(id(parameter) in tied for parameter in module.parameters(recurse=False))
 
 
 def makes(module: nn.Module, width: int) -> bool:
@@ -140,17 +141,20 @@ def stage_loss(unit: Unit, stage: list[str], moments: Moments) -> Callable[[Tens
             float(output_error(weight.float(), new.float(), moments.hessian[0]))
             for weight, new in zip(weights, rounded(scales), strict=True)
         )
-    expected = [first(module(*args, **kwargs)) for module, args, kwargs in calls]
+
+    def outputs() -> list[Tensor]:
+        with unit.context():
+            return [first(module(*args, **kwargs)) for module, args, kwargs in calls]
+
+    expected = outputs()
 
     def loss(scales: Tensor) -> float:
         for layer, new in zip(layers, rounded(scales), strict=True):
             layer.weight.copy_(new)
-        total = 0.0
-        for (module, args, kwargs), output in zip(calls, expected, strict=True):
-            total += (first(module(*args, **kwargs)) - output).float().square().sum(dtype=torch.float64).item()
+        changes = [(found - output).float() for found, output in zip(outputs(), expected, strict=True)]
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.copy_(weight)
-        return total
+        return sum(change.square().sum(dtype=torch.float64).item() for change in changes)
 
     return loss
 

@@ -13,7 +13,7 @@ from .gptq import Factor, factorize, gptq, output_error, rounded_weight
 from .moments import Moments
 from .options import Options
 from .report import Report, set_fallback, set_layer
-from .units import Unit
+from .units import Layers, Unit
 
 
 def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
@@ -29,7 +29,7 @@ def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
             moments.require_rows(stage[0])
             factors = factors_of(moments, options)
         except CalibrationError as error:
-            fall_back(unit, stage, error, options, report)
+            fall_back({name: unit.layers[name] for name in stage}, error, options, report)
             continue
         damping = max(factor.damping for factor in factors)
         for name in stage:
@@ -98,15 +98,15 @@ def total_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return float(sum(output_error(*part) for part in parts))
 
 
-def fall_back(unit: Unit, names: list[str], error: CalibrationError, options: Options, report: Report) -> None:
+def fall_back(layers: Layers, error: CalibrationError, options: Options, report: Report) -> None:
     """Round layers to the least squared error where options allow it, else raise."""
     if not options.allow_fallback:
         raise CalibrationError(
             f"{error}; or let such layers be rounded to the least squared error: allow_fallback=true"
         ) from None
-    for name in names:
-        set_fallback(name, unit.layers[name], str(error), report)
-        unit.layers[name].weight_quantizer.enabled = True
+    for name, layer in layers.items():
+        set_fallback(name, layer, str(error), report)
+        layer.weight_quantizer.enabled = True
 
 
 def fall_back_unreached(unit: Unit, options: Options, report: Report) -> None:
@@ -117,4 +117,4 @@ def fall_back_unreached(unit: Unit, options: Options, report: Report) -> None:
             error = CalibrationError(
                 f"no calibration batch reached {name!r}: give batches that run it, or skip it by a rule"
             )
-            fall_back(unit, [name], error, options, report)
+            fall_back({name: unit.layers[name]}, error, options, report)

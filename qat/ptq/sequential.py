@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
-from ..layers import quant_layers
+from ..layers import QuantLayer, quant_layers
 from ..quantizers import DynamicActivation, LearnedStepSize, WeightLSQ
 from ..quantizers.lsq import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation
+from .error_compensation import fall_back
 from .options import Options
 from .report import Report
 from .resume import Finished
-from .units import Chain, Forward, Layers, Unit, find_blocks, probe
+from .units import Chain, Context, Forward, Layers, Unit, find_blocks, probe
 
 METHODS: dict[Init, Callable[[Unit, Options, Report], None]] = {
     Init.gptq: error_compensation.quantize_unit,
@@ -71,12 +73,24 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
     check_batches(batches)
     init = next(iter(layers.values())).weight_quantizer.init
     report = Report(init)
-    with calibrating(model, layers), torch.no_grad():
+    tied = tied_parameters(model)
+    refuse_tied(model, layers, options, report)
+    if not layers:
+        return report
+    device = torch.device(options.device or next(model.parameters()).device).type
+    context = ambient_autocast(device)
+
+    def run(module: nn.Module, batch: Any) -> Any:
+        with context():
+            return forward(module, batch)
+
+    with calibrating(model), torch.no_grad(), torch.autocast(device, enabled=False):
         finished = Finished(options, init, batches)
-        units = walk(model, layers, batches, forward, options, init in NEED_TWIN)
+        units = walk(model, layers, batches, run, options, context, init in NEED_TWIN)
         bar = tqdm(total=len(layers), desc=init.value, unit="layer", disable=not sys.stderr.isatty())
         with bar, closing(units):
             for unit in units:
+                unit.tied = tied
                 if not finished.load(unit, report):
                     METHODS[init](unit, options, report)
                     broadcast(unit)
@@ -88,13 +102,22 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
 
 
 def walk(
-    model: nn.Module, layers: Layers, batches: list[Any], forward: Forward, options: Options, twins: bool
+    model: nn.Module,
+    layers: Layers,
+    batches: list[Any],
+    forward: Forward,
+    options: Options,
+    context: Context,
+    twins: bool,
 ) -> Iterator[Unit]:
     """Yield the units in order; each is finished by the consumer before the next one is asked for."""
 
+    def on_batch(module: nn.Module, batch: int) -> Any:
+        return forward(module, batches[batch])
+
     def whole(name: str, part: Layers) -> Unit:
         twin = unquantized_copy(model) if twins else None
-        return Unit(name, model, part, lambda module, batch: forward(module, batches[batch]), len(batches), twin)
+        return Unit(name, model, part, on_batch, len(batches), context, twin=twin)
 
     found = find_blocks(model, layers)
     seen = found and probe(model, found[1], layers, batches[0], forward)
@@ -108,7 +131,7 @@ def walk(
     after = {name: layer for name, layer in outside.items() if name not in seen.early}
     if before:
         yield whole("before", before)
-    chain = Chain(model, blocks, seen.rest, batches, forward)
+    chain = Chain(model, blocks, seen.rest, batches, forward, context)
     for index, block in enumerate(blocks):
         home = next(block.parameters()).device
         block.to(options.device or home)
@@ -117,7 +140,7 @@ def walk(
             twin = unquantized_copy(block) if twins else None
             part = {name: layer for name, layer in layers.items() if id(layer) in members}
             run = chain.runner(index, twin, options.device)
-            unit = Unit(f"{path}.{index}", block, part, run, len(batches), twin)
+            unit = Unit(f"{path}.{index}", block, part, run, len(batches), context, twin=twin)
             if part:
                 yield unit
             chain.advance(unit)
@@ -126,7 +149,41 @@ def walk(
     if after:
         twin = unquantized_copy(model, blocks) if twins else None
         with chain.finished(batches, forward, twin) as run:
-            yield Unit("after", model, after, run, len(batches), twin)
+            yield Unit("after", model, after, run, len(batches), context, twin=twin)
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that are used in several places."""
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in counts.items() if count > 1}
+
+
+def refuse_tied(model: nn.Module, layers: Layers, options: Options, report: Report) -> None:
+    """Take layers out that share their weight with a part that is not quantized, which would be moved along.
+
+    Raises:
+        CalibrationError: there is one, and options allow no fallback.
+    """
+    plain = {
+        id(module._parameters["weight"]): path
+        for path, module in model.named_modules()
+        if module._parameters.get("weight") is not None and not isinstance(module, QuantLayer)
+    }
+    for name, layer in list(layers.items()):
+        if id(layer.weight) in plain:
+            reason = f"the weight of {name!r} is also that of {plain[id(layer.weight)]!r}, which it would change"
+            error = CalibrationError(f"{reason}: leave {name!r} out by a rule with weight null, or untie the two")
+            fall_back({name: layer}, error, options, report)
+            del layers[name]
+
+
+def ambient_autocast(device: str) -> Context:
+    """Return the autocast that is on here, for the model's forwards: the algebra around them stays in float32.
+
+    Its cache would keep casts of weights that change between two forwards.
+    """
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def unquantized_copy(module: nn.Module, shared: nn.Module | None = None) -> nn.Module:
@@ -168,7 +225,7 @@ def broadcast(unit: Unit) -> None:
 
 
 @contextmanager
-def calibrating(model: nn.Module, layers: Layers) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
     modes = {module: module.training for module in model.modules()}
     quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize)]

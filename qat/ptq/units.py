@@ -8,7 +8,7 @@ transformer; a model without one is a single unit, which is run from the start f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..layers import QuantLayer
 
 Layers = dict[str, QuantLayer]
 Forward = Callable[[nn.Module, Any], Any]
+Context = Callable[[], AbstractContextManager]
 
 
 class _Stop(Exception):
@@ -35,6 +36,8 @@ class Unit:
         layers: to quantize, by their names in the model.
         run: (module or its twin, batch index) -> output; the twin reads the stream of unquantized blocks.
         batches: how many there are.
+        context: what parts of the model run in: the autocast that the caller is in, without its cache of weights.
+        tied: ids of the model's parameters that are used in several places.
         twin: an unquantized copy of the module, for methods that ask for one.
         stages: the names of layers that read the same tensor, in the order in which the unit reaches them; a layer that
             no batch reaches has none.
@@ -47,6 +50,8 @@ class Unit:
     layers: Layers
     run: Callable[[nn.Module, int], Any]
     batches: int
+    context: Context
+    tied: set[int] = field(default_factory=set)
     twin: nn.Module | None = None
     stages: list[list[str]] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
@@ -124,9 +129,15 @@ class Chain:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: nn.ModuleList, rest: tuple | None, batches: list[Any], forward: Forward
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        rest: tuple | None,
+        batches: list[Any],
+        forward: Forward,
+        context: Context,
     ) -> None:
-        self.blocks, self.rest = blocks, rest
+        self.blocks, self.rest, self.context = blocks, rest, context
         self.stream: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []  # of a batch, of a block: what else it is called with
         with self._replaced(self._record):  # no block runs
@@ -140,7 +151,8 @@ class Chain:
         def run(module: nn.Module, batch: int) -> Tensor:
             args, kwargs = _to(self._calls[batch][index], device)
             hidden = (self.unquantized if module is twin else self.stream)[batch]
-            return module(_to(hidden, device), *args, **kwargs)
+            with self.context():
+                return module(_to(hidden, device), *args, **kwargs)
 
         return run
 
