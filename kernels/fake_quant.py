@@ -18,6 +18,7 @@ Bytes moved, at least: x and y forward; grad_y, x and grad_x backward. Nothing i
 import torch
 import triton
 import triton.language as tl
+from qat.kernels.launching import ceil_div, launch, next_power_of_2
 from qat.kernels.rounding import INTERPRETED, round_half_even, round_to
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from qat.numerics import MIN_SCALE
 from qat.spec import QuantSpec
 
 TILE = 4096  # elements a program holds at a time
-WARPS = 4
+WARPS = 8
 PARTIAL_SUMS = 4096  # of one step size at most, so that one tile adds them up
 
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
@@ -73,16 +74,17 @@ def _forward_kernel(
     y_ptr,  # (S, B)
     S,
     B,
+    tiles,  # along B
     LOW: tl.constexpr,  # -q_n
     HIGH: tl.constexpr,  # q_p
     SCALE_DTYPE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Compute one (BLOCK_S, BLOCK_B) tile of y."""
-    row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    """Compute one (BLOCK_S, BLOCK_B) tile of y. One axis of programs: the others end at 65535."""
+    row = tl.program_id(0) // tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     # 64 bits: a tensor may have more than 2^31 elements.
-    column = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     place = row.to(tl.int64)[:, None] * B + column[None, :]
     inside = (row < S)[:, None] & (column < B)[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -155,11 +157,10 @@ def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.d
     if x.numel():
         scales, block = step_size.numel(), x.numel() // step_size.numel()
         block_s, block_b = _tile(scales, block)
-        grid = (triton.cdiv(scales, block_s), triton.cdiv(block, block_b))
-        with on_device(x):
-            _forward_kernel[grid](
-                source, step_size.contiguous(), y, scales, block, *_grid(spec), block_s, block_b, num_warps=WARPS
-            )
+        tiles = ceil_div(block, block_b)
+        arguments = source, step_size.contiguous(), y, scales, block, tiles
+        constants = *_bounds(spec), block_s, block_b
+        launch(_forward_kernel, (ceil_div(scales, block_s) * tiles,), arguments, constants, num_warps=WARPS)
     return _laid_out_as(x, y, step_size)
 
 
@@ -202,34 +203,20 @@ def _backward(grad_y, x, step_size, spec, grad_scale, grad_x, y, step_wanted: bo
         return torch.zeros_like(step_size) if step_wanted else None
     scales, block = step_size.numel(), x.numel() // step_size.numel()
     block_s, block_b = _tile(scales, block)
-    rows, tiles = triton.cdiv(scales, block_s), triton.cdiv(block, block_b)
-    tiles_each = triton.cdiv(tiles, max(1, PARTIAL_SUMS // rows))
-    programs = triton.cdiv(tiles, tiles_each)  # along B
+    rows, tiles = ceil_div(scales, block_s), ceil_div(block, block_b)
+    tiles_each = ceil_div(tiles, max(1, PARTIAL_SUMS // rows))
+    programs = ceil_div(tiles, tiles_each)  # along B
     grad_step = sums = None
     if step_wanted:
         grad_step = torch.empty(step_size.shape, dtype=step_size.dtype, device=x.device)
         sums = grad_step if programs == 1 else x.new_empty(scales, programs, dtype=torch.float32)
-    with on_device(x):
-        _backward_kernel[rows, programs](
-            grad_y,
-            x,
-            step_size.contiguous(),
-            grad_x,
-            y,
-            sums,
-            scales,
-            block,
-            tiles_each,
-            grad_scale if programs == 1 else 1.0,
-            grad_x is grad_y,
-            *_grid(spec),
-            block_s,
-            block_b,
-            num_warps=WARPS,
-        )
-        if step_wanted and programs > 1:
-            size = triton.next_power_of_2(programs)
-            _sum_kernel[(scales,)](sums, grad_step, programs, grad_scale, size, num_warps=WARPS)
+    factor = grad_scale if programs == 1 else 1.0
+    arguments = grad_y, x, step_size.contiguous(), grad_x, y, sums, scales, block, tiles_each, factor
+    constants = grad_x is grad_y, *_bounds(spec), block_s, block_b
+    launch(_backward_kernel, (rows, programs), arguments, constants, num_warps=WARPS)
+    if step_wanted and programs > 1:
+        size = next_power_of_2(programs)
+        launch(_sum_kernel, (scales,), (sums, grad_step, programs, grad_scale), (size,), num_warps=WARPS)
     return grad_step
 
 
@@ -251,15 +238,10 @@ def _laid_out_as(x: Tensor, result: Tensor, step_size: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=result.dtype).copy_(result)
 
 
-def on_device(x: Tensor):
-    """Return a context in which Triton launches on the device of x."""
-    return torch.accelerator.device_index(x.device.index)
-
-
 def _tile(scales: int, block: int) -> tuple[int, int]:
-    block_b = min(TILE, triton.next_power_of_2(block))
-    return min(TILE // block_b, triton.next_power_of_2(scales)), block_b
+    block_b = min(TILE, next_power_of_2(block))
+    return min(TILE // block_b, next_power_of_2(scales)), block_b
 
 
-def _grid(spec: QuantSpec) -> tuple[float, float, tl.dtype]:
-    return float(-spec.q_n), float(spec.q_p), _TL_DTYPES[spec.scale_dtype.value]
+def _bounds(spec: QuantSpec) -> tuple[float, float, tl.dtype]:
+    return float(-spec.q_n), float(spec.q_p), _TL_DTYPES[spec.scale_dtype]

@@ -17,6 +17,7 @@ written, and y where it is wanted again.
 import torch
 import triton
 import triton.language as tl
+from qat.kernels.launching import ceil_div, launch, next_power_of_2
 from qat.kernels.rounding import round_half_even, round_to
 from torch import Tensor
 
@@ -67,12 +68,15 @@ def _round_kernel(
         zero_point = tl.where((-128.0 + least) + (127.0 + most) > 0.0, -128.0 - least, 127.0 - most)
         zero_point = round_half_even(_clamp(zero_point))
         codes = round_half_even(x * factor) + zero_point
-        clipped = (codes < -128.0) | (codes > 127.0)
         y = (_clamp(codes) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
         if grad_x_ptr is not None:
+            clipped = (codes < -128.0) | (codes > 127.0)
             if grad_y_ptr is None:
-                zero = tl.zeros_like(x).to(grad_x_ptr.dtype.element_ty)
-                tl.store(grad_x_ptr + place, zero, mask=valid & clipped)
+                # Rounding is monotonic: nothing is clipped in a token whose two ends are not, which is nearly all.
+                low_end, high_end = round_half_even(least) + zero_point, round_half_even(most) + zero_point
+                if tl.max(((low_end < -128.0) | (high_end > 127.0)).to(tl.int32)) > 0:
+                    zero = tl.zeros_like(x).to(grad_x_ptr.dtype.element_ty)
+                    tl.store(grad_x_ptr + place, zero, mask=valid & clipped)
             else:
                 grad_y = tl.load(grad_y_ptr + place, mask=valid, other=0.0).to(tl.float32)
                 grad_x = round_to(tl.where(clipped, 0.0, grad_y), grad_x_ptr.dtype.element_ty)
@@ -115,19 +119,13 @@ def _launch(x: Tensor, y: Tensor | None, grad_y: Tensor | None, grad_x: Tensor |
     if not x.numel():
         return
     k = _BLOCK if kind == Dynamic.q8_0 else x.shape[-1]
-    tokens, block_k = x.numel() // k, triton.next_power_of_2(k)
+    tokens, block_k = x.numel() // k, next_power_of_2(k)
     block_t = max(1, TILE // block_k)
-    with torch.accelerator.device_index(x.device.index):
-        _round_kernel[(triton.cdiv(tokens, block_t),)](
-            x,
-            y,
-            grad_y,
-            grad_x,
-            tokens,
-            k,
-            kind == Dynamic.q8_0,
-            block_t,
-            block_k,
-            num_warps=min(16, max(4, block_t * block_k // 1024)),
-            enable_fp_fusion=False,  # the reference rounds products and sums one by one
-        )
+    launch(
+        _round_kernel,
+        (ceil_div(tokens, block_t),),
+        (x, y, grad_y, grad_x, tokens, k),
+        (kind == Dynamic.q8_0, block_t, block_k),
+        num_warps=min(16, max(4, block_t * block_k // 1024)),
+        enable_fp_fusion=False,  # the reference rounds products and sums one by one
+    )

@@ -13,9 +13,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-FUSED = "fused Triton kernels"
-REFERENCE = "the torch reference"
-
 
 def fused(x: Tensor, step_size: Tensor | None = None) -> bool:
     """Return whether x is fake-quantized by the kernels of ``qat.kernels.fake_quant`` and ``round_dynamic``."""
@@ -40,5 +37,8 @@ def has_triton() -> bool:
 
 
 def path(device: torch.device) -> str:
-    """Return what fake quantization runs on there, for a message."""
-    return FUSED if device.type in ("cuda", "xpu") and has_triton() else REFERENCE
+    """Return what fake quantization runs in there, for a message."""
+    if device.type in ("cuda", "xpu"):
+        without = "the torch reference, without Triton, which fused kernels need"
+        return f"fused Triton kernels on {device}" if has_triton() else without
+    return f"the torch reference on {device}" + (", in fused Triton kernels on a GPU" if has_triton() else "")

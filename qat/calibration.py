@@ -1,18 +1,21 @@
-"""calibrate: set activation step sizes from a few batches."""
+"""calibrate: set activation step sizes from a few batches, and weights whose init reads data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .errors import StateError
 from .layers import is_prepared, quant_layers
-from .quantizers import ActivationLSQ, ActivationStatistics
+from .quantizers import ActivationLSQ, ActivationStatistics, WeightLSQ
 from .spec import Init
+
+if TYPE_CHECKING:
+    from .ptq import Options
 
 
 def activation_quantizers(model: nn.Module) -> list[ActivationLSQ]:
@@ -22,27 +25,43 @@ def activation_quantizers(model: nn.Module) -> list[ActivationLSQ]:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    options: Options | None = None,
+    verbose: bool = True,
 ) -> nn.Module:
-    """Set every uninitialised activation step size from the given batches; in place.
+    """Set every uninitialised step size from the given batches; in place.
 
-    Weights are fake-quantized meanwhile, activations are not. Statistics are combined over ranks, so that each rank
-    starts from the same scale. The model runs in eval mode without gradients.
+    First the weights', where the policy's init reads data (GPTQ and its like: see ``qat.ptq``, which then keeps all
+    batches in memory), then those of activations, with fake-quantized weights and without quantized activations.
+    Statistics of activations are combined over ranks, so that each rank starts from the same scale. The model runs in
+    eval mode without gradients.
 
     Args:
         model: a prepared model.
         batches: what ``forward`` takes; several are better than one.
         forward: how to run a batch; default ``model(batch)``, with ``batch[0]`` of a tuple or list.
+        options: of an init that reads data.
+        verbose: print what such an init did to the layers.
 
     Raises:
         StateError: the model is not prepared, no batch at all, a layer that no batch reached, or one that saw NaN.
+        CalibrationError: data that an init cannot work with.
     """
     if not is_prepared(model):
         raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
+    run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
+    if weights_wait(model):
+        from .ptq import initialise
+
+        batches = list(batches)
+        report = initialise(model, batches, run, options)
+        if verbose:
+            print(report)
     waiting = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_initialised]
     if not waiting:
         return model
-    run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
     seen = 0
     with _observing(model, waiting), torch.no_grad():
         for batch in batches:
@@ -55,6 +74,12 @@ def calibrate(
         for quantizer in waiting:
             quantizer.initialise(quantizer.observer)
     return model
+
+
+def weights_wait(model: nn.Module) -> bool:
+    """Return whether a prepared model has weights that ``calibrate`` is to set."""
+    quantizers = [layer.weight_quantizer for _, layer in quant_layers(model)]
+    return any(isinstance(quantizer, WeightLSQ) and quantizer.waits_for_data for quantizer in quantizers)
 
 
 @contextmanager

@@ -52,16 +52,21 @@ def block_scale(x: Tensor, shape: tuple[int, int]) -> Tensor:
     return x.detach().reshape(*shape, -1).abs().amax(-1).float()
 
 
-def quantize(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-    """Return int8 indices of the nearest levels, which ascend, in the shape of x."""
+def ratio(x: Tensor, scale: Tensor) -> Tensor:
+    """Return x in units of the scale, from -1 to 1: float32 or float64 (rows, groups, block)."""
     working = torch.float64 if x.dtype == torch.float64 else torch.float32
     factor = 1.0 / scale.to(working).clamp_min(SMALLEST)
-    ratio = (x.to(working).reshape(*scale.shape, -1) * factor[..., None]).clamp(-1, 1)
-    bounds = ((levels[:, :-1] + levels[:, 1:]) / 2).to(working)
+    return (x.detach().to(working).reshape(*scale.shape, -1) * factor[..., None]).clamp(-1, 1)
+
+
+def quantize(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """Return int8 indices of the nearest levels, which ascend, in the shape of x."""
+    values = ratio(x, scale)
+    bounds = ((levels[:, :-1] + levels[:, 1:]) / 2).to(values.dtype)
     if len(bounds) == 1:
-        codes = torch.bucketize(ratio, bounds[0], out_int32=True)
+        codes = torch.bucketize(values, bounds[0], out_int32=True)
     else:
-        codes = torch.searchsorted(bounds.contiguous(), ratio.flatten(1), out_int32=True)
+        codes = torch.searchsorted(bounds.contiguous(), values.flatten(1), out_int32=True)
     return codes.to(torch.int8).reshape(x.shape)
 
 

@@ -81,6 +81,7 @@ def devices() -> list[str]:
         for index in range(module.device_count() if module.is_available() else 0):
             lines.append(f"  {f'{kind}:{index}':<20}{module.get_device_name(index)}{_build(torch)}")
             lines.append(f"  {'':<20}int4 weights: {_try_kernel(torch.device(kind, index))}")
+            lines.append(f"  {'':<20}fake quantization: {_try_fake_quant(torch.device(kind, index))}")
     if len(lines) == 2:
         lines.append(f"  {'':<20}no GPU that this build of torch ({torch.__version__}) can use")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -99,17 +100,35 @@ def _try_kernel(device) -> str:
     """Run the int4 kernel once and say what it was."""
     import torch
 
+    from qat.kernels.int4_layout import prepack
     from qat.kernels.int4_linear import backend, int4_linear, int4_linear_reference
 
     x = torch.linspace(-1, 1, 16 * 64, device=device, dtype=torch.bfloat16).view(16, 64)
     packed = torch.arange(32 * 32, device=device).view(32, 32).to(torch.uint8)
     scale = torch.full((32, 2), 2.0**-6, device=device, dtype=torch.bfloat16)
     try:
-        y = int4_linear(x, packed, scale, None, 64, 32)
+        weight = prepack(packed, scale, None, 64, 32)
+        y = int4_linear(x, weight)
     except Exception as error:  # whatever a compiler or driver raises: the report must go on and show it
         return f"{backend(device)} FAILED: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-    difference = (y.float() - int4_linear_reference(x, packed, scale, None, 64).float()).abs().max().item()
+    difference = (y.float() - int4_linear_reference(x, weight).float()).abs().max().item()
     return f"{backend(device)}, within {difference:.1g} of the reference"
+
+
+def _try_fake_quant(device) -> str:
+    """Fake-quantize once and say what did it, and whether its bits are the reference's."""
+    import torch
+
+    from . import backend, numerics
+    from .spec import QuantSpec
+
+    x = torch.linspace(-1, 1, 16 * 64, device=device, dtype=torch.bfloat16).view(16, 64)
+    step_size, spec = torch.full((16, 2), 0.11, device=device), QuantSpec(bits=4, group_size=32)
+    try:
+        same = torch.equal(numerics.fake_quantize(x, step_size, spec), numerics.fake_quantized(x, step_size, spec))
+    except Exception as error:  # as above
+        return f"{backend.path(device)} FAILED: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+    return f"{backend.path(device)}, {'the bits of' if same else 'NOT the bits of'} the reference"
 
 
 def name_problems(distributions: Iterable[metadata.Distribution], path: list[str]) -> list[str]:

@@ -36,6 +36,10 @@ class DataError(QATError, RuntimeError):
     """Data that is missing or not what was promised."""
 
 
+class CalibrationError(QATError, RuntimeError):
+    """Calibration data from which a layer cannot be quantized as asked."""
+
+
 class ModelError(QATError, ValueError):
     """An architecture that cannot be built."""
 

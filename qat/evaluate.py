@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
@@ -14,23 +15,27 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import QATError
 from .training.command_line import explain, fail
 
+if TYPE_CHECKING:
+    from torch import nn
+
 CONFIG = "evaluate"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description=__doc__)
-    parser.add_argument("path", help="an artifact folder, or a checkpoint of python -m qat.train")
+    parser.add_argument("path", help="an artifact, a checkpoint of python -m qat.train, or a folder of transformers")
     parser.add_argument(
         "overrides", nargs="+", metavar="data=NAME", help="as for python -m qat.train: data=..., data.KEY=..."
     )
+    parser.add_argument("--reference", metavar="PATH", help="a full-precision model to compare a language model with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
     try:
         with initialize_config_module("qat.conf", version_base="1.3"):
             config = compose(CONFIG, overrides=options.overrides)
-        metrics = evaluate_path(options.path, config, options.device)
+        metrics = evaluate_path(options.path, config, options.device, options.reference)
     except (QATError, HydraException, OmegaConfBaseException) as error:
         fail(explain(error, CONFIG, options.overrides))
     for name, value in metrics.items():
@@ -39,22 +44,48 @@ def main(argv: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(metrics) + "\n")
 
 
-def evaluate_path(path: str, config: DictConfig, device: str | None = None) -> dict[str, float]:
-    """Return the metrics of an artifact folder or a checkpoint on the data that the config names.
+def evaluate_path(
+    path: str, config: DictConfig, device: str | None = None, reference: str | None = None
+) -> dict[str, float]:
+    """Return the metrics of an artifact folder, a checkpoint or a model of transformers on the config's data.
+
+    Args:
+        path: what to measure.
+        config: with a key ``data``.
+        device: None takes a GPU where there is one.
+        reference: a model of the same kinds to compare a language model with.
 
     Raises:
         QATError: it cannot be read, or the data cannot.
     """
     import torch
 
-    from . import load
-    from .checkpoint import read_checkpoint
     from .training.evaluation import evaluate
     from .training.run import make
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(path) if Path(path).is_dir() else read_checkpoint(path).build()
-    return evaluate(model, make(config.data), device)
+    compared = None if reference is None else read_model(reference)
+    return evaluate(read_model(path), make(config.data), device, compared)
+
+
+def read_model(path: str) -> nn.Module:
+    """Return the model of an artifact, a checkpoint, or a folder of transformers that is not quantized.
+
+    Raises:
+        QATError: it cannot be read.
+    """
+    from . import load
+    from .checkpoint import read_checkpoint
+    from .formats import format_of
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return read_checkpoint(path).build()
+    if format_of(folder) is not None or not (folder / "config.json").is_file():
+        return load(path)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
 
 
 if __name__ == "__main__":

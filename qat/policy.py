@@ -28,7 +28,7 @@ class QuantPolicy:
             ``activation``. ``match`` is a layer's name, a glob ("*.mlp.*"), a regular expression ("re:.*[qk]_proj"), a
             layer type ("Conv2d"), or "@first" / "@last" for the first and last layer in definition order. ``weight``
             and ``activation`` are None, a QuantSpec, or a dict whose fields override the policy's own.
-        init: how step sizes start: "lsq", "minmax" or "mse".
+        init: how step sizes start: a word of ``qat.spec.Init``, such as "lsq", "mse" or "gptq".
         dynamic: "int8_token" or "q8_0": the input of every linear layer with a quantized weight is rounded to int8 as
             ExecuTorch or llama.cpp round it at run time. A key of its own, since a typed config node that holds specs
             holds no word.

@@ -40,13 +40,32 @@ class Codebook(StrEnum):
 
 
 class Init(StrEnum):
-    """How a step size starts: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; or the
-    one of least squared error.
+    """How a weight's step sizes start, and for those that read calibration data also where the weight itself does.
+
+    From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; the step size
+    of least squared error; HQQ's. With calibration data (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, and LSQ trained one
+    block at a time. Activations start at the least squared error where the word is one of weights only.
     """
 
     lsq = "lsq"
     minmax = "minmax"
     mse = "mse"
+    hqq = "hqq"
+    gptq = "gptq"
+    gptaq = "gptaq"
+    awq = "awq"
+    signround = "signround"
+    blockwise = "blockwise"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether ``qat.calibrate`` sets the weights' step sizes, and not ``qat.prepare``."""
+        return self in (Init.gptq, Init.gptaq, Init.awq, Init.signround, Init.blockwise)
+
+    @property
+    def of_activations(self) -> Init:
+        """How an activation's step size starts."""
+        return self if self in (Init.lsq, Init.minmax, Init.mse) else Init.mse
 
 
 class Dynamic(StrEnum):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from . import backend
 from .adapters import own_modules
 from .errors import LayerError, PolicyError, StateError
 from .layers import FAKE_QUANT, FrozenLayer, QuantLayer, is_frozen, is_prepared, make_fake_quant_, matrix, plain_type
@@ -31,8 +32,8 @@ class Decision:
 def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.Module:
     """Make a model train as the quantized model it will be; in place.
 
-    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes wait
-    for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
+    Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes, and
+    weights whose init reads data, wait for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
 
     Args:
         model: any module; its ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` layers can be quantized.
@@ -51,7 +52,11 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     decisions = decide(model, policy)
     check_shapes(decisions)
+    for decision in decisions if policy.init.reads_data else ():
+        if decision.weight is not None and plain_type(decision.layer).__name__ == "Conv1D":
+            raise PolicyError(f"{decision.name!r}: init={policy.init.value} takes no Conv1D: use init=mse or hqq")
     weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
+    init = policy.init.of_activations
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
             continue
@@ -64,7 +69,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
         elif decision.activation is not None:
-            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, policy.init)
+            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, init)
         make_fake_quant_(layer, weight, activation)
     if verbose:
         print(_table(model, decisions))
@@ -191,11 +196,25 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
     mean = total_bits / total_weights if total_weights else 0.0
+    lines += _cost(model)
     lines.append(
         f"{quantized} of {len(decisions)} layers have quantized weights; {mean:.2f} bits per weight over all "
         f"{total_weights:,} of them"
     )
     return "\n".join(lines)
+
+
+def _cost(model: nn.Module) -> list[str]:
+    """Return a line that says what step sizes take, and what fake quantization runs on."""
+    quantizers = (module for module in model.modules() if isinstance(module, LearnedStepSize))
+    steps = {id(quantizer.step_size): quantizer.step_size for quantizer in quantizers}.values()
+    if not steps:
+        return []
+    count, taken = sum(step.numel() for step in steps), sum(step.numel() * step.element_size() for step in steps)
+    return [
+        f"{count:,} step sizes take {taken / 1e6:.2f} MB, their gradients as much and AdamW's state twice as much; "
+        f"fake quantization runs in {backend.path(next(iter(steps)).device)}"
+    ]
 
 
 def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:

@@ -53,15 +53,15 @@ def with_state(change):
 
 
 def test_nibbles_scales_and_state(tmp_path):
-    codes = (torch.arange(64) % 16).to(torch.int8).view(2, 32)
-    tensor = QuantizedTensor(codes, torch.tensor([[0.1], [2.0]]), nf4(32))
+    codes = (torch.arange(128) % 16).to(torch.int8).view(2, 64)
+    tensor = QuantizedTensor(codes, torch.tensor([[0.1, 3.0], [2.0, 4.0]]), nf4(32))
     _, stored, quantization = written(tmp_path, {ONE: tensor}, dtype=torch.bfloat16)
-    assert stored[f"{ONE}.weight"].shape == (32, 1)
-    assert stored[f"{ONE}.weight"].flatten().tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 4
-    assert stored[f"{ONE}.weight.absmax"].tolist() == torch.tensor([0.1, 2.0]).tolist()
+    assert stored[f"{ONE}.weight"].shape == (64, 1)
+    assert stored[f"{ONE}.weight"].flatten().tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 8
+    assert stored[f"{ONE}.weight.absmax"].tolist() == torch.tensor([0.1, 3.0, 2.0, 4.0]).tolist()
     assert stored[f"{ONE}.weight.quant_map"].tolist() == torch.tensor(codebook.NF4).tolist()
     state = json.loads(bytes(stored[f"{ONE}.weight.quant_state.bitsandbytes__nf4"].tolist()))
-    assert state == {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [2, 32]}
+    assert state == {"quant_type": "nf4", "blocksize": 32, "dtype": "bfloat16", "shape": [2, 64]}
     assert quantization["quant_method"] == "bitsandbytes" and quantization["load_in_4bit"]
     assert quantization["llm_int8_skip_modules"] == ["model.embed_tokens", "lm_head"]
     assert formats.format_of(tmp_path) == "bitsandbytes"
@@ -108,6 +108,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         tensors = {ONE: random_tensor(8, 64, nf4()), TWO: random_tensor(8, inputs, spec)}
         with pytest.raises(ArtifactError, match=message):
             bitsandbytes.write(model_of(tensors), tmp_path)
+    alike = model_of({"model.lm_head": random_tensor(8, 64, nf4())})
+    with pytest.raises(ArtifactError, match=r"'model.lm_head' would be skipped with 'lm_head'"):
+        bitsandbytes.write(alike, tmp_path)
     with pytest.raises(ArtifactError, match="is a Conv2d, and bitsandbytes holds linear layers only"):
         bitsandbytes.write(model_of({ONE: random_tensor(8, 64, nf4())}, kind="Conv2d"), tmp_path)
 
@@ -177,6 +180,12 @@ def swap_the_kind(stored):
         (with_state(lambda state: state.update(blocksize=128)), r"blocks of 128 span the rows of its \[4, 64\]"),
         (lambda stored: stored[f"{ONE}.weight.quant_map"].mul_(0.5), "other levels than NF4's"),
         (lambda stored: stored.pop(f"{ONE}.weight.quant_map"), "quant_map"),
+        (lambda stored: stored.update({f"{ONE}.weight": stored[f"{ONE}.weight"][:-1]}), "127 bytes and 4 scales"),
+        (lambda stored: stored.update({f"{ONE}.weight.absmax": torch.ones(3)}), "128 bytes and 3 scales"),
+        (
+            lambda stored: stored.update({f"{ONE}.weight.absmax": torch.ones(4, dtype=torch.uint8)}),
+            f"{ONE}.weight.nested_absmax",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, change, message):

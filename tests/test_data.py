@@ -1,6 +1,8 @@
 """The order of batches and their augmentations depend on (seed, epoch) alone."""
 
 import io
+import sys
+import types
 
 import pytest
 import torch
@@ -190,6 +192,50 @@ def test_windows_are_contiguous_and_targets_are_one_step_later():
     inputs, targets = batch
     assert torch.equal(inputs, torch.arange(20).view(4, 5))
     assert torch.equal(targets, inputs + 1)
+
+
+def test_windows_of_a_perplexity_share_no_token():
+    windows = TokenWindows(torch.arange(22), seq_len=4, stride=5, limit=3)
+    (batch,) = Loader(windows, 8, EpochSampler(len(windows)))
+    assert batch[0].tolist() == [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]]
+    assert torch.equal(batch[1], batch[0] + 1)
+    assert [len(TokenWindows(torch.arange(n), 4, stride=5)) for n in (0, 4, 5, 9, 10)] == [0, 0, 1, 1, 2]
+
+
+def test_validation_text_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghijk")
+    data = TextData("files", 256, 16, val=str(tmp_path / "a.txt"), val_window=4, val_windows=9)
+    (batch,) = data.test_loader("cpu")
+    assert [bytes(window.tolist()) for window in batch[1]] == [b"bcd", b"fgh"]
+    assert data.example()["high"] == ord("k")
+    with pytest.raises(DataError, match=r"no training text: give data.train"):
+        data.train_loader("cpu")
+    with pytest.raises(DataError, match=r"11 tokens, too few for a window of data.val_window=12"):
+        TextData("files", 3, 2, val=str(tmp_path / "a.txt"), val_window=12)
+    with pytest.raises(DataError, match=r"needs data.train or data.val"):
+        TextData("files", 3, 2)
+
+
+def test_hugging_face_data_sets(monkeypatch):
+    class Rows(dict):
+        column_names = property(lambda self: list(self))
+
+    def load_dataset(name, config, split):
+        if name == "no/such":
+            raise ValueError("not found\nand so on")
+        return Rows({"text": [f"{name} {config} {split}", "!"]} if config != "images" else {"image": []})
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    data = TextData("datasets", 3, 2, train=["a/b:c:train", "d:test"], val="a/b:c:validation")
+    assert bytes(data.train_tokens.tolist()) == b"a/b c train\n!\nd None test\n!"
+    assert bytes(data.val_tokens.tolist()) == b"a/b c validation\n!"
+    for wrong, message in [("no/such:train", "cannot be loaded: not found$"), ("a", "give NAME:SPLIT"),
+                           ("a:images:train", "has no column 'text', only image")]:  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            TextData("datasets", 3, 2, train=wrong)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        TextData("datasets", 3, 2, train="a:train")
 
 
 def test_text_files_are_split_at_the_end(tmp_path):

@@ -8,6 +8,7 @@ import transformers
 
 import qat
 import qat.hf
+from qat.errors import PolicyError
 from qat.layers import FrozenConv1D, QuantConv1D
 
 POLICIES = Path(__file__).parents[1] / "conf" / "policy"
@@ -98,6 +99,13 @@ def test_conv1d_is_a_linear_layer_with_its_weight_transposed():
     frozen = qat.freeze(ours)
     assert type(frozen[0]) is FrozenConv1D and torch.equal(frozen(x), before)
     assert "24x64" in qat.summary(frozen)
+
+
+def test_starts_that_read_data_refuse_conv1d_by_name():
+    model, policy, _ = build("GPT2LMHeadModel")
+    policy.init = qat.spec.Init.gptq
+    with pytest.raises(PolicyError, match=r"'transformer.h.0.attn.c_attn': init=gptq takes no Conv1D: use init=mse"):
+        qat.prepare(model, policy, verbose=False)
 
 
 def test_conv1d_with_only_its_input_quantized(tmp_path):

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qat.kernels.int4_linear import backend, int4_linear, int4_linear_reference
+from qat.kernels import int4_linear as module
+from qat.kernels.int4_layout import Int4Weight, prepack
+from qat.kernels.int4_linear import backend, int4_dequantize
+from qat.kernels.int4_plans import Batch, Decode
 
 from qat.errors import LayerError
 from qat.numerics import dequantize
@@ -17,6 +20,15 @@ from qat.packing import pack, unpack
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+def int4_linear(x, packed, scale, bias, in_features, group_size, zero_point=None):
+    return module.int4_linear(x, prepack(packed, scale, zero_point, in_features, group_size), bias)
+
+
+def int4_linear_reference(x, packed, scale, bias, in_features, zero_point=None):
+    group_size = in_features // scale.shape[1]
+    return module.int4_linear_reference(x, prepack(packed, scale, zero_point, in_features, group_size), bias)
 
 
 def make_weight(n, k, group, scale_dtype=torch.bfloat16, device=DEVICE):
@@ -188,6 +200,52 @@ def test_leading_axes(lead):
     assert grad_bias.tolist() == [x[..., 0].numel()] * 9
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zero_dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "k", "group"), [(33, 96, 32), (20, 256, 128), (17, 101, 101), (16, 192, 96)])
+def test_zero_points(n, k, group, zero_dtype, dtype):
+    torch.manual_seed(n + k)
+    codes, packed, scale = make_weight(n, k, group)
+    zero_point = torch.randint(-8, 8, scale.shape, device=DEVICE)
+    if zero_dtype.is_floating_point:
+        zero_point = zero_point + torch.rand(scale.shape, device=DEVICE)
+    zero_point = zero_point.to(zero_dtype)
+    weight = dequantize(codes, scale, dtype, zero_point)
+    assert torch.equal(int4_dequantize(prepack(packed, scale, zero_point, k, group), dtype), weight)
+    for m in (1, 5, 40):
+        x, bias = make_inputs(m, n, k, dtype, m == 5)
+        assert_accurate(int4_linear(x, packed, scale, bias, k, group, zero_point), x, weight, bias)
+    eye = torch.eye(k, dtype=dtype, device=DEVICE)
+    y = torch.cat([int4_linear(rows, packed, scale, None, k, group, zero_point) for rows in eye.split(16)])
+    assert torch.equal(y.T, weight)
+
+
+@settings(max_examples=20)
+@given(
+    n=st.integers(1, 70),
+    groups=st.integers(1, 3),
+    group=st.sampled_from([32, 96, 128, 1, 7, 101]),
+    zero_dtype=st.sampled_from([None, torch.int8, torch.float32]),
+)
+def test_the_layout_is_undone_exactly(n, groups, group, zero_dtype):
+    k = group * groups if group % 32 == 0 else group
+    _, packed, scale = make_weight(n, k, group)
+    zero_point = None if zero_dtype is None else torch.randint(-8, 8, scale.shape, device=DEVICE).to(zero_dtype)
+    again = prepack(packed, scale, zero_point, k, group).checkpoint()
+    for one, other in zip(again, (packed, scale, zero_point), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_the_layout_by_hand():
+    # One code of 7 (u = 15) among zeros (u = 8): input 16 j + 8 kh + 2 c + e of output 8 rh + g.
+    for j, kh, c, e, rh, g in [(0, 0, 0, 0, 0, 0), (3, 1, 2, 1, 1, 5), (2, 0, 3, 1, 0, 7), (1, 1, 0, 0, 1, 3)]:
+        codes = torch.zeros(16, 64, dtype=torch.int8)
+        codes[8 * rh + g, 16 * j + 8 * kh + 2 * c + e] = 7
+        words = prepack(pack(codes, 4), torch.ones(16, 1), None, 64, 64).words.view(torch.uint32)[0, 0].tolist()
+        changed = {index: word for index, word in enumerate(words) if word != 0x88888888}
+        assert changed == {(4 * g + c) * 4 + 2 * kh + rh: 0x88888888 + (7 << (4 * j + 16 * e))}
+
+
 def test_strides():
     torch.manual_seed(0)
     _, packed, scale = make_weight(40, 64, 32)
@@ -236,8 +294,11 @@ def test_autocast_does_not_apply_inside():
 def test_op_registration():
     _, packed, scale = make_weight(20, 64, 32)
     x, bias = make_inputs(4, 20, 64, torch.float32, True)
-    for args in ((x, None), (x.clone().requires_grad_(), bias.clone().requires_grad_()), (x[:0], bias)):
-        torch.library.opcheck(int4_linear, (args[0], packed, scale, args[1], 64, 32))
+    w = prepack(packed, scale, torch.zeros_like(scale, dtype=torch.int8), 64, 32)
+    for x_, bias_ in ((x, None), (x.clone().requires_grad_(), bias.clone().requires_grad_()), (x[:0], bias)):
+        arguments = (x_, w.words, w.scale, w.zero_point, bias_, 20, 64, 32)
+        torch.library.opcheck(torch.ops.qat.int4_linear.default, arguments)
+    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:4], 20, 64, 32, torch.bfloat16))
 
 
 def test_compiles_into_one_graph():
@@ -245,8 +306,10 @@ def test_compiles_into_one_graph():
     _, packed, scale = make_weight(20, 64, 32)
     x, bias = make_inputs(4, 20, 64, torch.float32, True)
 
+    weight = prepack(packed, scale, None, 64, 32)
+
     def loss(x):
-        return int4_linear(x * 2, packed, scale, bias, 64, 32).square().sum()
+        return module.int4_linear(x * 2, weight, bias).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x.requires_grad_()), x)[0] for f in (loss, compiled)]
@@ -258,13 +321,15 @@ def test_compiles_into_one_graph():
     [
         ({"x": torch.zeros(2, 63)}, r"\(2, 63\), and in_features=64"),
         ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x is torch.float64: cast it"),
-        ({"packed": torch.zeros(4, 31, dtype=torch.uint8)}, r"\(4, 31\): 64 inputs take torch.uint8 \(N, 32\)"),
-        ({"packed": torch.zeros(4, 32, dtype=torch.int8)}, "packed is torch.int8"),
-        ({"scale": torch.ones(4, 1)}, r"scale is \(4, 1\): 4 outputs with group_size=32 .* take \(4, 2\)"),
-        ({"scale": torch.ones(3, 1), "group_size": 64}, r"take \(4, 1\) or \(1, 1\)"),
-        ({"scale": torch.ones(4, 2, dtype=torch.int8)}, "scale is torch.int8"),
-        ({"scale": torch.ones(4, 2, device="meta")}, "scale is on meta"),
-        ({"scale": torch.ones(4, 2, requires_grad=True)}, r"pass scale\.detach\(\)"),
+        ({"words": torch.zeros(1, 2, 128, dtype=torch.int32)}, r"\(1, 2, 128\): .* take torch.int32 \(1, 1, 128\)"),
+        ({"words": torch.zeros(1, 1, 128)}, "words is torch.float32"),
+        ({"scale": torch.ones(1, 1, 16)}, r"scale is \(1, 1, 16\): 4 outputs with group_size=32 .* take \(1, 2, 16\)"),
+        ({"scale": torch.ones(4, 2)}, r"scale is \(4, 2\).*prepack"),
+        ({"scale": torch.ones(1, 2, 16, dtype=torch.int8)}, "scale is torch.int8"),
+        ({"scale": torch.ones(1, 2, 16, device="meta")}, "scale is on meta"),
+        ({"scale": torch.ones(1, 2, 16, requires_grad=True)}, r"pass scale\.detach\(\)"),
+        ({"zero_point": torch.ones(1, 1, 16)}, r"zero_point is \(1, 1, 16\)"),
+        ({"zero_point": torch.ones(1, 2, 16, dtype=torch.int32)}, "zero_point is torch.int32"),
         ({"bias": torch.zeros(5)}, r"bias has shape \(5,\): 4 outputs"),
         ({"group_size": 16}, "group_size=16 with 64 inputs.*group_size=64"),
         ({"group_size": 48}, "group_size=48"),
@@ -275,14 +340,17 @@ def test_compiles_into_one_graph():
 def test_refusals(change, message):
     arguments = {
         "x": torch.zeros(2, 64),
-        "packed": torch.zeros(4, 32, dtype=torch.uint8),
-        "scale": torch.ones(4, 2),
+        "words": torch.zeros(1, 1, 128, dtype=torch.int32),
+        "scale": torch.ones(1, 2, 16),
+        "zero_point": None,
         "bias": None,
+        "out_features": 4,
         "in_features": 64,
         "group_size": 32,
-    }
+    } | change
+    x, bias = arguments.pop("x"), arguments.pop("bias")
     with pytest.raises(LayerError, match=message):
-        int4_linear(**(arguments | change))
+        module.int4_linear(x, Int4Weight(**arguments), bias)
 
 
 def test_runs_without_triton():
@@ -290,9 +358,10 @@ def test_runs_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
+from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_linear import backend, int4_linear
-packed = torch.tensor([[0x9F]], dtype=torch.uint8)
-print(backend(torch.device("cpu")), int4_linear(torch.tensor([1.0, 10.0]), packed, torch.ones(1, 1), None, 2, 2).item())
+weight = prepack(torch.tensor([[0x9F]], dtype=torch.uint8), torch.ones(1, 1), None, 2, 2)
+print(backend(torch.device("cpu")), int4_linear(torch.tensor([1.0, 10.0]), weight).item())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "torch reference 17.0", done.stderr
@@ -312,6 +381,85 @@ def test_grid_on_gpu(n, k, group, dtype):
         y = int4_linear(x, packed, scale, bias, k, group)
         assert_accurate(y, x, dequantize(codes, scale, dtype), bias)
         assert torch.equal(y, int4_linear(x, packed, scale, bias, k, group))
+
+
+PLANS = [
+    (4, Decode(8, 1, 8, 4, 0, 2)),
+    (8, Decode(4, 4, 8, 2, 2, 2)),
+    (16, Decode(8, 2, 16, 2, 3, 0)),
+    (16, Batch(4, 8, 16, 4, 2, 4, 4, 1, 2)),
+    (64, Batch(8, 16, 64, 2, 1, 4, 2, 4, 2)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("group", [32, 64, 96, 128, None], ids=str)
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_nvidia_weights_are_bit_identical_on_gpu(with_zero, group, dtype):
+    torch.manual_seed(0)
+    n, k = 200, 2112 if group is None else 6 * 128 * 3 // group * group
+    group = group or k
+    codes, packed, scale = make_weight(n, k, group)
+    scale = (
+        ((torch.rand_like(scale) + 1) * 2.0 ** torch.randint(-17, 3, scale.shape, device=DEVICE)).bfloat16().to(dtype)
+    )
+    zero_point = torch.randint(-8, 8, scale.shape, device=DEVICE).to(torch.int8) if with_zero else None
+    weight = prepack(packed, scale, zero_point, k, group)
+    expected = dequantize(codes, scale, dtype, zero_point)
+    bias = torch.randn(n, device=DEVICE).to(dtype)
+    for m, plan in PLANS:
+        eye = torch.eye(k, dtype=dtype, device=DEVICE)
+        y = torch.cat([module.run_plan(plan, rows.contiguous(), weight, None) for rows in eye.split(m)])
+        assert torch.equal(y.T, expected), plan
+        x = torch.randn(m, k, device=DEVICE).to(dtype)
+        assert_accurate(module.run_plan(plan, x, weight, bias), x, expected, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_odd_shapes_on_gpu(dtype):
+    torch.manual_seed(0)
+    for n, k, group in [
+        (704, 2112, 64),
+        (2112, 704, 32),
+        (4304, 7392, 32),
+        (10944, 4304, 4304),
+        (151936, 704, 64),
+        (33, 77, 77),
+    ]:
+        codes, packed, scale = make_weight(n, k, group)
+        scale = scale.to(dtype)
+        weight, dense = prepack(packed, scale, None, k, group), dequantize(codes, scale, dtype)
+        x, bias = make_inputs(33, n, k, dtype, True)
+        for m in range(1, 34):
+            assert_accurate(module.int4_linear(x[:m], weight, bias), x[:m], dense, bias)
+
+
+@pytest.mark.gpu
+def test_large_inputs_on_gpu():
+    torch.manual_seed(0)
+    codes, packed, scale = make_weight(4096, 14336, 128)
+    dense, weight = dequantize(codes, scale, torch.bfloat16), prepack(packed, scale, None, 14336, 128)
+    for m in (1, 7, 16, 40, 100, 300):
+        x = (torch.rand(m, 14336, device=DEVICE) * 2e4 - 1e4).bfloat16()
+        y = module.int4_linear(x, weight)
+        assert y.isfinite().all()
+        assert_accurate(y, x, dense)
+
+
+@pytest.mark.gpu
+def test_a_thousand_times_the_same_on_gpu():
+    torch.manual_seed(0)
+    _, packed, scale = make_weight(4096, 4096, 128)
+    weight = prepack(packed, scale, None, 4096, 128)
+    for m in (1, 8, 16, 64, 256):
+        x = torch.randn(m, 4096, device=DEVICE).bfloat16()
+        first = module.int4_linear(x, weight)
+        differ = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(1000):
+            differ += (module.int4_linear(x, weight) != first).sum()
+        assert differ.item() == 0, m
 
 
 @pytest.mark.gpu
@@ -335,8 +483,10 @@ def test_compile_and_graph_capture_on_gpu():
     _, packed, scale = make_weight(4096, 4096, 128)
     x, bias = make_inputs(16, 4096, 4096, torch.bfloat16, True)
 
+    weight = prepack(packed, scale, None, 4096, 128)
+
     def layer(x):
-        return int4_linear(x, packed, scale, bias, 4096, 128)
+        return module.int4_linear(x, weight, bias)
 
     compiled = torch.compile(layer, fullgraph=True)
     grads = [torch.autograd.grad(f(x.requires_grad_()).float().sum(), x)[0] for f in (layer, compiled)]

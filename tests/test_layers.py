@@ -16,7 +16,7 @@ import qat.layers.linear
 import qat.layers.packed
 import qat.numerics
 from qat import QuantPolicy, QuantSpec
-from qat.errors import StateError
+from qat.errors import QATError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WEIGHT_DTYPES = st.sampled_from(DTYPES)
@@ -216,6 +216,34 @@ def check_cpu_operands_follow_the_weight(packed):
     assert torch.equal(one(x), second)
 
 
+def check_prepacked_weight(packed):
+    """Codes in the kernels' order, as on a GPU: same state dict, same codes, same outputs; a load lays out anew."""
+    one, other = (frozen_linear(random_tensor(seed=seed), packed=packed) for seed in (0, 1))
+    state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    codes = one.packed_weight.codes()
+    for dtype in (torch.float32, torch.float16):
+        x = torch.randn(3, 64).to(dtype)
+        expected = other(x)
+        other.packed_weight.prepack()
+        torch.testing.assert_close(other(x), expected, rtol=2e-3, atol=2e-3)
+        assert torch.equal(other.packed_weight.dequantize(dtype), one_shot(other, dtype))
+    one.packed_weight.prepack()
+    assert one.packed_weight.packed.numel() == 0
+    assert {name: tensor.tolist() for name, tensor in one.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in state.items()
+    }
+    assert torch.equal(one.packed_weight.codes(), codes)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.packed_weight.codes(), codes)
+    one.to(torch.bfloat16)
+    assert torch.equal(one.packed_weight.codes(), codes)
+
+
+def one_shot(layer, dtype):
+    tensor = layer.packed_weight.quantized_tensor()
+    return qat.numerics.dequantize(tensor.codes, tensor.scale, dtype, tensor.zero_point)
+
+
 def check_autocast(linear, conv):
     """Under bf16 autocast the frozen weight is the one that training multiplied by, and so are output and dtype."""
     for plain, frozen, x in (
@@ -290,6 +318,10 @@ def test_packed_weight():
 
 def test_cpu_operands_follow_the_weight():
     check_cpu_operands_follow_the_weight(qat.layers.packed)
+
+
+def test_prepacked_weight():
+    check_prepacked_weight(qat.layers.packed)
 
 
 def test_autocast():
@@ -393,10 +425,8 @@ def test_a_frozen_weight_can_be_looked_at_and_not_assigned(layer):
     weight = qat.freeze(model)[0].weight
     assert torch.equal(weight, expected) and weight.dtype == torch.float32
     assert type(weight + 0) is torch.Tensor
-    with pytest.raises(StateError, match="frozen into codes"):
+    with pytest.raises(QATError, match="frozen"):
         model[0].weight.data += 1
-    with pytest.raises(StateError, match="frozen into codes"):
-        model[0].weight.data = expected
     assert torch.equal(model[0].weight, expected) and "0.weight" not in model.state_dict()
 
 
@@ -406,3 +436,19 @@ def test_a_frozen_layer_without_codes_keeps_its_parameter():
     model = prepare(nn.Sequential(layer), None, QuantSpec(granularity="tensor"))
     qat.freeze(qat.calibrate(model, [torch.randn(4, 32)]))
     assert model[0].weight is weight and "0.weight" in model.state_dict()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_frozen_linear_on_gpu(dtype):
+    layer = frozen_linear(random_tensor((256, 512), group=128))
+    state = layer.state_dict()
+    dense = layer.packed_weight.dequantize(dtype)
+    layer.cuda()
+    assert layer.packed_weight.packed.numel() == 0  # the codes lie in the kernels' order now
+    assert same_bits(layer.packed_weight.dequantize(dtype).cpu(), dense)
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in layer.state_dict().items())
+    x = torch.randn(5, 512, device="cuda", dtype=dtype)
+    expected = F.linear(x.double(), dense.cuda().double(), layer.bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=1e-2)
+    assert layer.cpu().packed_weight.packed.numel() == 256 * 256

@@ -179,7 +179,7 @@ def test_project_keeps_step_sizes_positive():
     size=st.sampled_from([1, 2, 8, 16]),
     granularity=st.sampled_from(["tensor", "channel", "group"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    init=st.sampled_from(list(Init)),
+    init=st.sampled_from([init for init in Init if not init.reads_data]),
     seed=st.integers(0, 2**31),
 )
 def test_quantize_gives_the_integers_of_the_forward(bits, rows, groups, size, granularity, dtype, init, seed):

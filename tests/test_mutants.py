@@ -430,8 +430,8 @@ MUTANTS = [
     Mutant(
         "shapes that do not fit are skipped",
         SURGERY,
-        "    check_shapes(decisions)\n    weight_quantizers",
-        "    weight_quantizers",
+        "    check_shapes(decisions)\n    for",
+        "    for",
         surgery.check_shapes_that_do_not_fit,
     ),
     Mutant(
@@ -598,6 +598,13 @@ MUTANTS = [
         "self.cpu_operands = None\n        super()._load",
         "super()._load",
         layers.check_cpu_operands_follow_the_weight,
+    ),
+    Mutant(
+        "a state dict holds no codes while they lie in the kernels' order",
+        PACKED,
+        'destination[prefix + "packed"] = self._packed()',
+        "pass",
+        layers.check_prepacked_weight,
     ),
     Mutant(
         "an operand of torch's operator outlives a cast",

@@ -308,6 +308,17 @@ def test_prepare_prints_what_summary_says(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_summary_says_what_step_sizes_take():
+    """One a channel of fc and head, one a group of 3 of conv, and one an input; a frozen model has none."""
+    policy = QuantPolicy(weight=W4, activation={"bits": 8}, rules=[{"match": "conv", "weight": {"group_size": 3}}])
+    model = qat.prepare(Net(), policy, verbose=False)
+    count = sum(p.numel() for name, p in model.named_parameters() if name.endswith("step_size"))
+    assert count == 8 * 9 + 16 + 4 + 3
+    (line,) = (line for line in qat.summary(model).splitlines() if "step sizes" in line)
+    assert line.startswith(f"{count} step sizes take {4e-6 * count:.2f} MB") and "torch reference on cpu" in line
+    assert "step sizes" not in qat.summary(qat.freeze(qat.prepare(Net(), POLICY, verbose=False)))
+
+
 def test_ties_in_the_summary():
     text = qat.summary(prepare(Tied()))
     assert row_of(text, "b")[-1] == "weight tied to a"

@@ -19,6 +19,7 @@ Source: QuantState and backends/default/ops.py of bitsandbytes 0.50.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Codebook, QuantSpec
 from . import huggingface as hf
 from .comparison import compare, compare_logits, compare_own, small
-from .integer_linears import grid, largest_size, tensors, weight_only_layers
-from .native import StoredTensors
+from .integer_linears import grid, largest_size, refuse, tensors, weight_only_layers
+from .native import DTYPES, StoredTensors
 from .shards import ShardWriter
 
 METHOD = "bitsandbytes"
@@ -57,6 +58,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     sizes = {name: largest_size({name: layer}, METHOD, BLOCK_SIZES, "native") for name, layer in layers.items()}
     shards, dtype = ShardWriter(folder), str(hf.model_dtype(model)).removeprefix("torch.")
     matrices = hf.write_dense(model, shards)
+    _refuse_skipped(layers, matrices)
     for name, tensor in tensors(model):
         shape, size = list(tensor.codes.shape), sizes[name]
         state = {"quant_type": "nf4", "blocksize": size, "dtype": dtype, "shape": shape}
@@ -167,6 +169,18 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers", 1e-5)]
 
 
+def _refuse_skipped(layers: dict[str, QuantizedLayer], dense: dict[str, int]) -> None:
+    """Refuse layers whose name ends as a dense one's: transformers skips all that end so."""
+    problems = {}
+    for name in layers:
+        same = next((key for key in dense if name.endswith(key)), None)
+        if same is not None:
+            problems[name] = (
+                f"would be skipped with {same!r}, which ends so and is not quantized; quantize both or none"
+            )
+    refuse(METHOD, problems)
+
+
 def _layer(stored: StoredTensors, name: str, kind: str, state: dict[str, Any]) -> QuantizedLayer:
     if kind != "nf4":
         raise ValueError(f"its levels are {kind.upper()}'s: only NF4 can be read")
@@ -175,13 +189,23 @@ def _layer(stored: StoredTensors, name: str, kind: str, state: dict[str, Any]) -
         raise ValueError(
             f"blocks of {size} span the rows of its {shape}: only sizes that divide its inputs can be read"
         )
+    absmax, dtype = stored.header(f"{name}.weight.absmax")
+    packed, storage = stored.header(f"{name}.weight")
+    stored_bytes = math.prod(packed) * DTYPES[storage].itemsize
+    if math.prod(absmax) * size != math.prod(shape) or stored_bytes * 2 != math.prod(shape):
+        raise ValueError(f"{stored_bytes} bytes and {math.prod(absmax)} scales do not make {shape} in blocks of {size}")
     if stored[f"{name}.weight.quant_map"].tolist() != list(torch.tensor(NF4).tolist()):
         raise ValueError("its quant_map holds other levels than NF4's, which runtimes ignore")
-    if "nested_offset" in state and state["nested_blocksize"] != BLOCK:
+    if state.get("nested_blocksize", BLOCK) != BLOCK:
         raise ValueError(
             f"its scales are quantized in blocks of {state['nested_blocksize']}, and runtimes know {BLOCK}"
         )
-    codebook = Codebook.nf4_double if "nested_offset" in state else Codebook.nf4
+    double = dtype == "U8"
+    if double and math.prod(stored.header(f"{name}.weight.nested_absmax")[0]) != -(-math.prod(absmax) // BLOCK):
+        raise ValueError("its nested_absmax does not fit its absmax")
+    if double and stored.header(f"{name}.weight.nested_quant_map")[0] != [256]:
+        raise ValueError("its nested_quant_map does not have 256 levels")
+    codebook = Codebook.nf4_double if double else Codebook.nf4
     return QuantizedLayer("Linear", list(shape), QuantSpec(4, None, size, True, codebook=codebook), None)
 
 

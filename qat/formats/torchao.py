@@ -175,8 +175,8 @@ def _layer(stored: StoredTensors, name: str, about: dict[str, Any]) -> Quantized
     if len(shape) != 2 or values["block_size"] != [1, size] or scale_shape != [shape[0], shape[1] // size]:
         raise ValueError(f"blocks of {values['block_size']} in a weight of {shape} with scales {scale_shape}")
     zero_point = stored[f"{name}.{PARTS[2]}"]
-    if zero_point.dtype != torch.int8:
-        raise ValueError("its zero points are floats, which integer codes do not have")
+    if zero_point.dtype != torch.int8 or list(zero_point.shape) != scale_shape:
+        raise ValueError("its zero points are floats, which integer codes do not have, or do not fit its scales")
     spec = QuantSpec(
         int(values["target_dtype"]["_data"].removeprefix("int")),
         None,

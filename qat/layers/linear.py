@@ -34,8 +34,8 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights on an even grid run in the Triton kernel. On a CPU, bf16 inputs run in torch's int4 operator
-    where it takes the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights on an even grid run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4
+    operator where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         activation_quantizer: None leaves the input alone.
@@ -52,12 +52,10 @@ class FrozenLinear(Frozen, nn.Linear):
         x, bias = match_dtypes(x, self.bias)
         if cpu_int4.fits(x, self.packed_weight):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
-        spec = self.packed_weight.spec
-        even = spec.symmetric and spec.codebook is None
-        if x.device.type != "cpu" and x.dtype != torch.float64 and spec.bits == 4 and even:
+        if x.dtype in self.packed_weight.gpu_operands:
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
-            return int4_linear(x, self.packed_weight.packed, self.packed_weight.scale, bias, self.in_features)
+            return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             return _FrozenProduct.apply(x, bias, self.packed_weight)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
@@ -83,13 +81,15 @@ class _FrozenProduct(torch.autograd.Function):
 def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
     """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
 
-    The weight comes back rounded where a codebook does it, which has no step size to take part in the backward.
+    The weight comes back rounded where something other than LSQ does it, such as a codebook.
     """
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
     x_rounding = None if activation is None else activation.rounding(x)
-    if isinstance(quantizer, WeightCodebook):
-        return x_rounding, quantizer(weight), None
-    return x_rounding, weight, None if quantizer is None else quantizer.rounding(weight)
+    if quantizer is None:
+        return x_rounding, weight, None
+    if isinstance(quantizer, WeightLSQ):
+        return x_rounding, weight, quantizer.rounding(weight)
+    return x_rounding, quantizer(weight), None
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

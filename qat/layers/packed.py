@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,15 @@ class DequantizedWeight(Tensor):
         )
 
 
+if TYPE_CHECKING:
+    from qat.kernels.int4_layout import Int4Weight
+
+
 class PackedWeight(FixedDtype):
     """Real low-bit storage of a weight.
+
+    On a GPU, 4-bit codes are held in the order in which the kernels read them, and ``packed`` is empty; a state dict
+    has the layout below all the same.
 
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
@@ -46,6 +54,7 @@ class PackedWeight(FixedDtype):
         levels: of the codebook, float32; None on an even grid. Only custom ones are stored.
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
+        gpu_operands: by the dtype of x, what the int4 kernels read; empty where they do not take the weight.
     """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> None:
@@ -69,6 +78,7 @@ class PackedWeight(FixedDtype):
             levels = codebook.named_levels(spec, self.packed.device) if own is None else torch.empty(own)
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
+        self.gpu_operands: dict[torch.dtype, Int4Weight] = {}
 
     @classmethod
     def from_tensor(cls, tensor: QuantizedTensor) -> PackedWeight:
@@ -83,11 +93,40 @@ class PackedWeight(FixedDtype):
             weight.scale = tensor.scale
         weight.zero_point = tensor.zero_point
         weight.levels = tensor.levels
+        weight._prepack_on_gpu()
         return weight
+
+    def prepack(self) -> None:
+        """Lay 4-bit codes out for the int4 kernels, in the place of ``packed``; done by itself on a GPU."""
+        from qat.kernels.int4_layout import GROUP_MULTIPLE, prepack  # kernels are not needed elsewhere
+
+        group_size = self.spec.group_size or self.columns
+        fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
+        if self.gpu_operands or self.spec.bits != 4 or not self.spec.holds_integers or not fits:
+            return
+        stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size)
+        self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
+        for dtype in (torch.bfloat16, torch.float16):  # the kernels are fastest with the scale in the dtype of x
+            scale = stored.scale.to(dtype)
+            if torch.equal(scale.float(), stored.scale.float()):  # also waits: kernels read a weight ahead of time
+                self.gpu_operands[dtype] = stored._replace(scale=scale)
+        self.packed = self.packed.new_empty(0)
+
+    def _prepack_on_gpu(self) -> None:
+        if self.packed.device.type not in ("cpu", "meta"):
+            self.prepack()
+
+    def _packed(self) -> Tensor:
+        if not self.gpu_operands:
+            return self.packed
+        return self.gpu_operands[torch.float32].checkpoint()[0]
+
+    def _undo_prepack(self) -> None:
+        self.packed, self.gpu_operands = self._packed(), {}
 
     def codes(self) -> Tensor:
         """Return the int8 codes in the weight's logical shape."""
-        return unpack(self.packed, self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
+        return unpack(self._packed(), self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
@@ -98,6 +137,10 @@ class PackedWeight(FixedDtype):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``: on a GPU 4-bit codes go through one kernel, with the same bits."""
+        if dtype in self.gpu_operands:
+            from qat.kernels.int4_linear import int4_dequantize
+
+            return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
         size = self._group_size()
         if self.spec.bits != 4 or size % 2 or self.columns % 2 or not backend.has_kernels(self.packed.device, dtype):
             return self.quantized_tensor().dequantize(dtype)
@@ -118,9 +161,11 @@ class PackedWeight(FixedDtype):
         return self.shape.numel() // scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._undo_prepack()
         self.cpu_operands = None
         super()._apply(fn, recurse)
         self.restore_levels()
+        self._prepack_on_gpu()
         return self
 
     def restore_levels(self) -> None:
@@ -129,8 +174,14 @@ class PackedWeight(FixedDtype):
             self.levels = codebook.named_levels(self.spec, self.packed.device)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._undo_prepack()
         self.cpu_operands = None
         super()._load_from_state_dict(*args, **kwargs)
+        self._prepack_on_gpu()
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = self._packed()
 
 
 class Frozen:

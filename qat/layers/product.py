@@ -9,6 +9,7 @@ The result, and every gradient, is that of the composition: same operators in be
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,8 @@ def value(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the product in ``dtype``, without gradients."""
-    with torch.autocast(x.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(x.device.type)  # entering a context costs more than asking
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         return multiply(_rounded(x, x_rounding, dtype), _rounded(weight, weight_rounding, dtype), bias, convolution)
 
 
@@ -104,18 +106,37 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias and both step sizes, computed in ``dtype``; None for one not wanted."""
     x_wanted, weight_wanted, bias_wanted, x_step_wanted, weight_step_wanted = wanted
-    grad_x = grad_weight = grad_bias = grad_x_step = grad_weight_step = x_again = None
-    again = dtype if weight_wanted or weight_step_wanted else None
-    if x_wanted or x_step_wanted:
-        grad_x = _input_gradient(grad, x, _rounded(weight, weight_rounding, dtype), convolution)
-        if x_rounding is not None:
-            x_again, grad_x, grad_x_step = x_rounding.backward_(grad_x, x, (x_wanted, x_step_wanted), again)
-    if again:
-        x_again = _rounded(x, x_rounding, dtype) if x_again is None else x_again
-        grad_weight, grad_bias = _weight_gradients(grad, x_again, weight, convolution, bias_wanted)
+    both_x, both_weight = (x_wanted, x_step_wanted), (weight_wanted, weight_step_wanted)
+    grad_x = grad_weight = grad_bias = grad_x_step = grad_weight_step = x_again = weight_again = None
+
+    def weight_side(again: torch.dtype | None) -> None:
+        nonlocal grad_weight, grad_bias, grad_weight_step, weight_again
+        value = _rounded(x, x_rounding, dtype) if x_again is None else x_again
+        grad_weight, grad_bias = _weight_gradients(grad, value, weight, convolution, bias_wanted)
         if weight_rounding is not None:
-            both = weight_wanted, weight_step_wanted
-            _, grad_weight, grad_weight_step = weight_rounding.backward_(grad_weight, weight, both, None)
+            made = weight_rounding.backward_(grad_weight, weight, both_weight, again)
+            weight_again, grad_weight, grad_weight_step = made
+
+    def input_side(again: torch.dtype | None) -> None:
+        nonlocal grad_x, grad_x_step, x_again
+        value = _rounded(weight, weight_rounding, dtype) if weight_again is None else weight_again
+        grad_x = _input_gradient(grad, x, value, convolution)
+        if x_rounding is not None:
+            x_again, grad_x, grad_x_step = x_rounding.backward_(grad_x, x, both_x, again)
+
+    # The side that comes first gets its rounded value for the other in the pass that makes its gradient; with a rounded
+    # input, that is the input's, which is larger as a rule.
+    if not any(both_x):
+        if any(both_weight):
+            weight_side(None)
+    elif not any(both_weight):
+        input_side(None)
+    elif x_rounding is None:
+        weight_side(dtype)
+        input_side(None)
+    else:
+        input_side(dtype)
+        weight_side(None)
     if bias_wanted and grad_bias is None:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if convolution is None else grad.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias, grad_x_step, grad_weight_step
@@ -160,13 +181,16 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight, x_step, weight_step)
         x_rounding, weight_rounding, ctx.convolution, ctx.dtype = how
         # Without their step sizes, which autograd keeps: it may have moved them meanwhile.
-        ctx.roundings = tuple(None if r is None else r._replace(step_size=None) for r in (x_rounding, weight_rounding))
+        ctx.grids = tuple(None if r is None else (r.grid, r.grad_scale) for r in (x_rounding, weight_rounding))
         return value(x, weight, bias, *how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, *steps = ctx.saved_tensors
-        roundings = (r and r._replace(step_size=step) for r, step in zip(ctx.roundings, steps, strict=True))
+        roundings = [
+            None if grid is None else Rounding(grid[0], step, grid[1])
+            for grid, step in zip(ctx.grids, steps, strict=True)
+        ]
         wanted = ctx.needs_input_grad[:5]
         return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None, None, None, None

@@ -14,10 +14,13 @@ from ..errors import LayerError, StateError
 from ..numerics import QuantizedTensor, scale_shape
 from ..spec import Codebook, QuantSpec
 from .fixed_dtype import FixedDtype
+from .kmeans import kmeans_levels, normal_levels
 
 
 class WeightCodebook(FixedDtype):
     """Fake-quantizes a weight per tensor, channel or group; it has nothing to learn of its own.
+
+    The levels of a custom codebook start at the k-means of the weight's values; ``set_levels`` replaces them.
 
     Attributes:
         levels: float32 (1, L) of a named codebook; (rows, L) of a custom one, which are saved.
@@ -37,6 +40,12 @@ class WeightCodebook(FixedDtype):
         double = spec.codebook is Codebook.nf4_double
         self.register_buffer("scale_levels", dynamic_map(device) if double else None)
         self._ready = own is None
+        if own is not None and not weight.is_meta:
+            scale = codebook.block_scale(weight, self.shape)
+            values = codebook.ratio(weight, scale)
+            squares = scale.double().square()[..., None].expand(values.shape)  # an error of 1 is one of the scale
+            start = normal_levels(spec.bits).to(device)
+            self.set_levels(kmeans_levels(values.reshape(own[0], -1), squares.reshape(own[0], -1), start))
 
     @torch.no_grad()
     def set_levels(self, levels: Tensor) -> None:
@@ -55,8 +64,8 @@ class WeightCodebook(FixedDtype):
         """Raise StateError if a custom codebook never got its levels."""
         if not self._ready:
             raise StateError(
-                f"the codebook of {self.name!r} was never set: call set_levels on the layer's weight_quantizer, load a "
-                "trained checkpoint, or use codebook: nf4"
+                f"the codebook of {self.name!r} was never set: prepare the model with its weights in memory (not on "
+                "the meta device), load a trained checkpoint, or call set_levels on the layer's weight_quantizer"
             )
 
     def forward(self, weight: Tensor) -> Tensor:

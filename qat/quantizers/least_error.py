@@ -15,13 +15,14 @@ from ..spec import QuantSpec
 CANDIDATES = 100  # shares of the step size that clips nothing
 
 
-def squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
+def squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Tensor:
     """Return the summed squared error of each candidate step size.
 
     Args:
         x: any float tensor.
         largest: (rows, groups) float32, the step sizes that clip nothing.
         spec: the grid.
+        weights: what the squares are multiplied by, float32 that broadcasts to x; None for 1.
 
     Returns:
         (CANDIDATES, rows, groups) float64; candidate i is ``largest * (i + 1) / CANDIDATES``.
@@ -30,7 +31,8 @@ def squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec) -> Tensor:
     for candidate in range(1, CANDIDATES + 1):
         scale = stored_scale(largest * (candidate / CANDIDATES), spec)
         difference = dequantize(quantize(x, scale, spec), scale, torch.float32) - x
-        errors.append(difference.square_().reshape(*largest.shape, -1).sum(-1, dtype=torch.float64))
+        squares = difference.square_() if weights is None else difference.square_() * weights
+        errors.append(squares.reshape(*largest.shape, -1).sum(-1, dtype=torch.float64))
     return torch.stack(errors)
 
 

@@ -24,6 +24,7 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
+from .half_quadratic import half_quadratic_step_size
 from .least_error import best_step_size, squared_errors
 from .rounding import Rounding
 
@@ -40,13 +41,22 @@ def minmax_step_size(max_magnitude: Tensor, spec: QuantSpec) -> Tensor:
     return max_magnitude / spec.q_p
 
 
-def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init) -> Tensor:
-    """Return the initial step size of a weight, (rows, groups) float32."""
+def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tensor | None = None) -> Tensor:
+    """Return the initial step size of a weight, (rows, groups) float32.
+
+    Args:
+        weight: any float tensor.
+        spec: the grid.
+        init: one that reads no data.
+        weights: of the squared errors, for Init.mse: float32 that broadcasts to the weight; None for 1.
+    """
     magnitude = weight.detach().abs().float().reshape(*scale_shape(weight.shape, spec), -1)
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
-    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec), largest)
+    if init is Init.hqq:
+        return half_quadratic_step_size(weight, largest, spec)
+    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
 
 
 class LearnedStepSize(FixedDtype):
@@ -103,14 +113,16 @@ class LearnedStepSize(FixedDtype):
 
 
 class WeightLSQ(LearnedStepSize):
-    """Fake-quantizes a weight per tensor, channel or group."""
+    """Fake-quantizes a weight per tensor, channel or group; its step size waits for data if its init reads any."""
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
         spec = replace(spec, signed=True)
         super().__init__(spec, scale_shape(weight.shape, spec), name, init, weight.device)
-        if not weight.is_meta:
+        if init.reads_data:
+            self.fix = f"init={init.value} reads data: run qat.calibrate(model, batches) (the training command does it)"
+        elif not weight.is_meta:
             self.set_step_size(weight_step_size(weight, spec, init))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -125,6 +137,11 @@ class WeightLSQ(LearnedStepSize):
         self.require_initialised()
         elements = weight.numel() // self.step_size.numel()  # that share a scale
         return Rounding(self.spec, self.step_size, 1 / math.sqrt(elements * self.spec.q_p))
+
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether ``qat.calibrate`` is to set it, by an init that reads data."""
+        return self.init.reads_data and not self.is_initialised
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""

@@ -14,11 +14,12 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from ..calibration import activation_quantizers, calibrate
+from ..calibration import activation_quantizers, calibrate, weights_wait
 from ..errors import TrainingError
 from ..layers import quant_layers
 from ..memory import estimate
 from ..numerics import stored_scale
+from ..ptq import Options
 from ..quantizers import DynamicActivation, LearnedStepSize, WeightCodebook
 from .csv_logger import ResumableCSVLogger
 from .metrics import cross_entropy, logits_of, run
@@ -26,27 +27,29 @@ from .tasks import Task
 
 
 class Calibration(Callback):
-    """Sets activation step sizes from the first training batches, before the first step.
+    """Sets activation step sizes, and weights whose init reads data, from the first training batches.
 
-    It reads a loader of its own, so that training sees the batches it would have seen anyway.
+    It reads a loader of its own before the first step, so that training sees the batches it would have seen anyway.
 
     Args:
-        batches: how many; several are better than one.
+        batches: how many; several are better than one, and GPTQ and its like want more rows than a layer has inputs.
+        options: of an init that reads data, the fields of ``qat.ptq.Options``.
     """
 
-    def __init__(self, batches: int = 8) -> None:
-        self.batches = batches
+    def __init__(self, batches: int = 8, options: dict[str, Any] | None = None) -> None:
+        self.batches, self.options = batches, Options(**(options or {}))
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
         """Calibrate, unless a checkpoint brought every step size."""
         waiting = [quantizer for quantizer in activation_quantizers(task.model) if not quantizer.is_initialised]
-        if not waiting:
+        if not waiting and not weights_wait(task.model):
             return
         loader = trainer.datamodule.train_loader(task.device, trainer.global_rank, trainer.world_size)
-        batches = islice(loader, self.batches)
+        batches = ((inputs,) for inputs, _ in islice(loader, self.batches))
         with trainer.strategy.precision_plugin.forward_context():
-            calibrate(task.model, ((inputs,) for inputs, _ in batches), lambda _, batch: task(*batch))
-        rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
+            calibrate(task.model, batches, lambda _, batch: task(*batch), self.options, rank_zero_only.rank == 0)
+        if waiting:
+            rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
 
 
 class MemoryEstimate(Callback):

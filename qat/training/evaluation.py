@@ -15,24 +15,36 @@ Data = ImageData | TextData | InstructionData
 METRICS = {ImageData: ClassificationMetrics, TextData: LanguageMetrics, InstructionData: LanguageMetrics}
 
 
-def evaluate(model: nn.Module, data: Data, device: torch.device | str = "cpu") -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    device: torch.device | str = "cpu",
+    reference: nn.Module | None = None,
+) -> dict[str, float]:
     """Return accuracy and loss on images, or perplexity and loss on text.
 
     Args:
         model: from inputs to logits; it is moved to the device, and its mode is restored.
         data: a data module of ours; its test part is used.
         device: where to run.
+        reference: a language model to compare with, such as the one before quantization: adds ``kl`` and ``agreement``
+            (see LanguageMetrics). Moved to the device, and left in eval mode.
 
     Raises:
-        DataError: another kind of data.
+        DataError: another kind of data, or a reference for images.
     """
     if type(data) not in METRICS:
         raise DataError(f"cannot evaluate on {type(data).__name__}: give ImageData, TextData or InstructionData")
-    metrics = METRICS[type(data)]().to(device)
+    if reference is not None and isinstance(data, ImageData):
+        raise DataError("only language models are compared with a reference: leave it out")
+    metrics = (METRICS[type(data)]() if reference is None else LanguageMetrics(compared=True)).to(device)
     training = model.training
     model.to(device).eval()
+    if reference is not None:
+        reference.to(device).eval()
     with torch.inference_mode():
         for inputs, targets in data.test_loader(device):
-            metrics.update(logits_of(run(model, inputs)), targets)
+            more = () if reference is None else (logits_of(run(reference, inputs)),)
+            metrics.update(logits_of(run(model, inputs)), targets, *more)
     model.train(training)
     return {name: value.item() for name, value in metrics.compute().items()}

@@ -67,21 +67,44 @@ class ClassificationMetrics(nn.Module):
 
 
 class LanguageMetrics(nn.Module):
-    """``perplexity`` (of a token) and ``loss`` (its logarithm)."""
+    """``perplexity`` (of a token) and ``loss`` (its logarithm).
 
-    def __init__(self) -> None:
+    Args:
+        compared: also ``kl``, the mean divergence KL(reference || model) of a prediction in nats, and ``agreement``,
+            the share of predictions whose most likely token is the reference's. Both tell models apart that perplexity,
+            which only looks at the probability of one token, does not.
+    """
+
+    def __init__(self, compared: bool = False) -> None:
         super().__init__()
-        self.loss = Mean()
+        names = ("loss", "kl", "agreement") if compared else ("loss",)
+        self.means = nn.ModuleDict({name: Mean() for name in names})
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch of logits (B, T, vocabulary) and next tokens (B, T); IGNORED ones do not count."""
-        count = (targets != IGNORED).sum()
-        self.loss.update(torch.where(count > 0, cross_entropy(logits, targets) * count, 0.0), count)
+    def update(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """Add a batch of logits (B, T, vocabulary) and next tokens (B, T), with the reference's logits if compared.
+
+        IGNORED tokens do not count.
+        """
+        used = targets != IGNORED
+        count = used.sum()
+        self.means["loss"].update(torch.where(count > 0, cross_entropy(logits, targets) * count, 0.0), count)
+        if reference is not None:
+            self.means["kl"].update(divergence(reference[used], logits[used]), count)
+            self.means["agreement"].update((logits.argmax(-1) == reference.argmax(-1))[used].sum(), count)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over all batches and ranks, and start again."""
-        values = _compute_and_reset(loss=self.loss)
+        values = _compute_and_reset(**self.means)
         return {"perplexity": values["loss"].exp(), **values}
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(reference || model) in nats, summed over predictions, for logits (..., C); 1024 at a time."""
+    total = torch.zeros((), device=logits.device)
+    for taught, found in zip(reference.flatten(0, -2).split(1024), logits.flatten(0, -2).split(1024), strict=True):
+        log_p, log_q = taught.float().log_softmax(-1), found.float().log_softmax(-1)
+        total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return total
 
 
 def _compute_and_reset(**metrics: Mean) -> dict[str, Tensor]:

@@ -1,0 +1,117 @@
+"""Measure which int4 kernel is fastest on this GPU: python -m benchmarks.tune [--shapes 4096x4096 ...] [--out FILE]
+
+Writes the table that ``qat.kernels.int4_plans`` looks into first (its ``cache_path()``, unless --out names a file).
+Kernels are compiled by all processor cores beforehand; the timing is that of benchmarks/timing.py, in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from qat.kernels import int4_plans
+from qat.kernels.int4_linear import run_plan
+
+from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem
+from benchmarks.timing import graph_time
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def device() -> tuple[str, int, int]:
+    """Return what ``int4_plans.choose`` takes about the GPU."""
+    found = torch.cuda.get_device_properties(0)
+    return found.name, found.major * 10 + found.minor, found.multi_processor_count
+
+
+def compile_plan(case: tuple) -> str | None:
+    """Run one plan on its shape once, which leaves the kernel in Triton's cache; return what went wrong."""
+    plan, tokens, outputs, inputs = case
+    try:
+        problem = Problem.random(outputs, inputs, torch.bfloat16, rotated=False)
+        x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+        run_plan(plan, x, problem.weights[0], None)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{plan} {tokens} {outputs}x{inputs}: {error!r}"[:300]
+    return None
+
+
+def compile_all(plans: dict[tuple[int, int, int], list[int4_plans.Plan]]) -> list[str]:
+    """Compile the kernels of all plans, given by (tokens, outputs, inputs); return a line a failure, and the time."""
+    # A kernel depends on the shape through what divides it alone: one small weight compiles for many.
+    inputs = {k: 4096 if k % 4096 == 0 else k for _, _, k in plans}
+    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k]) for (m, _, k), ps in plans.items() for plan in ps}
+    start = time.time()
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        lines = [line for line in pool.imap_unordered(compile_plan, cases.values()) if line]
+    lines.append(f"{len(cases)} kernels compiled in {time.time() - start:.0f} s")
+    return lines
+
+
+def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...] = TOKENS) -> tuple[dict, list[str]]:
+    """Return the table for this device, and a line a measurement."""
+    name, *limits = device()
+    plans = {(m, n, k): int4_plans.candidates(m, n, k, *limits) for n, k in shapes for m in tokens}
+    lines = compile_all(plans)
+    table: dict[str, dict] = {}
+    for n, k in shapes:
+        problem = Problem.random(n, k, torch.bfloat16)
+        dense = problem.dense().double() if n * k <= 2**26 else None
+        for m in tokens:
+            x = (torch.randn(m, k, device="cuda") * 0.1).bfloat16()
+            exact = None if dense is None else x.double() @ dense.T
+            times = []
+            for plan in plans[m, n, k]:
+                try:
+                    y = run_plan(plan, x, problem.weights[0], None)
+                    error = 0.0 if exact is None else ((y - exact).norm() / exact.norm()).item()
+                    if not error < 4e-3:
+                        lines.append(f"WRONG {n}x{k} M={m} {plan}: {error}")
+                        continue
+                    calls = [partial(run_plan, plan, x, w, None) for w in problem.weights]
+                    times.append((graph_time(calls, milliseconds=1.5, replays=3), plan))
+                except Exception as failure:
+                    lines.append(f"FAILED {n}x{k} M={m} {plan}: {failure!r}"[:300])
+            times.sort(key=lambda pair: pair[0])
+            chosen = int4_plans.heuristic(m, n, k, *limits)
+            by_heuristic = next((t for t, plan in times if plan == chosen), None)
+            lines.append(
+                f"{n}x{k} M={m}: "
+                + "  ".join(f"{t:.1f} {int4_plans.plan_to_json(p)}" for t, p in times)
+                + f"  (heuristic {by_heuristic} {chosen})"
+            )
+            if times:
+                table.setdefault(f"{n}x{k}", {})[str(m)] = int4_plans.plan_to_json(times[0][1])
+    return {name: table}, lines
+
+
+def main() -> None:
+    """Read the arguments, tune, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="*", help="NxK; by default those of Llama 8B and 70B")
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--out", type=Path, default=int4_plans.cache_path())
+    parser.add_argument("--log", type=Path)
+    options = parser.parse_args()
+    shapes = [*LLAMA_8B.values(), *LLAMA_70B.values()]
+    if options.shapes:
+        shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes]
+    table, lines = tune(shapes, tuple(options.tokens))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    for name, by_shape in table.items():
+        known.setdefault(name, {}).update(by_shape)
+    options.out.write_text(json.dumps(known, indent=1) + "\n")
+    if options.log:
+        options.log.write_text("\n".join(lines) + "\n")
+    print("\n".join(line[:200] for line in lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Which int4 kernel runs for M tokens on an N x K weight: a table for known GPUs, a heuristic for all others.
+
+There is no search at run time. ``python -m benchmarks.tune`` measures the candidates below on the GPU at hand and
+writes a table to ``cache_path()``, which goes before the one that ships in ``int4_plans.json``. A table is found by
+the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from .int4_layout import INPUTS, ROWS
+
+LAYOUT_VERSION = 1
+
+
+class Decode(NamedTuple):
+    """Constants of ``int4_nvidia.decode_kernel``."""
+
+    warps: int
+    blocks: int
+    block_m: int
+    tiles: int
+    stages: int
+    early: int
+
+
+class Batch(NamedTuple):
+    """Constants of ``int4_nvidia.batch_kernel``."""
+
+    warps: int
+    blocks: int
+    block_m: int
+    tiles: int
+    step: int
+    stages: int
+    ahead: int
+    split: int
+    early: int
+
+
+class Dequantize(NamedTuple):
+    """Dequantize the whole weight, then use the library's matmul."""
+
+
+Plan = Decode | Batch | Dequantize
+_KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize}
+
+# Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
+MANY_TOKENS = 4096
+
+
+def choose(tokens: int, outputs: int, inputs: int, device_name: str, capability: int, multiprocessors: int) -> Plan:
+    """Return the plan for M tokens on an NVIDIA GPU of compute capability ``capability`` (90 for 9.0)."""
+    for table in (_user_table(), _shipped_table()):
+        by_tokens = table.get(device_name, {}).get(f"{outputs}x{inputs}", {})
+        fitting = sorted(int(bound) for bound in by_tokens if int(bound) >= tokens)
+        if fitting:
+            return plan_from_json(by_tokens[str(fitting[0])])
+    return heuristic(tokens, outputs, inputs, capability, multiprocessors)
+
+
+def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> Plan:
+    """Return a plan from the shape alone, after what was measured on an H100 (benchmarks/NOTES.md)."""
+    blocks, tiles = -(-outputs // ROWS), -(-inputs // INPUTS)
+    hopper = capability == 90
+    if tokens <= 8 or (tokens <= 16 and not hopper):
+        return _decode(8 if tokens <= 8 else 16, blocks, tiles, capability, multiprocessors)
+    if not hopper or tokens > MANY_TOKENS:
+        return Dequantize()
+    if tokens > 64:
+        return _large_batch(tokens, blocks, tiles, multiprocessors)
+    block_m, programs = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 8)
+    if programs > 1.5 * multiprocessors and block_m < 64:
+        return Batch(4, 8, block_m, 8, 2, 4, 2, 1, 2)
+    # A split costs its sum; the more tokens a program holds, and the fewer tiles it has, the fewer parts pay.
+    wanted = {16: 1.9, 32: 1.4, 64: 0.95 if tiles <= 64 else 1.9}[block_m] * multiprocessors
+    split = next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
+    return Batch(8, 8, block_m, 4, 2, 4, 4, split, 2)
+
+
+def _decode(block_m: int, blocks: int, tiles: int, capability: int, multiprocessors: int) -> Decode:
+    if capability != 90:  # as little as 99 KiB of shared memory, and nothing measured
+        shape = (8, 1) if blocks <= 3 * multiprocessors else (4, 2)
+        return Decode(*shape, block_m, 32 // block_m, 2, 2 if capability > 90 else 0)
+    if blocks <= 2 * multiprocessors:  # three stages leave room for two programs a multiprocessor, so none stack up
+        return Decode(8, 1, block_m, 4, 3, 1) if tiles >= 128 else Decode(4, 1, block_m, 8, 3, 1)
+    if blocks <= 3 * multiprocessors:
+        return Decode(4, 1, block_m, 8, 2, 2)
+    return Decode(4, 2, block_m, 4, 2, 2)
+
+
+def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> Batch:
+    """Take the fewest K tiles in a row, counted in blocks of 128 tokens; a part costs about as much as seven."""
+
+    def programs(block_m: int) -> int:
+        return -(-blocks // 8) * -(-tokens // block_m)
+
+    def cost(block_m: int, split: int) -> float:
+        waves = -(-programs(block_m) * split // multiprocessors)
+        wave = 1.8 if block_m == 256 else 1.0 if waves == 1 else 1.25
+        return waves * tiles / split * wave + (7 * split if split > 1 else 0)
+
+    sizes = (128, 256) if tokens > 128 else (128,)
+    options = [(cost(block_m, 1), block_m, 1) for block_m in sizes]
+    for block_m in sizes:  # parts pay while they all run at once
+        splits = [split for split in (2, 4) if programs(block_m) * split <= multiprocessors and tiles >= 16 * split]
+        options += [(cost(block_m, split), block_m, split) for split in splits]
+    _, block_m, split = min(options)
+    if block_m == 256:
+        return Batch(8, 8, 256, 4, 1, 4, 2, split, 2)
+    if programs(128) > 1.5 * multiprocessors:
+        return Batch(4, 8, 128, 2, 1, 4, 1, 1, 2)
+    return Batch(8, 8, 128, 4, 2, 4, 2, split, 2)
+
+
+def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:
+    """Return the plans worth timing."""
+    early = 2 if capability >= 90 else 0
+    plans: list[Plan] = []
+    if tokens <= 8:
+        for warps, blocks, ahead in ((8, 1, 4), (16, 1, 4), (8, 2, 4), (4, 4, 2), (4, 2, 4), (4, 1, 8)):
+            plans += [Decode(warps, blocks, 8, ahead, stages, early) for stages in (0, 2)]
+            if early:  # an early start pays where it cannot stack programs on a few multiprocessors
+                plans += [Decode(warps, blocks, 8, ahead, stages, start) for stages, start in ((0, 1), (0, 0), (3, 1))]
+    elif tokens <= 16:
+        plans += [
+            Decode(*shape, early)
+            for shape in ((8, 2, 16, 2, 3), (8, 1, 16, 4, 2), (4, 4, 16, 2, 2), (16, 1, 16, 2, 2), (4, 8, 16, 1, 2))
+        ]
+    if capability == 90 and tokens > 8:
+        block_ms = [size for size in (16, 32, 64, 128) if size >= tokens][:1] or [128, 256]
+        for block_m in block_ms:
+            programs = -(-outputs // 128) * -(-tokens // block_m)
+            splits = [s for s in (1, 2, 4, 8) if s == 1 or programs * s <= 4 * multiprocessors]
+            splits = [s for s in splits if programs * s >= multiprocessors // 2] or splits[-1:]
+            for split in splits:
+                if block_m <= 64:
+                    shapes = ((4, 8, 4, 2, 4, 1), (8, 8, 4, 2, 4, 4), (4, 8, 8, 2, 4, 2), (8, 16, 4, 2, 4, 2))
+                elif block_m == 128:
+                    shapes = ((4, 8, 2, 1, 4, 1), (8, 8, 4, 2, 4, 2), (8, 8, 4, 2, 4, 4), (8, 16, 2, 1, 5, 2))
+                else:
+                    shapes = ((8, 8, 2, 1, 4, 2), (8, 8, 4, 1, 4, 2))
+                for warps, blocks, ahead, step, stages, in_flight in shapes:
+                    plans.append(Batch(warps, blocks, block_m, ahead, step, stages, in_flight, split, early))
+    if tokens >= 64 or not plans:
+        plans.append(Dequantize())
+    return plans
+
+
+def plan_to_json(plan: Plan) -> list:
+    """Return ["decode" | "batch" | "dequantize", constants...]."""
+    return [type(plan).__name__.lower(), *plan]
+
+
+def plan_from_json(values: list) -> Plan:
+    """Undo ``plan_to_json``."""
+    return _KINDS[values[0]](*values[1:])
+
+
+def cache_path() -> Path:
+    """Return where ``benchmarks.tune`` writes, and ``choose`` looks first; QAT_CACHE moves it."""
+    root = os.environ.get("QAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qat"
+    return Path(root) / f"int4_plans_v{LAYOUT_VERSION}.json"
+
+
+@cache
+def _user_table() -> dict:
+    return _read(cache_path())
+
+
+@cache
+def _shipped_table() -> dict:
+    return _read(Path(__file__).with_name("int4_plans.json"))
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}

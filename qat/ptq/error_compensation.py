@@ -1,0 +1,120 @@
+"""GPTQ and GPTAQ on the layers of a unit: in the order they run in, each on inputs behind those that are rounded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..layers import QuantLayer
+from ..quantizers.lsq import weight_step_size
+from ..spec import Granularity, Init
+from .gptq import Factor, factorize, gptq, output_error, rounded_weight
+from .moments import Moments
+from .options import Options
+from .report import Report, set_fallback, set_layer
+from .units import Unit
+
+
+def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
+    """Quantize every layer of a unit; layers that read the same input share its moments.
+
+    Raises:
+        CalibrationError: a layer that cannot be quantized with this data, unless options allow the fallback.
+    """
+    unit.find_stages()
+    for stage in unit.stages:
+        moments = gather(unit, stage[0], asymmetric=report.init is Init.gptaq)
+        try:
+            moments.require_rows(stage[0])
+            factors = factors_of(moments, options)
+        except CalibrationError as error:
+            fall_back(unit, stage, error, options, report)
+            continue
+        damping = max(factor.damping for factor in factors)
+        for name in stage:
+            if damping > options.damping:
+                report.notes[name] = f"the Hessian was damped by {damping:g} instead of {options.damping:g}"
+            report.losses[name] = quantize_layer(unit.layers[name], moments, factors, options.act_order)
+            unit.layers[name].weight_quantizer.enabled = True
+    fall_back_unreached(unit, options, report)
+
+
+def gather(unit: Unit, name: str, asymmetric: bool = False) -> Moments:
+    """Return the moments of what a layer gets over all batches.
+
+    Raises:
+        CalibrationError: NaN, infinity, or inputs without variety.
+    """
+    moments, layer = Moments(), unit.layers[name]
+    unquantized = unit.inputs(name, twin=True) if asymmetric else None
+    for inputs in unit.inputs(name):
+        references = next(unquantized) if asymmetric else [None] * len(inputs)
+        for x, reference in zip(inputs, references, strict=True):
+            moments.update(layer, x, reference)
+    return moments.finish(name)
+
+
+def factors_of(moments: Moments, options: Options) -> list[Factor]:
+    """Return a factor for each of a convolution's groups; a linear layer has one."""
+    differences = [None] * len(moments.hessian) if moments.difference is None else moments.difference
+    pairs = zip(moments.hessian, differences, strict=True)
+    return [factorize(hessian, options.damping, options.act_order, difference) for hessian, difference in pairs]
+
+
+def quantize_layer(layer: QuantLayer, moments: Moments, factors: list[Factor], act_order: bool) -> float:
+    """Quantize one layer; return its output error as a multiple of round-to-nearest's."""
+    spec = layer.weight_quantizer.spec
+    weight = layer.weight.detach().float().flatten(1).clone()
+    shared = weight_step_size(weight, spec, Init.mse) if spec.granularity is Granularity.tensor else None
+    parts = weight.chunk(len(factors))
+    pairs = [gptq(part, factor, spec, act_order, shared) for part, factor in zip(parts, factors, strict=True)]
+    compensated, step_size = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    set_layer(layer, compensated.view(layer.weight.shape), step_size if shared is None else shared)
+    return relative_error(layer, weight, moments)
+
+
+def relative_error(layer: QuantLayer, weight: Tensor, moments: Moments, before: Tensor | None = None) -> float:
+    """Return the output error of a layer that is set, as a multiple of round-to-nearest's.
+
+    Args:
+        layer: rounded.
+        weight: its weight before, (N, K) float32.
+        moments: of its inputs.
+        before: its inputs' Hessian before they were scaled, where they were; the layer then holds the scaled weight.
+    """
+    spec = layer.weight_quantizer.spec
+    nearest = rounded_weight(weight, weight_step_size(weight, spec, Init.minmax), spec)
+    rounded = layer.weight_quantizer.quantize(layer.weight).dequantize().flatten(1)
+    unscaled = weight if before is None else layer.weight.float().flatten(1)
+    error = total_error(unscaled, rounded, moments.hessian)
+    nearest_error = total_error(weight, nearest, moments.hessian if before is None else before)
+    return error / nearest_error if nearest_error else 1.0
+
+
+def total_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """Return the squared change of the output, summed over a convolution's groups."""
+    parts = zip(weight.chunk(len(hessian)), rounded.chunk(len(hessian)), hessian, strict=True)
+    return float(sum(output_error(*part) for part in parts))
+
+
+def fall_back(unit: Unit, names: list[str], error: CalibrationError, options: Options, report: Report) -> None:
+    """Round layers to the least squared error where options allow it, else raise."""
+    if not options.allow_fallback:
+        raise CalibrationError(
+            f"{error}; or let such layers be rounded to the least squared error: allow_fallback=true"
+        ) from None
+    for name in names:
+        set_fallback(name, unit.layers[name], str(error), report)
+        unit.layers[name].weight_quantizer.enabled = True
+
+
+def fall_back_unreached(unit: Unit, options: Options, report: Report) -> None:
+    """Do the same for layers that no batch reached."""
+    reached = {name for stage in unit.stages for name in stage}
+    for name in unit.layers:
+        if name not in reached:
+            error = CalibrationError(
+                f"no calibration batch reached {name!r}: give batches that run it, or skip it by a rule"
+            )
+            fall_back(unit, [name], error, options, report)

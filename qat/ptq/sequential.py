@@ -1,0 +1,189 @@
+"""One part of a model after another: quantized on inputs from parts that are quantized already.
+
+The memory that is needed beside the model is one block's, its unquantized twin's for methods that compare with it, and
+the activations between two blocks for all batches. Several ranks do the same work on their own batches; rank 0's result
+counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import CalibrationError, StateError
+from ..layers import quant_layers
+from ..quantizers import DynamicActivation, LearnedStepSize, WeightLSQ
+from ..quantizers.lsq import several_ranks
+from ..spec import Init
+from . import awq, block_training, error_compensation
+from .options import Options
+from .report import Report
+from .resume import Finished
+from .units import Chain, Forward, Layers, Unit, find_blocks, probe
+
+METHODS: dict[Init, Callable[[Unit, Options, Report], None]] = {
+    Init.gptq: error_compensation.quantize_unit,
+    Init.gptaq: error_compensation.quantize_unit,
+    Init.awq: awq.quantize_unit,
+    Init.signround: block_training.quantize_unit,
+    Init.blockwise: block_training.quantize_unit,
+}
+NEED_TWIN = (Init.gptaq, Init.signround, Init.blockwise)
+
+
+def waiting_layers(model: nn.Module) -> Layers:
+    """Return the layers whose weights wait for calibration data, by name; of tied ones the first."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, layer in quant_layers(model):
+        quantizer = layer.weight_quantizer
+        if isinstance(quantizer, WeightLSQ) and quantizer.waits_for_data:
+            found.setdefault(id(quantizer), (name, layer))
+    return dict(found.values())
+
+
+def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, options: Options | None = None) -> Report:
+    """Set the weights and step sizes of every layer that waits for data, in place; the model ends in the mode it had.
+
+    Afterwards the codes of ``qat.quantized_tensors`` are the method's. Inputs are not quantized meanwhile, unless a
+    runtime's own rounding is (``policy.dynamic``).
+
+    Args:
+        model: prepared, with an init that reads data.
+        batches: what ``forward`` takes; all are kept.
+        forward: (model, batch) -> output.
+        options: see there.
+
+    Raises:
+        CalibrationError: data that a layer cannot be quantized with; its message names the layer and the fix.
+        StateError: nothing waits.
+    """
+    options = options or Options()
+    layers, batches = waiting_layers(model), list(batches)
+    if not layers:
+        raise StateError("no weight waits for calibration data: it is set already, or its init reads none")
+    check_batches(batches)
+    init = next(iter(layers.values())).weight_quantizer.init
+    report = Report(init)
+    with calibrating(model, layers), torch.no_grad():
+        finished = Finished(options, init, batches)
+        units = walk(model, layers, batches, forward, options, init in NEED_TWIN)
+        with tqdm(total=len(layers), desc=init.value, unit="layer", disable=not sys.stderr.isatty()) as bar:
+            for unit in units:
+                if not finished.load(unit, report):
+                    METHODS[init](unit, options, report)
+                    broadcast(unit)
+                    finished.save(unit, report)
+                for layer in unit.layers.values():
+                    layer.weight_quantizer.enabled = True
+                bar.update(len(unit.layers))
+    return report
+
+
+def walk(
+    model: nn.Module, layers: Layers, batches: list[Any], forward: Forward, options: Options, twins: bool
+) -> Iterator[Unit]:
+    """Yield the units in order; each is finished by the consumer before the next one is asked for."""
+
+    def whole(name: str, part: Layers) -> Unit:
+        twin = unquantized_copy(model) if twins else None
+        return Unit(name, model, part, lambda module, batch: forward(module, batches[batch]), len(batches), twin)
+
+    found = find_blocks(model, layers)
+    seen = found and probe(model, found[1], layers, batches[0], forward)
+    if not seen or not seen.chained:
+        yield whole("model", layers)
+        return
+    name, blocks = found
+    inside = {id(module) for module in blocks.modules()}
+    outside = {name: layer for name, layer in layers.items() if id(layer) not in inside}
+    before = {name: layer for name, layer in outside.items() if name in seen.early}
+    after = {name: layer for name, layer in outside.items() if name not in seen.early}
+    if before:
+        yield whole("before", before)
+    chain = Chain(model, blocks, seen.rest, batches, forward)
+    for index, block in enumerate(blocks):
+        home = next(block.parameters()).device
+        block.to(options.device or home)
+        members = {id(module) for module in block.modules()}
+        twin = unquantized_copy(block) if twins else None
+        part = {name: layer for name, layer in layers.items() if id(layer) in members}
+        run = chain.runner(index, twin, options.device)
+        unit = Unit(f"{name}.{index}", block, part, run, len(batches), twin)
+        if part:
+            yield unit
+        chain.advance(unit)
+        block.to(home)
+    del chain
+    if after:
+        yield whole("after", after)
+
+
+def unquantized_copy(module: nn.Module) -> nn.Module:
+    """Return a copy that computes in full precision."""
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        if isinstance(part, LearnedStepSize | DynamicActivation):
+            part.enabled = False
+    return twin
+
+
+def check_batches(batches: list[Any]) -> None:
+    """Raise CalibrationError for no batch, empty ones, or tokens that are all the same."""
+    tensors = [tensor for batch in batches for tensor in tensors_of(batch)]
+    if not batches or (tensors and not any(tensor.numel() for tensor in tensors)):
+        raise CalibrationError("calibration got no data: give it at least one batch that is not empty")
+    tokens = [tensor for tensor in tensors if not tensor.is_floating_point() and tensor.numel()]
+    if tokens and len(tokens) == len(tensors):
+        values = {int(value) for tensor in tokens for value in (tensor.min(), tensor.max())}
+        if len(values) == 1:
+            raise CalibrationError(f"the calibration data is one token, {values.pop()}, repeated: give it real text")
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return the tensors in a batch, whatever they are in."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def broadcast(unit: Unit) -> None:
+    """Give every rank what rank 0 came to: other ranks may have had other data."""
+    if several_ranks():
+        for tensor in unit.module.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+        for layer in unit.layers.values():
+            layer.weight_quantizer.set_step_size(layer.weight_quantizer.step_size)
+
+
+@contextmanager
+def calibrating(model: nn.Module, layers: Layers) -> Iterator[None]:
+    """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
+    modes = {module: module.training for module in model.modules()}
+    quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize)]
+    enabled = {quantizer: quantizer.enabled for quantizer in quantizers}
+    config = getattr(model, "config", None)
+    use_cache, precision = getattr(config, "use_cache", None), torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    if use_cache:
+        config.use_cache = False  # blocks that run again and again would add to it
+    for quantizer in quantizers:
+        quantizer.enabled = quantizer.is_initialised and quantizer.enabled
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for quantizer, value in enabled.items():
+            quantizer.enabled = value
+        if use_cache:
+            config.use_cache = use_cache
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,113 @@
+"""Run: python -m pytest tests/test_int4_plans.py; needs neither Triton nor a GPU."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from qat.kernels import int4_plans
+from qat.kernels.int4_plans import Batch, Decode, Dequantize
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (704, 2112), (151936, 896), (1, 16), (33, 80)]
+
+
+def assert_runs(plan, tokens, capability):
+    """Check what the kernels rely on, and what a multiprocessor has room for."""
+    if isinstance(plan, Dequantize):
+        return
+    assert plan.early in ((0, 1, 2) if capability >= 90 else (0,))
+    if isinstance(plan, Decode):
+        assert plan.block_m >= tokens
+        x = plan.stages * plan.tiles * plan.warps * plan.block_m * 64 * 2
+        sums = plan.warps * plan.blocks * 16 * plan.block_m * 4
+        assert plan.stages != 1 and max(x, sums) <= SHARED_MEMORY[capability]
+    else:
+        assert isinstance(plan, Batch) and capability == 90
+        assert plan.warps in (4, 8) and plan.blocks in (plan.warps, 2 * plan.warps)  # one or two wgmma rows a warpgroup
+        assert plan.tiles % plan.step == 0 and plan.stages >= 3
+        # A slot of x is filled again two steps on, when at most AHEAD multiplications of 4 a tile are unfinished.
+        assert plan.ahead <= 4 * plan.step
+        x = plan.stages * plan.step * plan.block_m * 64 * 2
+        y = plan.blocks * 16 * plan.block_m * (2 if plan.split == 1 else 4)
+        assert max(x + 8 * plan.stages, y) <= SHARED_MEMORY[capability]
+        accumulators = plan.blocks * 16 * plan.block_m // (32 * plan.warps)
+        assert accumulators <= 128
+
+
+@given(
+    tokens=st.integers(1, 10000),
+    shape=st.sampled_from(SHAPES) | st.tuples(st.integers(1, 200000), st.integers(1, 2000).map(lambda k: 16 * k)),
+    capability=st.sampled_from(list(SHARED_MEMORY)),
+    multiprocessors=st.integers(20, 200),
+)
+def test_every_plan_of_the_heuristic_runs(tokens, shape, capability, multiprocessors):
+    assert_runs(int4_plans.heuristic(tokens, *shape, capability, multiprocessors), tokens, capability)
+
+
+@pytest.mark.parametrize("capability", list(SHARED_MEMORY))
+def test_plans_for_few_tokens_run(capability):
+    for tokens in range(1, 34):
+        for shape in SHAPES:
+            assert_runs(int4_plans.heuristic(tokens, *shape, capability, 100), tokens, capability)
+
+
+@pytest.mark.parametrize("capability", list(SHARED_MEMORY))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_candidate_runs(shape, capability):
+    for tokens in (1, 8, 9, 16, 33, 64, 128, 200, 1024, 4096):
+        plans = int4_plans.candidates(tokens, *shape, capability, 132)
+        assert plans and len(set(plans)) == len(plans)
+        for plan in plans:
+            if capability == 90:
+                assert_runs(plan, tokens, capability)
+
+
+def test_every_shipped_plan_runs():
+    shipped = json.loads(Path(int4_plans.__file__).with_name("int4_plans.json").read_text())
+    plans = [(int(m), plan) for shapes in shipped.values() for by_m in shapes.values() for m, plan in by_m.items()]
+    assert len(plans) > 50
+    for tokens, plan in plans:
+        assert_runs(int4_plans.plan_from_json(plan), tokens, 90)
+
+
+@dataclass
+class Tables:
+    user: dict
+    shipped: dict
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    found = Tables({}, {})
+    monkeypatch.setattr(int4_plans, "_user_table", lambda: found.user)
+    monkeypatch.setattr(int4_plans, "_shipped_table", lambda: found.shipped)
+    return found
+
+
+def test_the_tuned_table_goes_before_the_shipped_one_and_that_before_the_heuristic(tables):
+    def choose(tokens):
+        return int4_plans.choose(tokens, 64, 128, "a GPU", 90, 132)
+
+    one, other = Decode(4, 1, 8, 1, 2, 0), Batch(4, 8, 64, 4, 2, 4, 1, 1, 0)
+    assert choose(3) == int4_plans.heuristic(3, 64, 128, 90, 132)
+    tables.shipped = {"a GPU": {"64x128": {"8": int4_plans.plan_to_json(one), "64": int4_plans.plan_to_json(other)}}}
+    assert [choose(m) for m in (1, 8, 9, 64)] == [one, one, other, other]
+    assert choose(65) == int4_plans.heuristic(65, 64, 128, 90, 132)
+    tables.user = {"a GPU": {"64x128": {"8": ["dequantize"]}}, "another": {"64x128": {"64": ["dequantize"]}}}
+    assert [choose(m) for m in (8, 9)] == [Dequantize(), other]
+
+
+def test_the_tuned_table_is_read_from_where_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path))
+    assert int4_plans._read(int4_plans.cache_path()) == {}
+    int4_plans.cache_path().write_text('{"a GPU": {}}')
+    assert int4_plans._read(int4_plans.cache_path()) == {"a GPU": {}}
+
+
+@pytest.mark.parametrize("plan", [Decode(1, 2, 3, 4, 5, 6), Batch(1, 2, 3, 4, 5, 6, 7, 8, 9), Dequantize()])
+def test_plans_as_json(plan):
+    again = int4_plans.plan_from_json(json.loads(json.dumps(int4_plans.plan_to_json(plan))))
+    assert type(again) is type(plan) and again == plan
