@@ -197,6 +197,11 @@ def _weight_decisions(model: nn.Module, policy: QuantPolicy | None) -> dict[str,
     """Return {parameter name: what the policy means for it}."""
     if policy is None:
         raise PolicyError("QATConfig() quantizes nothing: give it a policy, such as QATConfig(qat.QuantPolicy(...))")
+    if policy.init.reads_data:
+        raise PolicyError(
+            f"init={policy.init.value} reads data, which a model that is quantized while it is loaded never sees: use "
+            "init=mse, minmax or hqq, or prepare the model and calibrate it"
+        )
     decisions = decide(model, policy)
     for decision in decisions:
         if isinstance(decision.activation, QuantSpec):

@@ -46,8 +46,8 @@ def joint_lora(
     if policy.quantizes_nothing():
         raise PolicyError("a joint adapter is rounded as the policy says, and this one quantizes nothing: policy=lm_w4")
     if is_frozen(model):
-        if policy.weight is None:
-            raise PolicyError("a joint adapter on a frozen model takes policy.weight: give it a spec")
+        if policy.weight is None or policy.init.reads_data:
+            raise PolicyError("a joint adapter on a frozen model takes policy.weight, and an init that reads no data")
         layers = {name: layer for name, layer in frozen_layers(model) if layer.packed_weight is not None}
         quantizers = {name: _quantizer(name, layer, policy) for name, layer in layers.items()}
         chosen = chosen_layers(layers, targets)

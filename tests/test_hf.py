@@ -191,6 +191,8 @@ def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
         load(qat.QuantPolicy(weight=qat.QuantSpec(), activation=qat.QuantSpec(granularity="tensor")))
     with pytest.raises(LayerError, match=r"'model.layers.0.self_attn.q_proj'.*does not divide"):
         load({"weight": {"group_size": 48}})
+    with pytest.raises(PolicyError, match="init=gptq reads data"):
+        load({"weight": {"group_size": 64}, "init": "gptq"})
     with pytest.raises(PolicyError, match="give it a policy"):
         load(None)
     with pytest.raises(LayerError, match=r"'lm_head.weight'.*{match: lm_head, weight: null}"):

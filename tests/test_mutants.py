@@ -433,8 +433,8 @@ MUTANTS = [
     Mutant(
         "shapes that do not fit are skipped",
         SURGERY,
-        "    _check_shapes(decisions)\n",
-        "",
+        "    check_shapes(decisions)\n    for",
+        "    for",
         surgery.check_shapes_that_do_not_fit,
     ),
     Mutant(
@@ -510,7 +510,7 @@ MUTANTS = [
     Mutant(
         "frozen from the unrounded step size",
         FREEZING,
-        ("import QuantizedTensor\n", "return layer.weight_quantizer.quantize(layer.weight)"),
+        ("import QuantizedTensor\n", "return layer.weight_quantizer.quantize(matrix(layer))"),
         (
             "import QuantizedTensor, quantize_tensor\n",
             "q = layer.weight_quantizer\n        return quantize_tensor(layer.weight, q.step_size, q.spec)",
@@ -549,8 +549,8 @@ MUTANTS = [
     Mutant(
         "no frozen bias",
         LINEAR,
-        "dequantize(x.dtype), bias)",
-        "dequantize(x.dtype))",
+        "return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)",
+        "return F.linear(x, self.packed_weight.dequantize(x.dtype))",
         lambda m: layers.check_frozen_forward(m, qat.layers.conv),
     ),
     Mutant(

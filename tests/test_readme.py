@@ -15,7 +15,8 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_python_example_runs(tmp_path):
-    (code,) = (text for language, text in BLOCKS if language == "python")
+    code, with_transformers = (text for language, text in BLOCKS if language == "python")
+    compile(with_transformers, "README", "exec")  # what it shows: tests/test_hf.py
     check = "\nassert set(qat.quantized_tensors(model)) == {'0'}\n"
     run = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -103,7 +103,7 @@ class PackedWeight(FixedDtype):
 
         group_size = self.spec.group_size or self.columns
         fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
-        if self.gpu_operands or self.spec.bits != 4 or self.spec.codebook is not None or not fits:
+        if self.gpu_operands or self.spec.bits != 4 or not self.spec.holds_integers or not fits:
             return
         stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size)
         self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
