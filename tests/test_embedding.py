@@ -56,6 +56,12 @@ def check_rows_and_gradients(module, spec=None, indices=(3, 0, 3), seed=0):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)  # step sizes are float32
 
 
+def test_an_embedding_takes_no_codebook():
+    rules = [{"match": "Embedding", "weight": {"codebook": "nf4", "granularity": "channel"}}]
+    with pytest.raises(LayerError, match=r"'0': an Embedding takes no codebook: set it, or weight, to null"):
+        qat.prepare(nn.Sequential(nn.Embedding(4, 8)), qat.QuantPolicy(rules=rules), verbose=False)
+
+
 @pytest.mark.parametrize("order", ["frozen, laid out", "laid out, frozen"])
 def test_rows_are_found_where_the_codes_are_laid_out_for_kernels(order):
     """As on a GPU, where a tied head needs that layout."""

@@ -433,8 +433,8 @@ MUTANTS = [
     Mutant(
         "shapes that do not fit are skipped",
         SURGERY,
-        "    check_shapes(decisions)\n    for",
-        "    for",
+        "    check_shapes(decisions)\n    _check_init",
+        "    _check_init",
         surgery.check_shapes_that_do_not_fit,
     ),
     Mutant(
