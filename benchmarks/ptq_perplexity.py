@@ -63,6 +63,7 @@ def main() -> None:
     with torch.no_grad():
         losses = [model(input_ids=rows, labels=rows).loss.item() for rows in test.split(4)]
     what = f"{arguments.init} {arguments.bits} bits, group {arguments.group_size}, {arguments.windows} windows"
+    what = "full precision" if arguments.init == "none" else what
     print(f"{what}: perplexity {math.exp(sum(losses) / len(losses)):.2f}, {seconds:.0f} s to quantize")
 
 
