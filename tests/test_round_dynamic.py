@@ -53,7 +53,8 @@ def test_grid(shape, dtype, kind):
 def test_any_row(kind, seed, tokens, k, size, offset, dtype):
     torch.manual_seed(seed)
     k = 32 * (k % 4 + 1) if kind == Dynamic.q8_0 else k
-    assert_like_the_reference(((torch.randn(tokens, k, device=DEVICE) + offset) * size).to(dtype), kind)
+    x = (torch.randn(tokens, k, device=DEVICE) + offset) * size
+    assert_like_the_reference(x.clamp(-6e4, 6e4).to(dtype), kind)  # finite in fp16: a NaN has many bit patterns
 
 
 @pytest.mark.parametrize("kind", list(Dynamic))
