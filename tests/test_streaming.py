@@ -23,7 +23,7 @@ import sys
 import qat, qat.convert, qat.formats.gguf, qat.formats.compressed_tensors, transformers, transformers.models.llama
 def peak(): return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
-qat.formats.shards.ShardWriter.__init__.__defaults__ = (int(sys.argv.pop()),)
+qat.formats.shards.ShardWriter.__init__.__defaults__ = (int(sys.argv.pop()), None)
 if qat.convert.main(sys.argv[1:]): sys.exit(1)
 print("peak", before, peak())
 """
@@ -81,7 +81,7 @@ def test_converting_holds_one_shard_of_the_model(tmp_path, monkeypatch, to):
         pytest.importorskip("gguf")
     pytest.importorskip("transformers")
     (tmp_path / "native").mkdir()
-    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (SHARD,))
+    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (SHARD, None))
     native.write(lazy_llama(SIZES, HEADS), tmp_path / "native")
     size = sum(file.stat().st_size for file in (tmp_path / "native").iterdir())
     before, peak = convert(tmp_path / "native", tmp_path / "out", to, SHARD)
