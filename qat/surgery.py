@@ -58,7 +58,8 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     Raises:
         StateError: the model is prepared or frozen already.
         PolicyError: a rule that matches nothing or asks for what its layer cannot do.
-        LayerError: shapes that do not fit; every such layer is listed with its fix.
+        LayerError: shapes that do not fit, or an init that does not know a layer; every such layer is listed with its
+            fix.
     """
     if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")

@@ -133,7 +133,7 @@ class PackedWeight(FixedDtype):
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
         if self.double:
-            nested = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
+            nested = self._nested()
             return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
         return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
 
@@ -150,13 +150,16 @@ class PackedWeight(FixedDtype):
 
         scale, levels = self.scale, self.levels
         if self.double:
-            scale = NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS)).values()
+            scale = self._nested().values()
         if levels is None:
             levels = torch.arange(-8.0, 8.0, device=self.packed.device)
         elif len(levels) > 1:  # a table a row
             return self.quantized_tensor().dequantize(dtype)
         weight = dequantize4(self.packed, scale, levels.view(16), self.zero_point, size, dtype)
         return weight.view(self.shape)
+
+    def _nested(self) -> NestedScale:
+        return NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
 
     def _group_size(self) -> int:
         scales = math.prod(scale_shape(self.shape, self.spec))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..quantizers.lsq import several_ranks
 from ..spec import Init
 from .options import Options
 from .report import Report
@@ -70,7 +71,7 @@ class Finished:
 
     def save(self, unit: Unit, report: Report) -> None:
         """Write a unit that is done; the file appears whole or not at all."""
-        if self.folder is None or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        if self.folder is None or (several_ranks() and torch.distributed.get_rank()):
             return
         mine, names = {}, {unit.name, *unit.layers}
         for part in ("losses", "fallbacks", "notes"):
