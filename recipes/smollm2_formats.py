@@ -8,7 +8,7 @@ text files, such as the Brown corpus and WikiText-2's validation set to train on
 
 Every linear layer but lm_head, which shares its weight with the embedding, is trained with LSQ in groups of 32: 60
 steps of 4 x 512 tokens take about 20 minutes on one CPU core. A longer training takes a GPU: --steps 2000
-trainer.accelerator=gpu data.batch_size=16. bitsandbytes holds NF4 only, to which the same weights are rounded.
+trainer.accelerator=gpu data.batch_size=16. bitsandbytes holds NF4 only, which the same model is trained with as well.
 
 Every command is printed before it runs. Results go to runs/smollm2, in formats.json and formats.md; what is there
 already is used again, so that a run that was stopped goes on where it was. The first rows are the float32 model and
@@ -67,11 +67,10 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
     if not MODEL.exists():
         unpack()
-    for run_dir, policy in ((ROUNDED, "lm_w4"), (NF4, "lm_nf4")):
-        overrides = [f"policy={policy}", "trainer.max_epochs=0", *arguments.overrides]
-        make("native", run_dir / "native", run_dir, arguments, overrides)
-    length = ["policy=lm_w4", f"trainer.max_steps={arguments.steps}", "trainer.max_epochs=-1"]
-    make("native", OUT / "native", TRAINED, arguments, [*length, *arguments.overrides])
+    rounded = ["policy=lm_w4", "trainer.max_epochs=0", *arguments.overrides]
+    make("native", ROUNDED / "native", ROUNDED, arguments, rounded)
+    length = [f"trainer.max_steps={arguments.steps}", "trainer.max_epochs=-1", *arguments.overrides]
+    make("native", OUT / "native", TRAINED, arguments, ["policy=lm_w4", *length])
     formats = [to for to in CLIENTS if to != "executorch" or find_spec("executorch")]
     rows = [measure("float32, not trained", "transformers", "transformers", MODEL, arguments)]
     rows.append(measure("4 bits, rounded", "qat.load", "qat_load", ROUNDED / "native", arguments))
@@ -81,11 +80,12 @@ def main() -> None:
         rows += [measure(to, name, client, OUT / to, arguments, OUT / "native") for name, client in CLIENTS[to]]
         if to in SIMULATED:
             rows.append(measure(f"  as {to} rounds", *SIMULATED[to], OUT / "native", arguments, OUT / "native"))
+    make("native", NF4 / "native", NF4, arguments, ["policy=lm_nf4", *length])
     if not (NF4 / "bitsandbytes").exists():
         convert(NF4 / "native", "bitsandbytes", NF4 / "bitsandbytes")
-    rows.append(measure("NF4, rounded", "qat.load", "qat_load", NF4 / "native", arguments))
+    rows.append(measure("native, NF4", "qat.load", "qat_load", NF4 / "native", arguments))
     name = "transformers + bitsandbytes"
-    rows.append(measure("bitsandbytes, rounded", name, "transformers", NF4 / "bitsandbytes", arguments, NF4 / "native"))
+    rows.append(measure("bitsandbytes, NF4", name, "transformers", NF4 / "bitsandbytes", arguments, NF4 / "native"))
     printed = f"{about()}\n\n{table(rows)}"
     (OUT / "formats.json").write_text(json.dumps({"about": about(), "rows": rows}, indent=1))
     (OUT / "formats.md").write_text(printed)
