@@ -16,9 +16,10 @@ from .checkpoint import load_state
 from .errors import ArtifactError, LayerError
 from .layers import Conv1D, QuantLayer, matrix, plain_type, quant_layers
 from .models import build
+from .numerics import MIN_SCALE
 from .policy import QuantPolicy
 from .quantized_model import QuantizedLayer, QuantizedModel, matching_layer
-from .quantizers import ActivationLSQ, WeightCodebook, WeightLSQ
+from .quantizers import ActivationLSQ, AsymmetricLSQ, LearnedStepSize, WeightCodebook
 from .surgery import prepare
 
 
@@ -107,19 +108,21 @@ def _take(layer: QuantLayer, entry: QuantizedLayer, quantized: QuantizedModel, n
     """Set one layer's step sizes; return what is wrong with its grid, or None."""
     tensor, quantizer = quantized.quantized(entry.tied or name), layer.weight_quantizer
     spec = quantizer.spec
-    fix = f"it has {entry.weight} and the policy {spec}: give it policy.weight.{_fields(entry)}, or a rule with these"
-    if tensor.zero_point is not None:
-        return (
-            f"has {entry.weight} weights, whose zero points LSQ does not learn: train an adapter on these codes "
-            "(experiment=qlora, or adapter=qa_lora, which trains the zero points), or leave it out with weight: null"
-        )
+    fix = f"has {entry.weight} and the policy {spec}: give it policy.weight.{_fields(entry)}, or a rule with these"
+    small = int((tensor.scale < MIN_SCALE).sum())
+    if small:
+        return f"has {small} scales below 2^-17, which training does not keep: leave it out with weight: null"
     if isinstance(quantizer, WeightCodebook) != (entry.weight.codebook is not None):
         return fix
-    if isinstance(quantizer, WeightLSQ):
+    if isinstance(quantizer, LearnedStepSize):
         step_size = _spread(tensor.scale.float(), quantizer.step_size.shape)
         if step_size is None:
             return fix
-        quantizer.set_step_size(step_size)
+        if isinstance(quantizer, AsymmetricLSQ):
+            zero_point = torch.zeros_like(tensor.codes[:1, :1]) if tensor.zero_point is None else tensor.zero_point
+            quantizer.start(step_size, _spread(zero_point, quantizer.step_size.shape))
+        else:
+            quantizer.set_step_size(step_size)
     elif tensor.levels is not None and tensor.levels.shape == quantizer.levels.shape:
         quantizer.set_levels(tensor.levels)
     found = quantizer.quantize(matrix(layer))
@@ -140,4 +143,5 @@ def _fields(entry: QuantizedLayer) -> str:
     spec = entry.weight
     where = f"granularity={spec.granularity.value}" if spec.group_size is None else f"group_size={spec.group_size}"
     what = f"bits={spec.bits}" if spec.codebook is None else f"codebook={spec.codebook.value}"
-    return f"{what}, {where} and scale_dtype={spec.scale_dtype.value}"
+    zero_points = "" if spec.symmetric else ", symmetric=false"
+    return f"{what}, {where}{zero_points} and scale_dtype={spec.scale_dtype.value}"

@@ -14,6 +14,7 @@ from qat.convert import main as convert
 from qat.errors import ArtifactError, LayerError
 from qat.models import build
 from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model, to_model
+from qat.quantizers import LearnedStepSize
 from qat.starting import fill, plain_model, take_codes
 
 RULES = [{"match": "lm_head", "weight": None}]
@@ -49,6 +50,8 @@ def same_codes(found, source):
         ("compressed-tensors", {"bits": 8}),
         ("gptq", {"group_size": 32, "scale_dtype": "float16"}),
         ("awq", {"group_size": 128, "scale_dtype": "float16"}),
+        ("awq", {"group_size": 32, "symmetric": False}),
+        ("compressed-tensors", {"group_size": 64, "symmetric": False}),
         ("mlx", {"group_size": 32, "bits": 3}),
         ("torchao", {"group_size": 32, "bits": 5}),
         ("native", {"bits": 2}),
@@ -68,6 +71,7 @@ def test_the_first_forward_has_the_stored_codes(to, spec, tmp_path):
     assert torch.equal(model.eval()(tokens).logits, expected)
     model(tokens).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(q.step_size.grad.count_nonzero() for q in model.modules() if isinstance(q, LearnedStepSize))
     same_codes(qat.freeze(model), source)
 
 
@@ -77,6 +81,23 @@ def test_a_gguf_file_starts_training(tmp_path):
     source = formats.read(tmp_path / "model.gguf")
     policy = qat.QuantPolicy(weight(group_size=32, scale_dtype="float16"), rules=RULES)
     same_codes(qat.start_from(tmp_path / "model.gguf", policy, verbose=False), source)
+
+
+@pytest.mark.clients
+def test_llama_cpps_own_q4_0_starts_training(tmp_path, monkeypatch):
+    """Its steps are negative in half of the blocks, which our reader takes for a zero point of -1."""
+    package = pytest.importorskip("gguf")
+
+    def quantize(tensor, kind):
+        weight = torch.randn(tensor.codes.shape).numpy()
+        return torch.from_numpy(package.quants.quantize(weight, package.GGMLQuantizationType.Q4_0))
+
+    monkeypatch.setattr("qat.formats.gguf_blocks.encode", quantize)
+    formats.module("gguf").write(random_llama(weight(group_size=32)), tmp_path)
+    source = formats.read(tmp_path)
+    assert not any(layer.weight.symmetric for layer in source.layers.values())
+    spec = weight(group_size=32, symmetric=False, scale_dtype="float16")
+    same_codes(qat.start_from(tmp_path, qat.QuantPolicy(spec, rules=RULES), verbose=False), source)
 
 
 def test_nf4_blocks_come_back(tmp_path):
@@ -95,7 +116,7 @@ def test_nf4_blocks_come_back(tmp_path):
         ({"group_size": 64}, {"group_size": 64, "bits": 3}, "policy.weight.bits=4, group_size=64"),
         ({"group_size": 64, "scale_dtype": "float16"}, {"group_size": 64}, "scale_dtype=float16"),
         ({"group_size": 64}, {"codebook": "nf4"}, "policy.weight.bits=4"),
-        ({"group_size": 64, "symmetric": False}, {"group_size": 64}, "adapter=qa_lora, which trains the zero points"),
+        ({"group_size": 64, "symmetric": False}, {"group_size": 64}, "symmetric=false and scale_dtype=bfloat16"),
     ],
 )
 def test_another_grid_is_refused_by_name(stored, policy, said):

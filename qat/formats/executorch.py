@@ -42,6 +42,7 @@ from .executorch_layers import (
     lowered,
 )
 from .integer_linears import EMBEDDING_FORMATS, exact, other_grid, refuse
+from .model_card import write_card
 from .onnx import example_input
 from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
@@ -81,7 +82,10 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
     with (folder / FILE).open("wb") as stream:
         program.write_to_file(stream)
     what = f"1 to {longest} tokens, without a cache" if longest else f"one input of shape {list(example.shape[1:])}"
-    return [f"{FILE} takes {what}", *_notes(model, kinds)]
+    notes = _notes(model, kinds)
+    run = f"python -c \"from executorch.runtime import Runtime; Runtime.get().load_program('{FILE}')\""
+    write_card(model, folder, METHOD, "; ".join(notes), run)
+    return [f"{FILE} takes {what}", *notes]
 
 
 def read(path: Path) -> QuantizedModel:
