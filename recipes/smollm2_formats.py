@@ -16,6 +16,8 @@ its rounding to the same grid, both before training. Slow runtimes read fewer wi
 qat.load gives on those. Only llama.cpp and ExecuTorch round activations; the rows below them are our own model with
 that rounding. "bytes" is everything in the folder, most of which is the embedding, in the dtype that it was trained in.
 ExecuTorch takes part where it is installed; its compiler takes many minutes for a model of 30 layers.
+
+--speeds runs every client again, for the tokens a second alone: on a machine that has become quiet.
 """
 
 import argparse
@@ -51,6 +53,7 @@ SIMULATED = {
     "executorch": ("qat.load, int8 a token", "qat_int8_token"),
 }
 MOST = {"mlx_lm": 1, "llama_cpp": 4, "qat_q8_0": 4, "executorch": 4, "qat_int8_token": 4}  # windows
+SPEED_WINDOWS = 3  # of which the fastest counts
 
 
 def main() -> None:
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens of the test text")
     parser.add_argument("--fresh", action="store_true", help=f"empty {OUT} first")
+    parser.add_argument("--speeds", action="store_true", help="measure the tokens a second again, of what is there")
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
     arguments = parser.parse_intermixed_args()
     if arguments.fresh:
@@ -151,7 +155,7 @@ def measure(
 ) -> dict[str, str | float]:
     """Let a client measure a folder; return its row, with our own perplexity of its source on the same windows."""
     windows = min(arguments.windows, MOST.get(client, arguments.windows))
-    losses, speed = measured(client, folder, windows, arguments.test)
+    losses, speed = measured(client, folder, windows, arguments.test, arguments.speeds)
     ours = losses
     if source is not None:
         ours, _ = measured("qat_load", source, arguments.windows, arguments.test)
@@ -160,13 +164,16 @@ def measure(
     return {"format": what, "runtime": name, **numbers, "bytes": size, "tokens_per_second": speed}
 
 
-def measured(client: str, folder: Path, windows: int, text: str) -> tuple[list[float], float]:
-    """Return the loss of each window and the speed, measured now or before."""
+def measured(client: str, folder: Path, windows: int, text: str, again: bool = False) -> tuple[list[float], float]:
+    """Return the loss of each window and the speed, measured now or before; the speed now, if ``again``."""
     result = OUT / f"measured-{folder.relative_to(OUT).as_posix().replace('/', '-')}-{client}-{windows}.json"
+    command = [Path(__file__).with_name("client_perplexity.py"), client, folder, "--tokenizer", MODEL, "--text", text]
     if not result.exists():
-        command = [Path(__file__).with_name("client_perplexity.py"), client, folder, "--tokenizer", MODEL]
-        output = run([*command, "--text", text, "--windows", str(windows)])
-        result.write_text(output.strip().splitlines()[-1])
+        result.write_text(run([*command, "--windows", str(windows)]).strip().splitlines()[-1])
+    elif again:
+        found = json.loads(run([*command, "--windows", str(min(windows, SPEED_WINDOWS))]).strip().splitlines()[-1])
+        changed = json.loads(result.read_text()) | {"tokens_per_second": found["tokens_per_second"]}
+        result.write_text(json.dumps(changed))
     found = json.loads(result.read_text())
     return found["losses"], found["tokens_per_second"]
 
@@ -181,7 +188,8 @@ def about() -> str:
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
     cpu = models[0] if models else platform.processor() or platform.machine()
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}: `python {' '.join(sys.argv)}`"
+    busy = f"load {os.getloadavg()[0]:.1f}, 1 of it ours" if hasattr(os, "getloadavg") else "load unknown"
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu} ({busy}): `python {' '.join(sys.argv)}`"
 
 
 def table(rows: list[dict]) -> str:
