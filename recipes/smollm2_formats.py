@@ -8,7 +8,8 @@ text files, such as the Brown corpus and WikiText-2's validation set to train on
 
 Every linear layer but lm_head, which shares its weight with the embedding, is trained with LSQ in groups of 32: 60
 steps of 4 x 512 tokens take about 20 minutes on one CPU core. A longer training takes a GPU: --steps 2000
-trainer.accelerator=gpu data.batch_size=16. bitsandbytes holds NF4 only, which the same model is trained with as well.
+trainer.accelerator=gpu data.batch_size=16. bitsandbytes holds NF4 only, to which the same model is
+rounded, or with --nf4-steps 60 trained.
 
 Every command is printed before it runs. Results go to runs/smollm2, in formats.json and formats.md; what is there
 already is used again, so that a run that was stopped goes on where it was. The first rows are the float32 model and
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", required=True, help="text files to train on")
     parser.add_argument("--test", required=True, help="a text file to measure the perplexity with")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--nf4-steps", type=int, default=0)
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens of the test text")
     parser.add_argument("--fresh", action="store_true", help=f"empty {OUT} first")
     parser.add_argument("--speeds", action="store_true", help="measure the tokens a second again, of what is there")
@@ -71,10 +73,8 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
     if not MODEL.exists():
         unpack()
-    rounded = ["policy=lm_w4", "trainer.max_epochs=0", *arguments.overrides]
-    make("native", ROUNDED / "native", ROUNDED, arguments, rounded)
-    length = [f"trainer.max_steps={arguments.steps}", "trainer.max_epochs=-1", *arguments.overrides]
-    make("native", OUT / "native", TRAINED, arguments, ["policy=lm_w4", *length])
+    make("native", ROUNDED / "native", ROUNDED, arguments, ["policy=lm_w4", *steps(0), *arguments.overrides])
+    make("native", OUT / "native", TRAINED, arguments, ["policy=lm_w4", *steps(arguments.steps), *arguments.overrides])
     formats = [to for to in CLIENTS if to != "executorch" or find_spec("executorch")]
     rows = [measure("float32, not trained", "transformers", "transformers", MODEL, arguments)]
     rows.append(measure("4 bits, rounded", "qat.load", "qat_load", ROUNDED / "native", arguments))
@@ -84,12 +84,13 @@ def main() -> None:
         rows += [measure(to, name, client, OUT / to, arguments, OUT / "native") for name, client in CLIENTS[to]]
         if to in SIMULATED:
             rows.append(measure(f"  as {to} rounds", *SIMULATED[to], OUT / "native", arguments, OUT / "native"))
-    make("native", NF4 / "native", NF4, arguments, ["policy=lm_nf4", *length])
+    make("native", NF4 / "native", NF4, arguments, ["policy=lm_nf4", *steps(arguments.nf4_steps), *arguments.overrides])
     if not (NF4 / "bitsandbytes").exists():
         convert(NF4 / "native", "bitsandbytes", NF4 / "bitsandbytes")
-    rows.append(measure("native, NF4", "qat.load", "qat_load", NF4 / "native", arguments))
+    how = "trained" if arguments.nf4_steps else "rounded"
+    rows.append(measure(f"NF4, {how}", "qat.load", "qat_load", NF4 / "native", arguments))
     name = "transformers + bitsandbytes"
-    rows.append(measure("bitsandbytes, NF4", name, "transformers", NF4 / "bitsandbytes", arguments, NF4 / "native"))
+    rows.append(measure(f"bitsandbytes, {how}", name, "transformers", NF4 / "bitsandbytes", arguments, NF4 / "native"))
     printed = f"{about()}\n\n{table(rows)}"
     (OUT / "formats.json").write_text(json.dumps({"about": about(), "rows": rows}, indent=1))
     (OUT / "formats.md").write_text(printed)
@@ -119,6 +120,11 @@ def make(to: str, out: Path, run_dir: Path, arguments: argparse.Namespace, overr
     if not out.exists():
         run(train_command(arguments.train, run_dir, overrides))
         convert(run_dir / "last.ckpt", to, out)
+
+
+def steps(count: int) -> list[str]:
+    """Return the overrides for so many steps of training."""
+    return [f"trainer.max_steps={count}", "trainer.max_epochs=-1"] if count else ["trainer.max_epochs=0"]
 
 
 def train_command(texts: list[str], run_dir: Path, overrides: list[str]) -> list[str]:
