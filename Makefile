@@ -42,7 +42,7 @@ test-executorch:
 	$(MAKE) VENV=$(VENV)-executorch .test-executorch
 
 .test-executorch: $(VENV)/installed-dev,executorch
-	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_dynamic.py $(ARGS)
+	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_dynamic.py tests/test_client_readers.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -24,7 +24,7 @@ def random_llama(spec, dtype="float32", **options):
     """A Llama with any codes, as another tool could have written them."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**LLAMA, **options, dtype=dtype, architectures=["LlamaForCausalLM"])
+    config = transformers.LlamaConfig(**{**LLAMA, **options}, dtype=dtype, architectures=["LlamaForCausalLM"])
     architecture = {"transformers": config.to_dict()}
     state = build(architecture).state_dict()
     names = [name.removesuffix(".weight") for name in state if name.endswith("_proj.weight")]
