@@ -22,8 +22,8 @@ from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from .companions import copy_companions
 from .integer_linears import refuse
 from .model_card import write_card
-from .native import Selected, StoredTensors
 from .shards import INDEX, ShardWriter
+from .stored_tensors import Selected, StoredTensors
 
 CONFIG = "config.json"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
