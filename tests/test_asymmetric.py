@@ -106,6 +106,19 @@ def test_trained_frozen_saved_and_exported_it_is_the_same(tmp_path):
     assert torch.equal(to_model(from_model(frozen), net())(x), trained)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_the_same_to_the_bit(dtype):
+    torch.manual_seed(0)
+    layer = qat.prepare(nn.Sequential(nn.Linear(32, 6)), qat.QuantPolicy(SPEC), verbose=False).to(dtype)
+    x, seen = torch.randn(4, 32, dtype=dtype), []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        y = run(x)
+        y.float().square().sum().backward()
+        seen.append([y.detach(), layer[0].weight.grad.clone(), layer[0].weight_quantizer.step_size.grad.clone()])
+    assert all(map(torch.equal, *seen))
+
+
 def test_what_has_no_zero_points_says_so():
     with pytest.raises(LayerError, match=r"init=gptq does not know zero points \('0'\)"):
         qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantPolicy(SPEC, init="gptq"))

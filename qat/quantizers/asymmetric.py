@@ -48,13 +48,16 @@ class AsymmetricLSQ(LearnedStepSize):
         self.zero_point.copy_(zero_point)
         self.set_step_size(step_size)
 
-    @torch.compiler.disable  # Inductor would round otherwise; see qat/compiled.py
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight in the weight's dtype."""
         if not self.enabled:
             return weight
         self.require_initialised()
         grad_scale = 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
+        if torch.compiler.is_dynamo_compiling():
+            from .. import compiled  # keeps Inductor's own rounding out
+
+            return compiled.asymmetric_fake_quantize(weight, self.step_size, self.zero_point, self.spec, grad_scale)
         return _FakeQuantize.apply(weight, self.step_size, self.zero_point, self.spec, grad_scale)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
@@ -71,6 +74,12 @@ def range_of(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return step_size, zero_point.clamp(-spec.q_n, spec.q_p)
 
 
+def fake_quantized(x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the fake-quantized x in its own dtype, without gradients."""
+    scale = stored_scale(step_size, spec)
+    return dequantize(quantize(x, scale, spec, zero_point), scale, x.dtype, zero_point)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """``numerics.fake_quantize`` with zero points, in the torch reference on every device."""
 
@@ -78,8 +87,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
         ctx.save_for_backward(x, step_size, zero_point)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        scale = stored_scale(step_size, spec)
-        return dequantize(quantize(x, scale, spec, zero_point), scale, x.dtype, zero_point)
+        return fake_quantized(x, step_size, zero_point, spec)
 
     @staticmethod
     @once_differentiable
