@@ -27,6 +27,9 @@ SPECS = {
     "nf4_double": weight(4, 32, codebook="nf4_double"),
 }
 
+# Even grids in groups of whole half tiles, or whole rows.
+LAID_OUT = {"group", "channel", "tensor", "fp16 scales", "fp32 scales", "zero points"}
+
 
 def tensor_of(spec, rows, inputs):
     generator = torch.Generator().manual_seed(0)
@@ -45,14 +48,22 @@ def tensor_of(spec, rows, inputs):
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(("rows", "inputs"), [(3, 96), (70, 192)])  # less than a block, and several with a rest
 def test_bits_are_those_of_the_reference(monkeypatch, device, dtype, name, rows, inputs):
+    """In the checkpoint's layout, and in the tensor cores' where that takes the weight, as a GPU lays it out."""
     tensor = tensor_of(SPECS[name], rows, inputs)
     packed = PackedWeight.from_tensor(tensor).to(device)
-    expected = tensor.dequantize(dtype)
+    packed.prepack()
+    laid_out = bool(packed.gpu_operands)
+    assert laid_out == (name in LAID_OUT)
+    made = [packed.dequantize(dtype)] if laid_out else []
+    packed._undo_prepack()
     calls = []
     monkeypatch.setattr(backend, "has_kernels", lambda *_: calls.append(1) or True)
-    made = packed.dequantize(dtype)
-    assert calls and made.shape == expected.shape and made.dtype is dtype
-    assert torch.equal(made.cpu(), expected)
+    made.append(packed.dequantize(dtype))
+    expected = tensor.dequantize(dtype)
+    assert calls
+    for weights in made:
+        assert weights.shape == expected.shape and weights.dtype is dtype
+        assert torch.equal(weights.cpu(), expected)
 
 
 def test_a_layer_on_a_cpu_does_not_come_here(monkeypatch):
