@@ -1,8 +1,8 @@
 """Tokens a second of the Llama-8B shape at batch 1, int4 against bf16: python -m benchmarks.decode [--small]
 
-Random weights, made on the GPU. Each model runs with a static KV cache: its blocks compiled by torch.compile (their code
-is shared), the whole step in one CUDA graph, tokens chosen greedily inside it. Beside the tokens: the matrix products of
-a step alone, and how many tokens the bytes of the weights allow at the measured read ceiling.
+Random weights, made on the GPU. Each model runs with a static KV cache: its blocks compiled by torch.compile (their
+code is shared), the whole step in one CUDA graph, tokens chosen greedily inside it. Beside the tokens: the matrix
+products of a step alone, and how many tokens the bytes of the weights allow at the measured read ceiling.
 
 Then the int4 model is saved, and read again by a process that has compiled no kernel before (cold start).
 """
@@ -99,11 +99,8 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 def products(model: CachedDecoder) -> Callable[[], None]:
     """Return a function that runs a step's matrix products alone."""
-    inputs = {width: torch.randn(1, 1, width, device=model.norm.weight.device) for width in (LLAMA_8B.hidden,)}
-    layers = model.linears()
-    for layer in layers:
-        inputs.setdefault(layer.in_features, torch.randn(1, 1, layer.in_features, device=model.norm.weight.device))
-    inputs = {width: x.to(model.norm.weight.dtype) for width, x in inputs.items()}
+    layers, like = model.linears(), model.norm.weight
+    inputs = {layer.in_features: torch.randn(1, 1, layer.in_features).to(like) for layer in layers}
 
     def run() -> None:
         for layer in layers:

@@ -1,7 +1,7 @@
 """What one eager call costs the host: python -m benchmarks.launch_cost
 
-Microseconds of Python, dispatcher and driver for a matrix product so small that the GPU is never behind: the operator as
-a frozen layer calls it, the layer, and torch's dense ones beside them. The median of several batches of calls.
+Microseconds of Python, dispatcher and driver for a matrix product so small that the GPU is never behind: the operator
+as a frozen layer calls it, the layer, and torch's dense ones beside them. The median of several batches of calls.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat import codebook
 from qat.errors import LayerError
 from qat.numerics import dequantize
 from qat.packing import unpack
@@ -62,7 +63,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         LayerError: a group size, shape, dtype or device other than these, or a scale that requires a gradient.
     """
     w = weight
-    arguments = x, w.words, w.scale, w.zero_point, bias, w.out_features, w.in_features, w.group_size
+    arguments = x, w.words, w.scale, w.zero_point, w.levels, bias, w.out_features, w.in_features, w.group_size
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wanted or w.scale.requires_grad or torch.compiler.is_compiling():
         return torch.ops.qat.int4_linear(*arguments)
@@ -74,7 +75,7 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return the weight (N, K) in ``dtype``: the bits of ``qat.numerics.dequantize``."""
     w = weight
     return torch.ops.qat.int4_dequantize(
-        w.words, w.scale, w.zero_point, w.out_features, w.in_features, w.group_size, dtype
+        w.words, w.scale, w.zero_point, w.levels, w.out_features, w.in_features, w.group_size, dtype
     )
 
 
@@ -91,7 +92,9 @@ def int4_linear_reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = N
 def int4_dequantize_reference(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return what ``int4_dequantize`` returns, in torch."""
     packed, scale, zero_point = weight.checkpoint()
-    return dequantize(unpack(packed, 4, weight.in_features), scale, dtype, zero_point)
+    if weight.levels is None:
+        return dequantize(unpack(packed, 4, weight.in_features), scale, dtype, zero_point)
+    return codebook.dequantize(unpack(packed, 4, weight.in_features, 0), scale, weight.levels[None], dtype)
 
 
 def backend(device: torch.device) -> str:
@@ -103,8 +106,8 @@ def backend(device: torch.device) -> str:
     return "triton" if device.type in ("cuda", "xpu") else "torch reference"
 
 
-def _linear(x, words, scale, zero_point, bias, out_features, in_features, group_size) -> Tensor:
-    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size)
+def _linear(x, words, scale, zero_point, levels, bias, out_features, in_features, group_size) -> Tensor:
+    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels)
     _check(x, weight, bias)
     if backend(x.device) == "torch reference":
         return int4_linear_reference(x, weight, bias)
@@ -135,7 +138,8 @@ def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
     if x.device.type != "cuda" or torch.version.cuda is None or x.dtype == torch.float32:
         return False
     integers = weight.zero_point is None or weight.zero_point.dtype == torch.int8
-    return weight.scale.dtype == x.dtype and integers and _device(x.device.index)[1] >= 80
+    suits = weight.levels is not None or (weight.scale.dtype == x.dtype and integers)
+    return suits and _device(x.device.index)[1] >= 80
 
 
 _devices: dict[int, tuple[str, int, int]] = {}
@@ -181,7 +185,7 @@ def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None,
     operands = _operands(weight, bias, x_MK)
     sizes = _sizes(weight, x_MK)
     arguments = x_MK, *operands, y_MN, x_MK.shape[0], *sizes
-    key = plan, x_MK.dtype, bias is None or bias.dtype, weight.zero_point is None, weight.group_size, *sizes
+    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     mask_k = weight.words.shape[1] % (plan.warps * plan.tiles) != 0 or weight.in_features % INPUTS != 0
     constants = (*_constants(weight, bias), mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages)
     grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
@@ -197,7 +201,7 @@ def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Te
     operands = _operands(weight, bias, x_MK)
     sizes = _sizes(weight, x_MK)
     arguments = x, *operands, y_MN, parts, tokens, *sizes
-    key = plan, x_MK.dtype, bias is None or bias.dtype, weight.zero_point is None, weight.group_size, *sizes
+    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     constants = *_constants(weight, bias), *plan
     grid = -(-weight.words.shape[0] // plan.blocks) * -(-tokens // plan.block_m), plan.split, 1
     _launch(int4_nvidia.batch_kernel, key, grid, (*arguments, *constants), plan.warps, plan.early)
@@ -210,9 +214,10 @@ def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Te
 
 
 def _operands(weight: Int4Weight, bias: Tensor | None, x: Tensor) -> tuple:
-    # A kernel that has no zero point or no bias does not read the pointer that stands for it.
+    # A kernel does not read the pointer that stands for what a weight does not have.
     zero_point = weight.words if weight.zero_point is None else weight.zero_point
-    return weight.words, weight.scale, zero_point, x if bias is None else bias
+    levels = weight.words if weight.levels is None else weight.levels
+    return weight.words, weight.scale, zero_point, levels, x if bias is None else bias
 
 
 def _sizes(weight: Int4Weight, x_MK: Tensor | None = None) -> tuple:
@@ -224,7 +229,14 @@ def _sizes(weight: Int4Weight, x_MK: Tensor | None = None) -> tuple:
 def _constants(weight: Int4Weight, bias: Tensor | None) -> tuple:
     whole_row = weight.group_size == weight.in_features
     group = weight.words.shape[1] * INPUTS if whole_row else weight.group_size
-    return group, 1 if group % INPUTS == 0 else 2, weight.zero_point is not None, bias is not None
+    halves = 1 if group % INPUTS == 0 else 2
+    return group, halves, weight.zero_point is not None, weight.levels is not None, bias is not None
+
+
+def _kind(weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return what a kernel is compiled for, but for its plan and sizes."""
+    levels = None if weight.levels is None else weight.scale.dtype  # else the scale is of the dtype of x
+    return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size
 
 
 def _launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
@@ -249,6 +261,7 @@ def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
             weight.words,
             weight.scale,
             weight.zero_point,
+            weight.levels,
             bias,
             y_MN,
             x_MK.shape[0],
@@ -273,6 +286,7 @@ def _dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
                 weight.words,
                 weight.scale,
                 weight.zero_point,
+                weight.levels,
                 matrix,
                 *_sizes(weight),
                 weight.group_size,
@@ -284,10 +298,10 @@ def _dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, words, scale, zero_point, bias, *sizes = inputs
+    _, words, scale, zero_point, levels, bias, *sizes = inputs
     if ctx.needs_input_grad[2]:
         raise LayerError("int4_linear has no gradient for its scale: the weight is frozen; pass scale.detach()")
-    ctx.save_for_backward(words, scale, zero_point)
+    ctx.save_for_backward(words, scale, zero_point, levels)
     ctx.sizes = sizes
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -299,13 +313,13 @@ def _backward(ctx, grad_y: Tensor):
         matrix = torch.ops.qat.int4_dequantize(*ctx.saved_tensors, *ctx.sizes, grad_y.dtype)
         with torch.autocast(grad_y.device.type, enabled=False):
             grad_x = grad_y @ matrix
-    if ctx.needs_input_grad[4]:
+    if ctx.needs_input_grad[5]:
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
-_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point"
+_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels"
 _SIZES = "int out_features, int in_features, int group_size"
 _library.define(f"int4_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor")
 _library.define(f"int4_dequantize({_WEIGHT}, {_SIZES}, ScalarType dtype) -> Tensor")
@@ -313,18 +327,18 @@ _library.impl("int4_linear", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.impl(_library, "int4_dequantize", "CompositeExplicitAutograd")
-def _dequantize_impl(words, scale, zero_point, out_features, in_features, group_size, dtype):
-    return _dequantize(Int4Weight(words, scale, zero_point, out_features, in_features, group_size), dtype)
+def _dequantize_impl(words, scale, zero_point, levels, out_features, in_features, group_size, dtype):
+    return _dequantize(Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels), dtype)
 
 
 @torch.library.register_fake("qat::int4_linear", lib=_library)
-def _linear_fake(x, words, scale, zero_point, bias, out_features, in_features, group_size):
-    _check(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size), bias)
+def _linear_fake(x, words, scale, zero_point, levels, bias, out_features, in_features, group_size):
+    _check(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels), bias)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("qat::int4_dequantize", lib=_library)
-def _dequantize_fake(words, scale, zero_point, out_features, in_features, group_size, dtype):
+def _dequantize_fake(words, scale, zero_point, levels, out_features, in_features, group_size, dtype):
     return words.new_empty(out_features, in_features, dtype=dtype)
 
 
@@ -359,7 +373,9 @@ def _check(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
             raise LayerError(f"{name} is {tensor.dtype}: cast it to bfloat16, float16 or float32")
     if weight.zero_point is not None and weight.zero_point.dtype not in (torch.int8, *_FLOATS):
         raise LayerError(f"zero_point is {weight.zero_point.dtype}: cast it to int8, bfloat16, float16 or float32")
-    tensors = ("words", weight.words), ("scale", weight.scale), ("zero_point", weight.zero_point), ("bias", bias)
+    if weight.levels is not None and (weight.zero_point is not None or weight.levels.shape != (16,)):
+        raise LayerError(f"a codebook has 16 levels and no zero point, not {tuple(weight.levels.shape)}")
+    tensors = [(name, getattr(weight, name)) for name in ("words", "scale", "zero_point", "levels")] + [("bias", bias)]
     for name, tensor in tensors:
         if tensor is not None and tensor.device != x.device:
             raise LayerError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")

@@ -60,14 +60,51 @@ def _dequantize_asm(dtype, plane, has_zero):
     return "{ .reg .b32 t, z, o, n; " + body + " }"
 
 
+@triton.constexpr_function
+def _look_up_asm(dtype, plane):
+    """PTX for two weights of a codebook: $1 = $2 the word, $3 = $4 the scale, $5 = $6 the level that this lane holds.
+
+    Lane l holds level l mod 16, and ``shfl`` (0x101f: among 16 lanes) takes it from the lane that a nibble names; the
+    bits above the nibble it ignores.
+    """
+    take = "shfl.sync.idx.b32 {0}, $5, {0}, 0x101f, 0xffffffff; mul.rn.f32 {0}, {0}, $3; "
+    body = f"shr.u32 a, $1, {4 * plane}; shr.u32 b, $1, {4 * plane + 16}; " + take.format("a") + take.format("b")
+    return "{ .reg .b32 a, b; " + body + f"cvt.rn.{'f16x2' if dtype == gl.float16 else 'bf16x2'}.f32 $0, b, a; }}"
+
+
 @gluon.jit
-def _weights(word, scale, zero, PLANE: gl.constexpr, HAS_ZERO: gl.constexpr):
-    """Return plane PLANE of the words, 16 inputs wide, dequantized to the scale's dtype."""
-    if HAS_ZERO:
-        asm: gl.constexpr = _dequantize_asm(scale.dtype, PLANE, True)
+def _level_of_lane(levels_ptr):
+    """Return levels[lane mod 16]: a scalar to Triton, and another one in each lane."""
+    asm: gl.constexpr = (
+        "{ .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; and.b32 l, l, 15; mad.wide.u32 a, l, 4, $1; "
+        "ld.global.nc.b32 $0, [a]; }"
+    )
+    return gl.inline_asm_elementwise(asm, "=r,l", [levels_ptr.to(gl.int64)], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _weights(
+    word,
+    scale,
+    zero,
+    level,
+    dtype: gl.constexpr,
+    PLANE: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    HAS_LEVELS: gl.constexpr,
+):
+    """Return plane PLANE of the words, 16 inputs wide, dequantized to ``dtype``."""
+    if HAS_LEVELS:
+        look_up: gl.constexpr = _look_up_asm(dtype, PLANE)
+        level = gl.full(word.shape, level, gl.int32, word.type.layout)
+        return gl.inline_asm_elementwise(
+            look_up, "=r,r,r,f,f,r,r", [word, scale, level], dtype.value, is_pure=True, pack=2
+        )
+    elif HAS_ZERO:
+        asm: gl.constexpr = _dequantize_asm(dtype, PLANE, True)
         return gl.inline_asm_elementwise(asm, "=r,r,r,r,r", [word, scale, zero], scale.dtype, is_pure=True, pack=2)
     else:
-        asm: gl.constexpr = _dequantize_asm(scale.dtype, PLANE, False)
+        asm: gl.constexpr = _dequantize_asm(dtype, PLANE, False)
         return gl.inline_asm_elementwise(asm, "=r,r,r,r", [word, scale], scale.dtype, is_pure=True, pack=2)
 
 
@@ -111,6 +148,7 @@ def decode_kernel(
     words_ptr,  # (row blocks, K tiles, 128)
     scale_ptr,  # (row blocks, groups, 16), in the dtype of x
     zero_ptr,  # int8, like scale
+    levels_ptr,  # (16,) float32, a codebook
     bias_ptr,  # (N,), contiguous
     y_ptr,  # (M, N), contiguous
     M,
@@ -122,6 +160,7 @@ def decode_kernel(
     GROUP: gl.constexpr,  # inputs that share a scale
     HALVES: gl.constexpr,  # 2 where a group ends in the middle of a tile
     HAS_ZERO: gl.constexpr,
+    HAS_LEVELS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     MASK_K: gl.constexpr,  # False where WARPS * TILES tiles at a time make up K
     WARPS: gl.constexpr,
@@ -177,6 +216,9 @@ def decode_kernel(
         x_k = x_warp[:, None, None] * 64 + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, right)))[None, :, None]
         x_ptrs, x_inside = x_ptr + x_k + m[None, None, :] * K, (m < M)[None, None, :]
 
+    level = 0
+    if HAS_LEVELS:
+        level = _level_of_lane(levels_ptr)
     words = ()
     scales = ()
     zeros = ()
@@ -211,7 +253,10 @@ def decode_kernel(
             pairs = gl.join(pairs, pairs).reshape([WARPS, 16 * BLOCKS, 16])
             pairs = gl.convert_layout(pairs, left, assert_trivial=True)
             for h in gl.static_range(HALVES):
-                scale = _spread(scales[d * HALVES + h], pairs, 2)
+                scale = scales[d * HALVES + h]
+                if HAS_LEVELS:
+                    scale = scale.to(gl.float32)
+                scale = _spread(scale, pairs, 2)
                 zero = scale
                 if HAS_ZERO:
                     zero = _spread(_zero_magic(zeros[d * HALVES + h], dtype), pairs, 2)
@@ -225,7 +270,7 @@ def decode_kernel(
                             x = gl.load(x_ptrs + k, mask=x_inside & (x_k + k < K), other=0.0)
                         else:
                             x = gl.load(x_ptrs + k, mask=x_inside, other=0.0)
-                    acc = mma_v2(_weights(pairs, scale, zero, plane, HAS_ZERO), x, acc)
+                    acc = mma_v2(_weights(pairs, scale, zero, level, dtype, plane, HAS_ZERO, HAS_LEVELS), x, acc)
             tile = (first + d + TILES) * WARPS
             inside = (tile + warp < tiles)[:, None, None] & word_inside
             loaded = gl.load(word_ptrs + tile * 128, mask=inside, other=0, eviction_policy="evict_first")
@@ -271,6 +316,7 @@ def batch_kernel(
     words_ptr,
     scale_ptr,
     zero_ptr,
+    levels_ptr,
     bias_ptr,
     y_ptr,  # (M, N), contiguous
     parts_ptr,  # (SPLIT, M, N) float32, where SPLIT > 1
@@ -283,6 +329,7 @@ def batch_kernel(
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     HAS_ZERO: gl.constexpr,
+    HAS_LEVELS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     WARPS: gl.constexpr,  # 4 or 8
     BLOCKS: gl.constexpr,  # WARPS or twice that
@@ -331,6 +378,9 @@ def batch_kernel(
         zero_ptrs = zero_ptr + scale_at
     row_inside = block + row // 16 < row_blocks
 
+    level = 0
+    if HAS_LEVELS:
+        level = _level_of_lane(levels_ptr)
     words = ()
     scales = ()
     zeros = ()
@@ -370,12 +420,15 @@ def batch_kernel(
             pairs = gl.join(pairs, pairs).reshape([16 * BLOCKS, 16])
             pairs = gl.convert_layout(pairs, left, assert_trivial=True)
             for h in gl.static_range(HALVES):
-                scale = _spread(scales[d * HALVES + h], pairs, 1)
+                scale = scales[d * HALVES + h]
+                if HAS_LEVELS:
+                    scale = scale.to(gl.float32)
+                scale = _spread(scale, pairs, 1)
                 zero = scale
                 if HAS_ZERO:
                     zero = _spread(_zero_magic(zeros[d * HALVES + h], dtype), pairs, 1)
                 for plane in gl.static_range(4 // HALVES * h, 4 // HALVES * (h + 1)):
-                    weights = _weights(pairs, scale, zero, plane, HAS_ZERO)
+                    weights = _weights(pairs, scale, zero, level, dtype, plane, HAS_ZERO, HAS_LEVELS)
                     x = x_tile.slice(plane * 16, 16, 1).permute([1, 0])
                     acc = warpgroup_mma(weights, x, acc, is_async=True)
                     if plane < 3:

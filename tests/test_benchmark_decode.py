@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_benchmark_decode.py: the decoder that benchmarks time computes what Llama computes."""
+"""The decoder that benchmarks time computes what Llama computes: python -m pytest tests/test_benchmark_decode.py."""
 
 import importlib
 import json

@@ -27,8 +27,8 @@ SPECS = {
     "nf4_double": weight(4, 32, codebook="nf4_double"),
 }
 
-# Even grids in groups of whole half tiles, or whole rows.
-LAID_OUT = {"group", "channel", "tensor", "fp16 scales", "fp32 scales", "zero points"}
+# One table of levels for all rows, in groups of whole half tiles or whole rows.
+LAID_OUT = {"group", "channel", "tensor", "fp16 scales", "fp32 scales", "zero points", "nf4"}
 
 
 def tensor_of(spec, rows, inputs):

@@ -307,9 +307,9 @@ def test_op_registration():
     x, bias = make_inputs(4, 20, 64, torch.float32, True)
     w = prepack(packed, scale, torch.zeros_like(scale, dtype=torch.int8), 64, 32)
     for x_, bias_ in ((x, None), (x.clone().requires_grad_(), bias.clone().requires_grad_()), (x[:0], bias)):
-        arguments = (x_, w.words, w.scale, w.zero_point, bias_, 20, 64, 32)
+        arguments = (x_, w.words, w.scale, w.zero_point, None, bias_, 20, 64, 32)
         torch.library.opcheck(torch.ops.qat.int4_linear.default, arguments)
-    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:4], 20, 64, 32, torch.bfloat16))
+    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:5], 20, 64, 32, torch.bfloat16))
 
 
 def test_compiles_into_one_graph():
@@ -342,6 +342,8 @@ def test_compiles_into_one_graph():
         ({"zero_point": torch.ones(1, 1, 16)}, r"zero_point is \(1, 1, 16\)"),
         ({"zero_point": torch.ones(1, 2, 16, dtype=torch.int32)}, "zero_point is torch.int32"),
         ({"bias": torch.zeros(5)}, r"bias has shape \(5,\): 4 outputs"),
+        ({"levels": torch.ones(8)}, r"16 levels and no zero point, not \(8,\)"),
+        ({"levels": torch.ones(16), "zero_point": torch.ones(1, 2, 16)}, "a codebook has 16 levels and no zero point"),
         ({"group_size": 16}, "group_size=16 with 64 inputs.*group_size=64"),
         ({"group_size": 48}, "group_size=48"),
         ({"group_size": 0}, "group_size=0"),

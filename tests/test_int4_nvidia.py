@@ -31,10 +31,13 @@ def compile(kernel, pointers, constants, warps, capability):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
 
-kind, capability, dtype, has_zero = json.loads(sys.argv[1])
-common = {"GROUP": 32 if has_zero else 128, "HALVES": 2 if has_zero else 1, "HAS_ZERO": has_zero, "HAS_BIAS": True}
-floats = ("scale_ptr", "bias_ptr", "y_ptr")
-pointers = {"words_ptr": "*i32", "zero_ptr": "*i8"} | dict.fromkeys(floats, "*" + dtype)
+kind, capability, dtype, has_zero, has_levels = json.loads(sys.argv[1])
+common = {"GROUP": 32 if has_zero else 64, "HALVES": 2 if has_zero else 1, "HAS_BIAS": True}
+common |= {"HAS_ZERO": has_zero, "HAS_LEVELS": has_levels}
+pointers = {"words_ptr": "*i32", "zero_ptr": "*i8", "levels_ptr": "*fp32"}
+pointers |= dict.fromkeys(("scale_ptr", "bias_ptr", "y_ptr"), "*" + dtype)
+if has_levels:
+    pointers["scale_ptr"] = "*fp32"
 if kind == "decode":
     plan = Decode(4, 2, 8, 2, 2, 2 if capability >= 90 else 0)
     constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
@@ -50,17 +53,19 @@ print(json.dumps(found))
 
 
 CASES = [
-    ("decode", 80, "bf16", True),
-    ("decode", 89, "fp16", False),
-    ("decode", 90, "bf16", False),
-    ("batch", 90, "fp16", True),
+    ("decode", 80, "bf16", True, False),
+    ("decode", 89, "fp16", False, False),
+    ("decode", 90, "bf16", False, False),
+    ("decode", 90, "bf16", False, True),
+    ("batch", 90, "fp16", True, False),
+    ("batch", 90, "fp16", False, True),
 ]
 
 
-@pytest.mark.parametrize(("kind", "capability", "dtype", "has_zero"), CASES)
-def test_compiles(kind, capability, dtype, has_zero):
+@pytest.mark.parametrize(("kind", "capability", "dtype", "has_zero", "has_levels"), CASES)
+def test_compiles(kind, capability, dtype, has_zero, has_levels):
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps([kind, capability, dtype, has_zero])],
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps([kind, capability, dtype, has_zero, has_levels])],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -73,4 +78,5 @@ def test_compiles(kind, capability, dtype, has_zero):
     assert ("wgmma.mma_async" if kind == "batch" else "mma.sync") in ptx
     assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
     assert ("cp.async.bulk.tensor" if kind == "batch" else "ldmatrix") in ptx
+    assert ("shfl.sync.idx" in ptx) == has_levels
     assert found["shared"] <= 99 * 1024

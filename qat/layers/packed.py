@@ -103,13 +103,16 @@ class PackedWeight(FixedDtype):
 
         group_size = self.spec.group_size or self.columns
         fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
-        if self.gpu_operands or self.spec.bits != 4 or not self.spec.holds_integers or not fits:
+        one_table = self.levels is not None and len(self.levels) == 1 and not self.double
+        if self.gpu_operands or self.spec.bits != 4 or not (self.spec.holds_integers or one_table) or not fits:
             return
-        stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size)
+        levels = self.levels.view(16) if one_table else None
+        stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size, levels)
         self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
-        for dtype in (torch.bfloat16, torch.float16):  # the kernels are fastest with the scale in the dtype of x
+        for dtype in (torch.bfloat16, torch.float16):  # on an even grid, fastest with the scale in the dtype of x
             scale = stored.scale.to(dtype)
-            if torch.equal(scale.float(), stored.scale.float()):  # also waits: kernels read a weight ahead of time
+            # Asking also waits for the copies: kernels read a weight ahead of time.
+            if torch.equal(scale.float(), stored.scale.float()) and not one_table:
                 self.gpu_operands[dtype] = stored._replace(scale=scale)
         if not self.looked_up:
             self.packed = self.packed.new_empty(0)
