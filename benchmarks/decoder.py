@@ -1,6 +1,7 @@
 """A Llama-like decoder with a static KV cache, in plain torch, for benchmarks of generation.
 
-Projections that share their input are one layer each, as serving engines have them: q, k and v; gate and up.
+Projections that share their input are one layer each, as serving engines have them: q, k and v; gate and up. What lies
+between the matrix products is torch's operators, or ``qat.kernels.decode_step`` for one new token.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from qat.kernels.decode_step import add_rms_norm, attend_cached, gated_silu
 from torch import Tensor, nn
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -70,13 +72,34 @@ class Block(nn.Module):
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
+    def step(
+        self, x: Tensor, update: Tensor | None, turns: tuple[Tensor, Tensor], at: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what ``forward`` would add up, for one token a sequence: x (B, hidden), and what is to join it.
+
+        Args:
+            x: (B, hidden).
+            update: like x, of the block before; None at the first.
+            turns: cosines and sines (C, width) of all positions.
+            at: (1,) int64.
+            keys, values: (B, kv_heads, C, width).
+        """
+        x, y = add_rms_norm(x, update, self.norm1.weight, self.norm1.eps)
+        y = self.o(attend_cached(self.qkv(y), *turns, at, keys, values))
+        x, y = add_rms_norm(x, y, self.norm2.weight, self.norm2.eps)
+        return x, self.down(gated_silu(self.gate_up(y)))
+
 
 class CachedDecoder(nn.Module):
-    """Embedding, blocks, final norm, head; ``forward`` returns the most likely next token."""
+    """Embedding, blocks, final norm, head; ``forward`` returns the most likely next token.
+
+    Attributes:
+        fused: take ``Block.step`` for one new token.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.fused = shape, False
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, 1e-5)
@@ -106,6 +129,11 @@ class CachedDecoder(nn.Module):
     ) -> Tensor:
         """Return the logits (B, vocabulary) of the token that follows."""
         x, turn = self.embedding(tokens), (turns[0][at], turns[1][at])
+        if self.fused and tokens.shape[1] == 1:
+            x, update = x[:, 0], None
+            for block, (keys, values) in zip(self.blocks, caches, strict=True):
+                x, update = block.step(x, update, turns, at, keys, values)
+            return self.lm_head(add_rms_norm(x, update, self.norm.weight, self.norm.eps)[1])
         for block, (keys, values) in zip(self.blocks, caches, strict=True):
             x = block(x, turn, at, keys, values)
         return self.lm_head(self.norm(x[:, -1]))

@@ -25,13 +25,15 @@ def decode():
         del sys.modules[name]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @torch.no_grad()
-def test_logits_are_those_of_transformers_token_by_token_and_at_once(decode):
+def test_logits_are_those_of_transformers_token_by_token_and_at_once(decode, fused):
     transformers = pytest.importorskip("transformers")
-    ours = decode.random_decoder(decode.Shape(64, 2, 96, 4, 2, 50), torch.float32, "cpu")
+    ours = decode.random_decoder(decode.Shape(128, 2, 96, 4, 2, 50), torch.float32, "cpu")
+    ours.fused = fused
     config = transformers.LlamaConfig(
         vocab_size=50,
-        hidden_size=64,
+        hidden_size=128,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -44,7 +46,7 @@ def test_logits_are_those_of_transformers_token_by_token_and_at_once(decode):
     state["model.norm.weight"] = ours.norm.weight
     for index, block in enumerate(ours.blocks):
         at = f"model.layers.{index}"
-        q, k, v = block.qkv.weight.split([64, 32, 32])
+        q, k, v = block.qkv.weight.split([128, 64, 64])
         gate, up = block.gate_up.weight.chunk(2)
         state |= {f"{at}.self_attn.{n}_proj.weight": w for n, w in zip("qkvo", (q, k, v, block.o.weight), strict=True)}
         state |= {f"{at}.mlp.gate_proj.weight": gate, f"{at}.mlp.up_proj.weight": up}
