@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from qat.kernels.int4_layout import Int4Weight, prepack
-from qat.kernels.int4_linear import int4_dequantize, int4_linear, run_plan
+from qat.kernels.int4_linear import int4_dequantize, int4_linear
 from qat.kernels.int4_plans import Dequantize
+from qat.kernels.int4_run import run_plan
 from torch import Tensor
 
 from benchmarks.timing import copies

@@ -9,7 +9,7 @@ where a composition of torch's operators would round them too. The result does n
 
 A token's time at batch 1 is that of its weights' bytes and of everything that does not overlap with them. So on Hopper
 and later these kernels let the next one start as soon as the one before has ended (programmatic dependent launch): the
-int4 kernels then stream their weights while these run. ``qat.kernels.int4_nvidia`` says what that asks of a weight.
+int4 kernels then stream their weights while these run. ``qat.kernels.int4_registers`` says what that asks of a weight.
 
 The references below are the CPU path, and the path wherever Triton is not installed.
 """

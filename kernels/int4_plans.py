@@ -19,7 +19,7 @@ LAYOUT_VERSION = 1
 
 
 class Decode(NamedTuple):
-    """Constants of ``int4_nvidia.decode_kernel``."""
+    """Constants of ``int4_decode.decode_kernel``."""
 
     warps: int
     blocks: int
@@ -30,7 +30,7 @@ class Decode(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Constants of ``int4_nvidia.batch_kernel``."""
+    """Constants of ``int4_batch.batch_kernel``."""
 
     warps: int
     blocks: int

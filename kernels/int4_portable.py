@@ -2,24 +2,13 @@
 
 Both read the layout of ``int4_layout``. The dequantized weight is computed in float32 and rounded once, so it has the
 bits of ``qat.numerics.dequantize`` for any scale. ``dequantize_kernel`` is the fast path for many tokens on every GPU;
-``matmul_kernel`` is the twin of the kernels in ``int4_nvidia``, which take two codes an instruction instead.
+``matmul_kernel`` is the twin of ``int4_decode`` and ``int4_batch``, which take two codes an instruction instead.
 """
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """Round float32 to ``dtype``, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter's own conversion to bf16 truncates (Triton 3.9), so the low half is rounded away first.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)
+from .rounding import INTERPRETED, round_to
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack, words_to_packed
 from qat.kernels.int4_plans import Batch, Decode
+from qat.kernels.int4_run import run_plan
 from test_int4_linear import DEVICE, DTYPES, assert_accurate
 
 import qat
@@ -116,7 +117,7 @@ def test_nvidia_weights_are_bit_identical_on_gpu(nf4, k, group, dtype):
     _, dense, weight = make(200, k, group, nf4=nf4)
     for m, plan in PLANS:
         if k % 16 == 0:
-            y = identity_product(weight, k, dtype, m, lambda x, w, plan=plan: module.run_plan(plan, x, w, None))
+            y = identity_product(weight, k, dtype, m, lambda x, w, plan=plan: run_plan(plan, x, w, None))
             assert torch.equal(y, dense[dtype]), plan
         x, bias = torch.randn(m, k, device=DEVICE).to(dtype), torch.randn(200, device=DEVICE).to(dtype)
         y = module.int4_linear(x, weight, bias)

@@ -12,6 +12,7 @@ from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import Int4Weight, prepack, words_to_packed
 from qat.kernels.int4_linear import backend, int4_dequantize
 from qat.kernels.int4_plans import Batch, Decode
+from qat.kernels.int4_run import run_plan
 
 from qat.errors import LayerError
 from qat.numerics import dequantize
@@ -423,10 +424,10 @@ def test_nvidia_weights_are_bit_identical_on_gpu(with_zero, group, dtype):
     bias = torch.randn(n, device=DEVICE).to(dtype)
     for m, plan in PLANS:
         eye = torch.eye(k, dtype=dtype, device=DEVICE)
-        y = torch.cat([module.run_plan(plan, rows.contiguous(), weight, None) for rows in eye.split(m)])
+        y = torch.cat([run_plan(plan, rows.contiguous(), weight, None) for rows in eye.split(m)])
         assert torch.equal(y.T, expected), plan
         x = torch.randn(m, k, device=DEVICE).to(dtype)
-        assert_accurate(module.run_plan(plan, x, weight, bias), x, expected, bias)
+        assert_accurate(run_plan(plan, x, weight, bias), x, expected, bias)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 SCRIPT = """
 import json, sys
 import triton
-from qat.kernels import int4_nvidia as kernels
+from qat.kernels.int4_batch import SWIZZLED, batch_kernel
+from qat.kernels.int4_decode import decode_kernel
 from qat.kernels.int4_plans import Batch, Decode
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -41,13 +42,13 @@ if has_levels:
 if kind == "decode":
     plan = Decode(4, 2, 8, 2, 2, 2 if capability >= 90 else 0)
     constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
-    found = compile(kernels.decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
+    found = compile(decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
 else:
     plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
     constants = common | {name.upper(): value for name, value in plan._asdict().items()}
-    x = f"tensordesc<{dtype}[16, 64],{kernels._SWIZZLED!r}>"
+    x = f"tensordesc<{dtype}[16, 64],{SWIZZLED!r}>"
     pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
-    found = compile(kernels.batch_kernel, pointers, constants, plan.warps, capability)
+    found = compile(batch_kernel, pointers, constants, plan.warps, capability)
 print(json.dumps(found))
 """
 
