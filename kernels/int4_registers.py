@@ -50,10 +50,10 @@ def dequantize_asm(dtype, plane, has_zero):
 def look_up_asm(dtype, plane):
     """PTX for two weights of a codebook: $1 = $2 the word, $3 = $4 the scale, $5 = $6 the level that this lane holds.
 
-    Lane l holds level l mod 16, and ``shfl`` (0x101f: among 16 lanes) takes it from the lane that a nibble names; the
-    bits above the nibble it ignores.
+    Lane l holds level l mod 16, and ``shfl`` takes it from the lane that the low five bits of a shifted word name: a
+    nibble, and a bit that chooses between two lanes of the same level.
     """
-    take = "shfl.sync.idx.b32 {0}, $5, {0}, 0x101f, 0xffffffff; mul.rn.f32 {0}, {0}, $3; "
+    take = "shfl.sync.idx.b32 {0}, $5, {0}, 0x1f, 0xffffffff; mul.rn.f32 {0}, {0}, $3; "
     body = f"shr.u32 a, $1, {4 * plane}; shr.u32 b, $1, {4 * plane + 16}; " + take.format("a") + take.format("b")
     return "{ .reg .b32 a, b; " + body + f"cvt.rn.{'f16x2' if dtype == gl.float16 else 'bf16x2'}.f32 $0, b, a; }}"
 
