@@ -76,7 +76,8 @@ def test_the_operators_are_registered_as_torch_wants_them():
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "laid_out"), [("nf4", 32, True), ("nf4", 16, False), ("nf4_double", 32, False)]
+    ("name", "group", "laid_out"),
+    [("nf4", 32, True), ("nf4", None, True), ("nf4", 16, False), ("nf4_double", 32, False)],
 )
 def test_a_frozen_layer_chooses_the_kernels_by_itself(name, group, laid_out):
     spec = qat.QuantSpec(codebook=name, group_size=group)
@@ -84,7 +85,7 @@ def test_a_frozen_layer_chooses_the_kernels_by_itself(name, group, laid_out):
     frozen = qat.freeze(qat.prepare(layer, qat.QuantPolicy(weight=spec), verbose=False)).to(DEVICE)
     packed = frozen[0].packed_weight
     expected = packed.quantized_tensor().dequantize(torch.float32)
-    codes = packed.codes()
+    codes, state = packed.codes(), {name: value.cpu() for name, value in frozen.state_dict().items()}
     packed.prepack()
     assert bool(packed.gpu_operands) == laid_out
     x = torch.randn(5, 96, device=DEVICE, requires_grad=True)
@@ -94,6 +95,9 @@ def test_a_frozen_layer_chooses_the_kernels_by_itself(name, group, laid_out):
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, expected.sum(0).expand(5, -1))
     assert torch.equal(packed.codes(), codes)
+    assert torch.equal(packed.dequantize(torch.float64), packed.quantized_tensor().dequantize(torch.float64))
+    again = frozen.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[name].cpu(), state[name]) for name in state)
     frozen.cpu()  # back to the checkpoint's layout
     assert torch.equal(packed.codes(), codes.cpu()) and not packed.gpu_operands
 

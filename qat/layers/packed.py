@@ -43,7 +43,7 @@ class PackedWeight(FixedDtype):
     """Real low-bit storage of a weight.
 
     On a GPU, 4-bit codes are held in the order in which the kernels read them, and ``packed`` is empty unless rows are
-    looked up; a state dict has the layout below all the same.
+    looked up, as is a codebook's ``scale``; a state dict has the layout below all the same.
 
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
@@ -116,29 +116,34 @@ class PackedWeight(FixedDtype):
                 self.gpu_operands[dtype] = stored._replace(scale=scale)
         if not self.looked_up:
             self.packed = self.packed.new_empty(0)
+            if one_table:  # float32 for as few as 32 weights: held once
+                self.scale = self.scale.new_empty(0)
 
     def _prepack_on_gpu(self) -> None:
         if self.packed.device.type not in ("cpu", "meta"):
             self.prepack()
 
-    def _packed(self) -> Tensor:
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """Return ``packed`` and ``scale`` as a state dict has them."""
         if self.packed.numel() or not self.gpu_operands:
-            return self.packed
-        return self.gpu_operands[torch.float32].checkpoint()[0]
+            return self.packed, self.scale
+        packed, scale, _ = self.gpu_operands[torch.float32].checkpoint()
+        return packed, self.scale if self.scale.numel() else scale[: scale_shape(self.shape, self.spec)[0]]
 
     def _undo_prepack(self) -> None:
-        self.packed, self.gpu_operands = self._packed(), {}
+        self.packed, self.scale = self._stored()
+        self.gpu_operands = {}
 
     def codes(self) -> Tensor:
         """Return the int8 codes in the weight's logical shape."""
-        return unpack(self._packed(), self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
+        return unpack(self._stored()[0], self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
         if self.double:
             nested = self._nested()
             return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
-        return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
+        return QuantizedTensor(self.codes(), self._stored()[1], self.spec, self.zero_point, self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``: on a GPU 4-bit codes go through one kernel, with the same bits."""
@@ -170,7 +175,7 @@ class PackedWeight(FixedDtype):
 
     def keep_rows(self) -> None:
         """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
-        self.packed, self.looked_up = self._packed(), True
+        self.packed, self.looked_up = self._stored()[0], True
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
@@ -201,7 +206,10 @@ class PackedWeight(FixedDtype):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "packed"] = self._packed()
+        packed, scale = self._stored()
+        destination[prefix + "packed"] = packed
+        if scale is not None:
+            destination[prefix + "scale"] = scale
 
 
 class Frozen:
