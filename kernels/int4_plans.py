@@ -50,6 +50,9 @@ class Dequantize(NamedTuple):
 Plan = Decode | Batch | Dequantize
 _KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize}
 
+# For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
+ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
+
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
 MANY_TOKENS = 4096
 

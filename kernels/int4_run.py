@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from qat import backend
+
 from . import int4_batch, int4_decode, int4_portable
 from .int4_layout import INPUTS, ROWS, Int4Weight
-from .int4_plans import Decode, Dequantize, choose
+from .int4_plans import ANY_TOKENS, Decode, Dequantize, choose
 from .rounding import INTERPRETED
 
 # Above this many tokens the portable kernel gives way to dequantizing.
@@ -24,13 +26,17 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     tokens = x_MK.shape[0]
     if tokens == 0 or weight.out_features == 0:
         return x_MK.new_empty(tokens, weight.out_features)
-    if _suits_nvidia(x_MK, weight):
+    one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, weight)
+    if one_plan and not (suits and _device(x_MK.device.index)[1] == 90):
+        return _portable(x_MK, weight, bias, PORTABLE_TOKENS)
+    if suits:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
+        plan = ANY_TOKENS if one_plan else _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
         return run_plan(plan, x_MK, weight, bias)
     if tokens <= PORTABLE_TOKENS or INTERPRETED.value:
-        return _portable(x_MK, weight, bias)
+        block_m = min(PORTABLE_TOKENS, max(16, triton.next_power_of_2(tokens)))
+        return _portable(x_MK, weight, bias, block_m)
     return run_plan(Dequantize(), x_MK, weight, bias)
 
 
@@ -151,10 +157,10 @@ def _launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: int) -> Tensor:
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
     row_blocks = weight.words.shape[0]
-    block_m, blocks = min(32, max(16, triton.next_power_of_2(x_MK.shape[0]))), 4
+    blocks = 4
     with torch.accelerator.device_index(x_MK.device.index):
         int4_portable.matmul_kernel[(triton.cdiv(x_MK.shape[0], block_m) * triton.cdiv(row_blocks, blocks),)](
             x_MK,

@@ -14,6 +14,7 @@ from qat.kernels.int4_linear import backend, int4_dequantize
 from qat.kernels.int4_plans import Batch, Decode
 from qat.kernels.int4_run import run_plan
 
+from qat.backend import set_batch_invariant
 from qat.errors import LayerError
 from qat.numerics import dequantize
 from qat.packing import pack, unpack
@@ -275,6 +276,36 @@ def test_same_result_every_time():
     x, bias = make_inputs(33, 70, 129, torch.bfloat16, True)
     first = int4_linear(x, packed, scale, bias, 129, 129)
     assert all(torch.equal(first, int4_linear(x, packed, scale, bias, 129, 129)) for _ in range(3))
+
+
+@pytest.fixture
+def batch_invariant():
+    set_batch_invariant(True)
+    yield
+    set_batch_invariant(False)
+
+
+def check_independence_of_batch(n, k, group, counts, dtype):
+    codes, packed, scale = make_weight(n, k, group)
+    weight = prepack(packed, scale.to(dtype), None, k, group)
+    x, bias = make_inputs(max(counts), n, k, dtype, True)
+    y = module.int4_linear(x, weight, bias)
+    assert_accurate(y, x, dequantize(codes, scale, dtype), bias)
+    for count in counts:
+        assert torch.equal(module.int4_linear(x[:count], weight, bias), y[:count])
+    assert torch.equal(module.int4_linear(x[-1], weight, bias), y[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_does_not_depend_on_its_batch(batch_invariant, dtype):
+    check_independence_of_batch(70, 96, 32, (1, 2, 16, 17, 33, 70), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "group"), [(4096, 4096, 128), (704, 2112, 64), (4097, 1001, 1001)])
+def test_a_token_does_not_depend_on_its_batch_on_gpu(batch_invariant, n, k, group, dtype):
+    check_independence_of_batch(n, k, group, (1, 8, 9, 16, 33, 64, 65, 300, 5000), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
