@@ -32,11 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat import codebook
+from qat.double_quantization import BLOCK
 from qat.errors import LayerError
 from qat.numerics import dequantize
 from qat.packing import unpack
 
 from .int4_layout import GROUP_MULTIPLE, INPUTS, ROWS, Int4Weight
+from .nested_scale import LEVELS, nested_scale_reference
 
 try:
     from . import int4_run
@@ -62,7 +64,8 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         LayerError: a group size, shape, dtype or device other than these, or a scale that requires a gradient.
     """
     w = weight
-    arguments = x, w.words, w.scale, w.zero_point, w.levels, bias, w.out_features, w.in_features, w.group_size
+    parts = w.words, w.scale, w.zero_point, w.levels, w.nest
+    arguments = x, *parts, bias, w.out_features, w.in_features, w.group_size
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wanted or w.scale.requires_grad or torch.compiler.is_compiling():
         return torch.ops.qat.int4_linear(*arguments)
@@ -74,7 +77,7 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return the weight (N, K) in ``dtype``: the bits of ``qat.numerics.dequantize``."""
     w = weight
     return torch.ops.qat.int4_dequantize(
-        w.words, w.scale, w.zero_point, w.levels, w.out_features, w.in_features, w.group_size, dtype
+        w.words, w.scale, w.zero_point, w.levels, w.nest, w.out_features, w.in_features, w.group_size, dtype
     )
 
 
@@ -90,6 +93,9 @@ def int4_linear_reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = N
 
 def int4_dequantize_reference(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return what ``int4_dequantize`` returns, in torch."""
+    if weight.nest is not None:
+        scale = nested_scale_reference(weight.scale, weight.nest, weight.out_features)
+        weight = weight._replace(scale=scale, nest=None)
     packed, scale, zero_point = weight.checkpoint()
     if weight.levels is None:
         return dequantize(unpack(packed, 4, weight.in_features), scale, dtype, zero_point)
@@ -105,8 +111,8 @@ def backend(device: torch.device) -> str:
     return "triton" if device.type in ("cuda", "xpu") else "torch reference"
 
 
-def _linear(x, words, scale, zero_point, levels, bias, out_features, in_features, group_size) -> Tensor:
-    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels)
+def _linear(x, words, scale, zero_point, levels, nest, bias, out_features, in_features, group_size) -> Tensor:
+    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest)
     _check(x, weight, bias)
     if backend(x.device) == "torch reference":
         return int4_linear_reference(x, weight, bias)
@@ -120,10 +126,10 @@ def _linear(x, words, scale, zero_point, levels, bias, out_features, in_features
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, words, scale, zero_point, levels, bias, *sizes = inputs
+    _, words, scale, zero_point, levels, nest, bias, *sizes = inputs
     if ctx.needs_input_grad[2]:
         raise LayerError("int4_linear has no gradient for its scale: the weight is frozen; pass scale.detach()")
-    ctx.save_for_backward(words, scale, zero_point, levels)
+    ctx.save_for_backward(words, scale, zero_point, levels, nest)
     ctx.sizes = sizes
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -135,13 +141,13 @@ def _backward(ctx, grad_y: Tensor):
         matrix = torch.ops.qat.int4_dequantize(*ctx.saved_tensors, *ctx.sizes, grad_y.dtype)
         with torch.autocast(grad_y.device.type, enabled=False):
             grad_x = grad_y @ matrix
-    if ctx.needs_input_grad[5]:
+    if ctx.needs_input_grad[6]:
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias, None, None, None
+    return grad_x, None, None, None, None, None, grad_bias, None, None, None
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
-_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels"
+_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels, Tensor? nest"
 _SIZES = "int out_features, int in_features, int group_size"
 _library.define(f"int4_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor")
 _library.define(f"int4_dequantize({_WEIGHT}, {_SIZES}, ScalarType dtype) -> Tensor")
@@ -149,21 +155,21 @@ _library.impl("int4_linear", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.impl(_library, "int4_dequantize", "CompositeExplicitAutograd")
-def _dequantize_impl(words, scale, zero_point, levels, out_features, in_features, group_size, dtype):
-    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels)
+def _dequantize_impl(words, scale, zero_point, levels, nest, out_features, in_features, group_size, dtype):
+    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest)
     if backend(words.device) == "torch reference":
         return int4_dequantize_reference(weight, dtype)
     return int4_run.dequantized(weight, dtype)
 
 
 @torch.library.register_fake("qat::int4_linear", lib=_library)
-def _linear_fake(x, words, scale, zero_point, levels, bias, out_features, in_features, group_size):
-    _check(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels), bias)
+def _linear_fake(x, words, scale, zero_point, levels, nest, bias, out_features, in_features, group_size):
+    _check(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest), bias)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("qat::int4_dequantize", lib=_library)
-def _dequantize_fake(words, scale, zero_point, levels, out_features, in_features, group_size, dtype):
+def _dequantize_fake(words, scale, zero_point, levels, nest, out_features, in_features, group_size, dtype):
     return words.new_empty(out_features, in_features, dtype=dtype)
 
 
@@ -193,14 +199,21 @@ def _check(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
             )
     if bias is not None and tuple(bias.shape) != (n,):
         raise LayerError(f"bias has shape {tuple(bias.shape)}: {n} outputs take ({n},)")
-    for name, tensor in (("x", x), ("scale", weight.scale), ("bias", bias)):
+    scale = weight.scale if weight.nest is None else weight.nest
+    for name, tensor in (("x", x), ("scale", scale), ("bias", bias)):
         if tensor is not None and tensor.dtype not in _FLOATS:
             raise LayerError(f"{name} is {tensor.dtype}: cast it to bfloat16, float16 or float32")
     if weight.zero_point is not None and weight.zero_point.dtype not in (torch.int8, *_FLOATS):
         raise LayerError(f"zero_point is {weight.zero_point.dtype}: cast it to int8, bfloat16, float16 or float32")
     if weight.levels is not None and (weight.zero_point is not None or weight.levels.shape != (16,)):
         raise LayerError(f"a codebook has 16 levels and no zero point, not {tuple(weight.levels.shape)}")
-    tensors = [(name, getattr(weight, name)) for name in ("words", "scale", "zero_point", "levels")] + [("bias", bias)]
+    if weight.nest is not None:
+        count = 1 + LEVELS + -(-n * groups // BLOCK)
+        if weight.scale.dtype != torch.uint8 or weight.nest.shape != (count,):
+            found = f"{weight.scale.dtype} and {tuple(weight.nest.shape)}"
+            raise LayerError(f"nested scales are uint8, and ({count},) that make scales of them, not {found}")
+    names = "words", "scale", "zero_point", "levels", "nest"
+    tensors = [(name, getattr(weight, name)) for name in names] + [("bias", bias)]
     for name, tensor in tensors:
         if tensor is not None and tensor.device != x.device:
             raise LayerError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")

@@ -15,6 +15,7 @@ from qat import backend
 from . import int4_batch, int4_decode, int4_portable
 from .int4_layout import INPUTS, ROWS, Int4Weight
 from .int4_plans import ANY_TOKENS, Decode, Dequantize, choose
+from .nested_scale import nested_scale
 from .rounding import INTERPRETED
 
 # Above this many tokens the portable kernel gives way to dequantizing.
@@ -26,6 +27,8 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     tokens = x_MK.shape[0]
     if tokens == 0 or weight.out_features == 0:
         return x_MK.new_empty(tokens, weight.out_features)
+    nested = weight.nest is not None
+    weight = _plain(weight)
     one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, weight)
     if one_plan and not (suits and _device(x_MK.device.index)[1] == 90):
         return _portable(x_MK, weight, bias, PORTABLE_TOKENS)
@@ -33,11 +36,20 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
         plan = ANY_TOKENS if one_plan else _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
+        if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
+            plan = plan._replace(early=0)
         return run_plan(plan, x_MK, weight, bias)
     if tokens <= PORTABLE_TOKENS or INTERPRETED.value:
         block_m = min(PORTABLE_TOKENS, max(16, triton.next_power_of_2(tokens)))
         return _portable(x_MK, weight, bias, block_m)
     return run_plan(Dequantize(), x_MK, weight, bias)
+
+
+def _plain(weight: Int4Weight) -> Int4Weight:
+    """Return the weight with its scales as values."""
+    if weight.nest is None:
+        return weight
+    return weight._replace(scale=nested_scale(weight.scale, weight.nest, weight.out_features), nest=None)
 
 
 def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
@@ -183,6 +195,7 @@ def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: in
 
 def dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return the whole weight (N, K) in ``dtype``."""
+    weight = _plain(weight)
     matrix = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device)
     row_blocks, tiles, _ = weight.words.shape
     if matrix.numel():

@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qat.kernels import int4_linear as module
-from qat.kernels.int4_layout import prepack, words_to_packed
+from qat.kernels.int4_layout import prepack, to_tiles, words_to_packed
 from qat.kernels.int4_plans import Batch, Decode
 from qat.kernels.int4_run import run_plan
+from qat.kernels.nested_scale import join, nested_scale, nested_scale_reference
 from test_int4_linear import DEVICE, DTYPES, assert_accurate
 
 import qat
 from qat import codebook
+from qat.double_quantization import dynamic_map, nest
 from qat.packing import pack, unpack
 
 
@@ -62,6 +64,17 @@ def test_products(m, dtype):
     assert_accurate(module.int4_linear_reference(x, weight, bias), x, dense[dtype], bias)
 
 
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 70), groups=st.integers(1, 20))
+def test_nested_scales(seed, rows, groups):
+    torch.manual_seed(seed)
+    nested = nest(torch.rand(rows, groups, device=DEVICE), dynamic_map(DEVICE))
+    arguments = to_tiles(nested.codes), join(nested), rows
+    expected = to_tiles(nested.values())
+    assert torch.equal(nested_scale(*arguments), expected)
+    assert torch.equal(nested_scale_reference(*arguments), expected)
+
+
 def test_padding_points_at_the_level_nearest_to_zero():
     _, _, weight = make(2, 3, 3)
     assert (unpack(words_to_packed(weight.words, 2, 64), 4, 64, 0)[:, 3:] == 7).all()
@@ -70,14 +83,14 @@ def test_padding_points_at_the_level_nearest_to_zero():
 def test_the_operators_are_registered_as_torch_wants_them():
     _, _, w = make(20, 64, 32)
     x, bias = torch.randn(4, 64, device=DEVICE, requires_grad=True), torch.randn(20, device=DEVICE, requires_grad=True)
-    arguments = (x, w.words, w.scale, None, w.levels, bias, 20, 64, 32)
+    arguments = (x, w.words, w.scale, None, w.levels, None, bias, 20, 64, 32)
     torch.library.opcheck(torch.ops.qat.int4_linear.default, arguments)
-    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:5], 20, 64, 32, torch.bfloat16))
+    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:6], 20, 64, 32, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("name", "group", "laid_out"),
-    [("nf4", 32, True), ("nf4", None, True), ("nf4", 16, False), ("nf4_double", 32, False)],
+    [("nf4", 32, True), ("nf4", None, True), ("nf4", 16, False), ("nf4_double", 32, True), ("nf4_double", 16, False)],
 )
 def test_a_frozen_layer_chooses_the_kernels_by_itself(name, group, laid_out):
     spec = qat.QuantSpec(codebook=name, group_size=group)
@@ -127,6 +140,24 @@ def test_nvidia_weights_are_bit_identical_on_gpu(nf4, k, group, dtype):
         y = module.int4_linear(x, weight, bias)
         assert_accurate(y, x, dense[dtype], bias)
         assert torch.equal(y, module.int4_linear(x, weight, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_double_quantization_on_gpu(dtype):
+    """The scales are made just before each product, which must not read them too early."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (4096, 4096), dtype=torch.int8, device=DEVICE)
+    nested = nest(torch.rand(4096, 64, device=DEVICE), dynamic_map(DEVICE))
+    levels = torch.tensor(codebook.NF4, device=DEVICE)
+    dense = codebook.dequantize(codes, nested.values(), levels[None], dtype)
+    weight = prepack(pack(codes, 4, 0), nested.codes, None, 4096, 64, levels, join(nested))
+    assert torch.equal(module.int4_dequantize(weight, dtype), dense)
+    for m in (1, 16, 64, 300, 5000):
+        x = torch.randn(m, 4096, device=DEVICE).to(dtype)
+        first = module.int4_linear(x, weight)
+        assert_accurate(first, x, dense)
+        assert all(torch.equal(module.int4_linear(x, weight), first) for _ in range(20))
 
 
 @pytest.mark.gpu

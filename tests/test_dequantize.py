@@ -28,7 +28,7 @@ SPECS = {
 }
 
 # One table of levels for all rows, in groups of whole half tiles or whole rows.
-LAID_OUT = {"group", "channel", "tensor", "fp16 scales", "fp32 scales", "zero points", "nf4"}
+LAID_OUT = {"group", "channel", "tensor", "fp16 scales", "fp32 scales", "zero points", "nf4", "nf4_double"}
 
 
 def tensor_of(spec, rows, inputs):

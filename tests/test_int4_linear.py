@@ -339,9 +339,9 @@ def test_op_registration():
     x, bias = make_inputs(4, 20, 64, torch.float32, True)
     w = prepack(packed, scale, torch.zeros_like(scale, dtype=torch.int8), 64, 32)
     for x_, bias_ in ((x, None), (x.clone().requires_grad_(), bias.clone().requires_grad_()), (x[:0], bias)):
-        arguments = (x_, w.words, w.scale, w.zero_point, None, bias_, 20, 64, 32)
+        arguments = (x_, w.words, w.scale, w.zero_point, None, None, bias_, 20, 64, 32)
         torch.library.opcheck(torch.ops.qat.int4_linear.default, arguments)
-    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:5], 20, 64, 32, torch.bfloat16))
+    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:6], 20, 64, 32, torch.bfloat16))
 
 
 def test_compiles_into_one_graph():

@@ -100,14 +100,17 @@ class PackedWeight(FixedDtype):
     def prepack(self) -> None:
         """Lay 4-bit codes out for the int4 kernels, in the place of ``packed``; done by itself on a GPU."""
         from qat.kernels.int4_layout import GROUP_MULTIPLE, prepack  # kernels are not needed elsewhere
+        from qat.kernels.nested_scale import join
 
         group_size = self.spec.group_size or self.columns
         fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
-        one_table = self.levels is not None and len(self.levels) == 1 and not self.double
+        fits = fits and not (self.double and len(self.scale_codes) < self.shape[0])
+        one_table = self.levels is not None and len(self.levels) == 1
         if self.gpu_operands or self.spec.bits != 4 or not (self.spec.holds_integers or one_table) or not fits:
             return
         levels = self.levels.view(16) if one_table else None
-        stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size, levels)
+        scale, nest = (self.scale_codes, join(self._nested())) if self.double else (self.scale, None)
+        stored = prepack(self.packed, scale, self.zero_point, self.columns, group_size, levels, nest)
         self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
         for dtype in (torch.bfloat16, torch.float16):  # on an even grid, fastest with the scale in the dtype of x
             scale = stored.scale.to(dtype)
@@ -116,7 +119,7 @@ class PackedWeight(FixedDtype):
                 self.gpu_operands[dtype] = stored._replace(scale=scale)
         if not self.looked_up:
             self.packed = self.packed.new_empty(0)
-            if one_table:  # float32 for as few as 32 weights: held once
+            if one_table and not self.double:  # float32 for as few as 32 weights: held once
                 self.scale = self.scale.new_empty(0)
 
     def _prepack_on_gpu(self) -> None:
@@ -128,7 +131,9 @@ class PackedWeight(FixedDtype):
         if self.packed.numel() or not self.gpu_operands:
             return self.packed, self.scale
         packed, scale, _ = self.gpu_operands[torch.float32].checkpoint()
-        return packed, self.scale if self.scale.numel() else scale[: scale_shape(self.shape, self.spec)[0]]
+        return packed, self.scale if self.double or self.scale.numel() else scale[
+            : scale_shape(self.shape, self.spec)[0]
+        ]
 
     def _undo_prepack(self) -> None:
         self.packed, self.scale = self._stored()
