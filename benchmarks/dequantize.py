@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 
 import torch
-from qat.kernels.dequantize import dequantize4
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_linear import int4_dequantize
 
@@ -36,9 +35,6 @@ def rows(outputs: int, inputs: int, block: int = 64) -> dict[str, tuple[float, f
         weights = [weight._replace(words=weight.words.clone()) for _ in range(count)]
         calls = [lambda w=w: int4_dequantize(w, torch.bfloat16) for w in weights]
         found[name] = graph_time(calls), size + dense
-    tensors = [packed.clone() for _ in range(count)]
-    calls = [lambda t=t: dequantize4(t, absmax, levels, None, block, torch.bfloat16) for t in tensors]
-    found["NF4, checkpoint's layout"] = graph_time(calls), nf4 + dense
     try:
         import bitsandbytes as bnb
     except ImportError:

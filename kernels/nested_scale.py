@@ -1,10 +1,11 @@
 """The scales of a double-quantized weight, in the order in which the int4 kernels read them.
 
-    scale = levels[code] * factor + offset        one factor for 256 scales in row-major order: ``qat.double_quantization``
+    scale = levels[code] * factor + offset        one factor for 256 scales in row-major order
 
-code_BG16 is uint8, a scale's code for each output of row block B and group G, as ``int4_layout.prepack`` lays scales
-out; the result is float32 like it, 0 for outputs past the last. Each operation is rounded by itself, so the bits are
-those of ``NestedScale.values``. The sixteenth of a weight's bytes that a product then reads is written just before it.
+(``qat.double_quantization``). code_BG16 is uint8, a scale's code for each output of row block B and group G, as
+``int4_layout.prepack`` lays scales out; the result is float32 like it, 0 for outputs past the last. Each operation is
+rounded by itself, so the bits are those of ``NestedScale.values``. ``int4_run`` makes the scales of a weight just before
+its product: held, they would add an eighth to the weight's bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qat.double_quantization import BLOCK, NestedScale
 
-from .int4_layout import ROWS, from_tiles, to_tiles
+from .int4_layout import from_tiles, to_tiles
 
 LEVELS = 256
 

@@ -28,11 +28,6 @@ def fused(x: Tensor, step_size: Tensor | None = None) -> bool:
     )
 
 
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether an operator of ours with a Triton kernel runs on the device in that dtype."""
-    return device.type in ("cuda", "xpu") and dtype in (torch.bfloat16, torch.float16, torch.float32) and has_triton()
-
-
 @cache
 def has_triton() -> bool:
     """Return whether Triton is installed; nothing is imported."""

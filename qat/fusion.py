@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import StateError
 from .layers import FrozenLinear, is_frozen
+from .spec import Codebook
 
 # As transformers and others call the layers that a module gives the same input.
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -133,8 +134,8 @@ def _obstacle(layers: list[FrozenLinear]) -> str | None:
         return "its layers differ in their specs"
     if len({id(layer.packed_weight) for layer in layers}) < len(layers):
         return "its layers share a weight"
-    if first.packed_weight.spec.bits != 4 or not first.packed_weight.spec.holds_integers:
-        return "not 4 bits on an even grid"
+    if first.packed_weight.spec.bits != 4 or first.packed_weight.spec.codebook not in (None, Codebook.nf4):
+        return "not 4 bits on an even grid or NF4"
     if any(layer.activation_quantizer is not None for layer in layers):
         return "each layer rounds its input by itself"
     if any((layer.bias is None) != (first.bias is None) for layer in layers):

@@ -55,11 +55,12 @@ def products(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("spec", [{}, {"codebook": "nf4"}])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_product_a_group_and_the_same_values(products, bias, dtype, capsys, monkeypatch):
+def test_one_product_a_group_and_the_same_values(products, spec, bias, dtype, capsys, monkeypatch):
     monkeypatch.setattr("qat.layers.cpu_int4.fits", lambda *_: False)
-    model = frozen(bias)
+    model = frozen(bias, **spec)
     x = torch.randn(2, 3, 64).to(dtype)
     expected = model(x)
     assert products == [48, 16, 20, 32, 32]
@@ -72,8 +73,9 @@ def test_one_product_a_group_and_the_same_values(products, bias, dtype, capsys, 
     assert model.q_proj.fused.x is None and not model.q_proj.fused.parts  # nothing is kept alive
 
 
-def test_codes_and_state_stay_and_memory_is_shared():
-    model = frozen()
+@pytest.mark.parametrize("spec", [{}, {"codebook": "nf4"}])
+def test_codes_and_state_stay_and_memory_is_shared(spec):
+    model = frozen(**spec)
     state, tensors = model.state_dict(), qat.quantized_tensors(model)
     qat.fuse_projections(model, verbose=False)(torch.randn(1, 64))
     for name, tensor in qat.quantized_tensors(model).items():
@@ -134,7 +136,7 @@ def test_compiles_into_one_graph():
 def test_what_is_not_fused_is_told(capsys):
     qat.fuse_projections(frozen(bits=3))
     out = capsys.readouterr().out
-    assert out.startswith("0 groups") and "not q_proj: not 4 bits on an even grid" in out
+    assert out.startswith("0 groups") and "not q_proj: not 4 bits on an even grid or NF4" in out
     policy = qat.QuantPolicy(
         weight=qat.QuantSpec(group_size=32), rules=[{"match": "up_proj", "weight": {"group_size": 64}}]
     )

@@ -56,8 +56,8 @@ def case(kind, capability, dtype, has_zero, has_levels):
 def nested_scale():
     kernel = nested._nested_scale_kernel
     constants = {"PER_FACTOR": 256, "LEVELS": 256, "BLOCK": 1024}
-    signature = {"code_ptr": "*u8", "nest_ptr": "*fp32", "scale_ptr": "*fp32", "size": "i32", "groups": "i32", "N": "i32"}
-    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {"code_ptr": "*u8", "nest_ptr": "*fp32", "scale_ptr": "*fp32"}
+    signature |= dict.fromkeys(("size", "groups", "N"), "i32") | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
     options = {"enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import backend, codebook
+from .. import codebook
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
@@ -106,7 +106,7 @@ class PackedWeight(FixedDtype):
         fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
         fits = fits and not (self.double and len(self.scale_codes) < self.shape[0])
         one_table = self.levels is not None and len(self.levels) == 1
-        if self.gpu_operands or self.spec.bits != 4 or not (self.spec.holds_integers or one_table) or not fits:
+        if self.gpu_operands or self.spec.bits != 4 or not (self.levels is None or one_table) or not fits:
             return
         levels = self.levels.view(16) if one_table else None
         scale, nest = (self.scale_codes, join(self._nested())) if self.double else (self.scale, None)
@@ -151,32 +151,15 @@ class PackedWeight(FixedDtype):
         return QuantizedTensor(self.codes(), self._stored()[1], self.spec, self.zero_point, self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in ``dtype``: on a GPU 4-bit codes go through one kernel, with the same bits."""
+        """Return the weight in ``dtype``: through one kernel where it is laid out for kernels, with the same bits."""
         if dtype in self.gpu_operands:
             from qat.kernels.int4_linear import int4_dequantize
 
             return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
-        size = self._group_size()
-        if self.spec.bits != 4 or size % 2 or self.columns % 2 or not backend.has_kernels(self.packed.device, dtype):
-            return self.quantized_tensor().dequantize(dtype)
-        from qat.kernels.dequantize import dequantize4  # needs Triton, which a CPU does not
-
-        scale, levels = self.scale, self.levels
-        if self.double:
-            scale = self._nested().values()
-        if levels is None:
-            levels = torch.arange(-8.0, 8.0, device=self.packed.device)
-        elif len(levels) > 1:  # a table a row
-            return self.quantized_tensor().dequantize(dtype)
-        weight = dequantize4(self.packed, scale, levels.view(16), self.zero_point, size, dtype)
-        return weight.view(self.shape)
+        return self.quantized_tensor().dequantize(dtype)
 
     def _nested(self) -> NestedScale:
         return NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
-
-    def _group_size(self) -> int:
-        scales = math.prod(scale_shape(self.shape, self.spec))
-        return self.shape.numel() // scales
 
     def keep_rows(self) -> None:
         """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
