@@ -4,8 +4,8 @@
 
 (``qat.double_quantization``). code_BG16 is uint8, a scale's code for each output of row block B and group G, as
 ``int4_layout.prepack`` lays scales out; the result is float32 like it, 0 for outputs past the last. Each operation is
-rounded by itself, so the bits are those of ``NestedScale.values``. ``int4_run`` makes the scales of a weight just before
-its product: held, they would add an eighth to the weight's bytes.
+rounded by itself, so the bits are those of ``NestedScale.values``. ``int4_run`` makes the scales just before a product:
+held, they would add an eighth to the weight's bytes.
 """
 
 from __future__ import annotations
