@@ -64,13 +64,11 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         LayerError: a group size, shape, dtype or device other than these, or a scale that requires a gradient.
     """
     w = weight
-    parts = w.words, w.scale, w.zero_point, w.levels, w.nest
-    arguments = x, *parts, bias, w.out_features, w.in_features, w.group_size
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wanted or w.scale.requires_grad or torch.compiler.is_compiling():
-        return torch.ops.qat.int4_linear(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # an autograd kernel in Python takes longer than a small matmul
-        return torch.ops.qat.int4_linear(*arguments)
+    if wanted or w.scale.requires_grad or torch.compiler.is_compiling() or not _is_plain(x):
+        parts = w.words, w.scale, w.zero_point, w.levels, w.nest
+        return torch.ops.qat.int4_linear(x, *parts, bias, w.out_features, w.in_features, w.group_size)
+    return _product(x, weight, bias)  # torch's dispatcher and back takes longer than a small matmul
 
 
 def int4_dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
@@ -112,17 +110,27 @@ def backend(device: torch.device) -> str:
 
 
 def _linear(x, words, scale, zero_point, levels, nest, bias, out_features, in_features, group_size) -> Tensor:
-    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest)
-    _check(x, weight, bias)
+    return _product(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest), bias)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Return whether x is nothing but a tensor to everyone: no subclass, dispatch mode or functorch transform."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    return type(x) is Tensor and not modes
+
+
+def _product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    if not _fits(x, weight, bias):
+        _check(x, weight, bias)
     if backend(x.device) == "torch reference":
         return int4_linear_reference(x, weight, bias)
-    x_MK = x if x.dim() == 2 else x.reshape(-1, in_features)
+    x_MK = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
     if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
     if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % 16):
         bias = bias.clone(memory_format=torch.contiguous_format)
     y_MN = int4_run.multiply(x_MK, weight, bias)
-    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], out_features)
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight.out_features)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -174,6 +182,20 @@ def _dequantize_fake(words, scale, zero_point, levels, nest, out_features, in_fe
 
 
 torch.library.register_autograd("qat::int4_linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _fits(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> bool:
+    """Return whether a common case is right, so that ``_check``, which says what is wrong, need not look."""
+    words, scale, zero_point, n, k, group_size, levels, nest = weight
+    device, row_blocks = x.device, -(-n // ROWS)
+    return (
+        (bias is None and zero_point is None and levels is None and nest is None)
+        and (x.dim() > 0 and x.shape[-1] == k > 0 and x.dtype in _FLOATS)
+        and (words.dtype == torch.int32 and words.shape == (row_blocks, -(-k // INPUTS), ROWS * INPUTS // 8))
+        and (group_size > 0 and k % group_size == 0 and (group_size % GROUP_MULTIPLE == 0 or group_size == k))
+        and (scale.dtype in _FLOATS and scale.shape == (row_blocks, k // group_size, ROWS))
+        and (words.device == device and scale.device == device)
+    )
 
 
 def _check(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:

@@ -27,6 +27,10 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     tokens = x_MK.shape[0]
     if tokens == 0 or weight.out_features == 0:
         return x_MK.new_empty(tokens, weight.out_features)
+    key = _recipe_key(x_MK, weight, bias)
+    recipe = _recipes.get(key)
+    if recipe is not None and x_MK.device.index == torch.cuda.current_device():
+        return _again(*recipe, x_MK, weight, bias)
     nested = weight.nest is not None
     weight = _plain(weight)
     one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, weight)
@@ -38,7 +42,11 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
         plan = ANY_TOKENS if one_plan else _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
         if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
             plan = plan._replace(early=0)
-        return run_plan(plan, x_MK, weight, bias)
+        y_MN = run_plan(plan, x_MK, weight, bias)
+        if isinstance(plan, Decode) and not nested and not weight.in_features % ROWS:
+            compiled_for, *launch = _decode_launch(plan, x_MK, weight, bias)
+            _recipes[key] = _kernels[int4_decode.decode_kernel, x_MK.device.index, compiled_for], *launch
+        return y_MN
     if tokens <= PORTABLE_TOKENS or INTERPRETED.value:
         block_m = min(PORTABLE_TOKENS, max(16, triton.next_power_of_2(tokens)))
         return _portable(x_MK, weight, bias, block_m)
@@ -62,6 +70,7 @@ def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
 
 _devices: dict[int, tuple[str, int, int]] = {}
 _plans: dict[tuple[int, int, int, int], object] = {}
+_recipes: dict[tuple, tuple] = {}
 _kernels: dict[tuple, tuple] = {}
 
 
@@ -99,15 +108,38 @@ def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Ten
     return y_MN
 
 
+def _recipe_key(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return all that a launch depends on but for addresses."""
+    _, scale, zero_point, n, k, group_size, levels, nest = weight
+    return (
+        *(x_MK.shape[0], n, k, group_size, x_MK.dtype, scale.dtype, x_MK.device.index, backend.batch_invariant()),
+        *(zero_point is None or zero_point.dtype, levels is None, nest is None, None if bias is None else bias.dtype),
+    )
+
+
+def _again(compiled, grid: tuple, tail: tuple, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """Launch the decode kernel as ``run_plan`` did before, without working out again how."""
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
+    _launch_compiled(
+        compiled, grid, (x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail), x_MK.device.index
+    )
+    return y_MN
+
+
 def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
-    operands = _operands(weight, bias, x_MK)
+    key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
+    arguments = x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
+    _launch(int4_decode.decode_kernel, key, grid, arguments, plan.warps, plan.early)
+
+
+def _decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return what a kernel is compiled for, its grid, and its arguments from the sizes on."""
     sizes = _sizes(weight, x_MK)
-    arguments = x_MK, *operands, y_MN, x_MK.shape[0], *sizes
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     mask_k = weight.words.shape[1] % (plan.warps * plan.tiles) != 0 or weight.in_features % INPUTS != 0
-    constants = (*_constants(weight, bias), mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages)
+    constants = mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages, plan.early
     grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
-    _launch(int4_decode.decode_kernel, key, grid, (*arguments, *constants, plan.early), plan.warps, plan.early)
+    return key, grid, (*sizes, *_constants(weight, bias), *constants)
 
 
 def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
@@ -165,6 +197,10 @@ def _launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early
     if compiled is None:
         _kernels[key] = kernel[grid](*arguments, num_warps=warps, launch_pdl=early > 0)
         return
+    _launch_compiled(compiled, grid, arguments, device)
+
+
+def _launch_compiled(compiled, grid: tuple, arguments: tuple, device: int) -> None:
     stream = triton.runtime.driver.active.get_current_stream(device)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
