@@ -93,10 +93,10 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
     """Return the median time of three runs after one."""
     times = []
     for _ in range(4):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[1]
 
@@ -135,12 +135,12 @@ def measure(model: CachedDecoder, name: str, compiled: bool, tokens: int, ceilin
 def cold_start(folder: Path, shape: Shape, device: str) -> dict[str, float]:
     """Read an artifact in a process that has compiled nothing, and make one token after a prompt; seconds."""
     torch.zeros(1, device=device)
-    _synchronize(torch.device(device))
+    synchronize(torch.device(device))
     start = time.perf_counter()
     with torch.device("meta"):
         model = CachedDecoder(shape).to(torch.bfloat16)
     model = qat.load(folder, model=model, device=device)
-    _synchronize(torch.device(device))
+    synchronize(torch.device(device))
     loaded = time.perf_counter()
     turns, caches = model.turns(POSITIONS), model.caches(1, POSITIONS)
     at = torch.arange(PROMPT, device=device)
@@ -171,7 +171,8 @@ def _in_new_process(folder: Path, small: bool, device: str) -> dict[str, float]:
         return json.loads(done.stdout.splitlines()[-1]) | {"process": time.perf_counter() - begin}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

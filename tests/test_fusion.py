@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import qat
 from qat.errors import StateError
@@ -146,7 +147,9 @@ def test_what_is_not_fused_is_told(capsys):
         qat.fuse_projections(Attention())
 
 
-def test_transformers_layers_are_found():
+@torch.no_grad()
+def test_transformers_decodes_in_one_compiled_graph():
+    """Generation with a static cache, as CUDA graphs take it: fused, one graph, compiled once for all positions."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=50,
@@ -156,16 +159,20 @@ def test_transformers_layers_are_found():
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config).eval()
     policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=32))
     model = qat.freeze(qat.prepare(model, policy, verbose=False))
     lay_out(model)
-    tokens = torch.randint(50, (1, 5))
-    with torch.no_grad():
-        expected = model(tokens).logits
-        qat.fuse_projections(model, verbose=False)
-        torch.testing.assert_close(model(tokens).logits, expected)
-    groups = {
-        id(layer.fused) for layer in model.modules() if isinstance(getattr(layer, "fused", None), FusedProjections)
-    }
-    assert len(groups) == 4
+    prompt = torch.randint(50, (1, 5))
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    qat.fuse_projections(model, verbose=False)
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "fused", None), FusedProjections)]
+    assert len(layers) == 10 and len({id(layer.fused) for layer in layers}) == 4
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    token = model(prompt, past_key_values=cache, cache_position=torch.arange(5)).logits[:, -1:].argmax(-1)
+    counter = CompileCounter()
+    step, made = torch.compile(model.forward, backend=counter, fullgraph=True, dynamic=False), [prompt, token]
+    for at in range(5, 9):
+        out = step(made[-1], past_key_values=cache, cache_position=torch.tensor([at]))
+        made.append(out.logits.argmax(-1))
+    assert torch.equal(torch.cat(made, 1), expected) and counter.frame_count == 1
