@@ -1,4 +1,4 @@
-"""Tokens a second of transformers' Llama at batch 1, int4 against bf16: python -m benchmarks.decode_transformers [--small]
+"""Tokens a second of transformers' Llama at batch 1, int4 and bf16: python -m benchmarks.decode_transformers [--small]
 
 What a user gets: LlamaForCausalLM of the 8B shape with random weights and a StaticCache, its forward compiled with
 mode="reduce-overhead" (CUDA graphs), one token a call from a Python loop. The int4 model is frozen, and its projections
