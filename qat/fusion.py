@@ -73,21 +73,18 @@ class FusedProjections:
 
         index = next(i for i, other in enumerate(self.layers) if other is layer)
         if self.together and index == 0:
-            if self.parts:  # nobody wanted what was computed last time
-                self.together, self.parts, self.x = False, {}, None
-                warnings.warn(
-                    f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=2
-                )
-            if self.together:
-                self._join()
-                biases = [None if other.bias is None else other.bias.to(x.dtype) for other in self.layers]
-                y = int4_linear(x, self.weights[x.dtype], None if bias is None else torch.cat(biases))
-                self.x, self.parts = x, dict(enumerate(y.split([other.out_features for other in self.layers], -1)))
-        if self.x is x and index in self.parts:
-            part = self.parts.pop(index)
-            if not self.parts:
-                self.x = None
-            return part
+            self._join()
+            biases = [None if other.bias is None else other.bias.to(x.dtype) for other in self.layers]
+            y = int4_linear(x, self.weights[x.dtype], None if bias is None else torch.cat(biases))
+            self.x, self.parts = x, dict(enumerate(y.split([other.out_features for other in self.layers], -1)))
+        if index in self.parts:
+            if self.x is x:
+                part = self.parts.pop(index)
+                if not self.parts:
+                    self.x = None
+                return part
+            self.together, self.parts, self.x = False, {}, None
+            warnings.warn(f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=3)
         return int4_linear(x, layer.packed_weight.gpu_operands[x.dtype], bias)
 
     def _join(self) -> None:
