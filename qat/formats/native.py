@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,8 +311,7 @@ def _open_files(path: Path, files: dict[str, dict[str, Any]]) -> StoredTensors:
             )
     try:
         tensors = StoredTensors([path / name for name in files])
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            digests = dict(zip(files, pool.map(lambda name: _sha256(path / name), files), strict=True))
+        digests = {name: _sha256(path / name) for name in files}
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; copy it again or convert the checkpoint again") from None
     for name, expected in files.items():
