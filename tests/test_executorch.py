@@ -124,7 +124,7 @@ def test_outputs_may_differ_by_what_rounding_makes_of_float32_errors(monkeypatch
     model = to_model(net(), network()).eval()
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(executorch_client, "ROUNDING_TOLERANCE", 0)
-    monkeypatch.setattr(executorch_client, "NUDGE", 1e-3)
+    monkeypatch.setattr("qat.formats.onnx_client.NUDGE", 1e-3)
     with torch.no_grad():
         monkeypatch.setattr(executorch_client, "run", lambda file, x: executorch_client.nudged(model, x, seed=1))
         ((_, seen),) = executorch_client.compare_outputs(None, model, x)

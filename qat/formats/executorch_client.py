@@ -17,10 +17,8 @@ from ..quantizers import DynamicActivation
 from ..spec import Dynamic
 from .executorch_layers import FLOAT32, INT4, int4_operands, int8_constants, int8_operands, kind
 from .executorch_program import lower, lowered_layer, quantized_weights
-from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
+from .onnx_client import NUDGE, ROUNDING_TOLERANCE, TOLERANCE, nudged, root_mean_square
 from .onnx_graph import LogitsOnly
-
-NUDGE = 1e-6  # of a product of some hundred terms, summed in float32 in another order
 
 
 def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
@@ -110,31 +108,12 @@ def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str
     try:
         gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the outputs of {file}")
     except ArtifactError:
-        off, own = (_root_mean_square(other - expected) for other in (found, nudged(network, x)))
+        off, own = (root_mean_square(other - expected) for other in (found, nudged(network, x)))
         if not off <= 2 * own:
             raise
         seen = f"differ by {off:.3g} (root mean square), as our own do from themselves by {own:.3g}"
         return [("ExecuTorch, outputs", f"{seen} when products are changed by {NUDGE:g}; {equal}")]
     return [("ExecuTorch, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}")]
-
-
-def nudged(network: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
-    """Return a frozen network's outputs for x with every quantized layer's outputs changed by about NUDGE of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def nudge(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y * (1 + NUDGE * torch.randn(y.shape, generator=generator))
-
-    hooks = [layer.register_forward_hook(nudge) for _, layer in frozen_layers(network)]
-    try:
-        return network(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _root_mean_square(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
 
 
 def run(program: Path | bytes, x: Tensor, batched: bool = False) -> Tensor:
