@@ -147,9 +147,10 @@ class Chain:
         self.blocks, self.rest, self.context = blocks, rest, context
         self.stream: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []  # of a batch, of a block: what else it is called with
-        with self._replaced(self._record):  # no block runs
+        with self._replaced(self._record):  # no block runs, nor what follows them
             for batch in batches:
-                forward(model, batch)
+                with suppress(_Stop):
+                    forward(model, batch)
         self.unquantized = list(self.stream)
 
     def runner(self, index: int, twin: nn.Module | None, device: torch.device | str | None) -> Callable:
@@ -190,6 +191,8 @@ class Chain:
             self.stream.append(hidden)
             self._calls.append([])
         self._calls[-1].append((args, kwargs))
+        if index == len(self.blocks) - 1:
+            raise _Stop
         return hidden
 
     @contextmanager
