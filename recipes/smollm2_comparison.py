@@ -281,7 +281,7 @@ def run_here(commands: list[list[str]]) -> None:
             else:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
         except SystemExit as end:
-            if end.code:
+            if end.code or type(end) is not SystemExit:  # Lightning's, of a training that was stopped
                 raise
 
 
