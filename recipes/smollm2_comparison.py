@@ -24,7 +24,9 @@ Recovery = (best PTQ - LSQ) / (best PTQ - tuned full precision), in perplexity, 
 
 Every result is kept in runs/smollm2_comparison/results; what is there is used again, and a training that was stopped
 goes on, so that each command is short. Checkpoints are deleted once measured, but those that others start from. Several
-rows at once each write to a file in runs/smollm2_comparison/logs; --table prints what is there, and runs nothing.
+rows at once each write to a file in runs/smollm2_comparison/logs. --seconds ends a run in time, with the table of what
+is there (which --table prints, too). A checkpoint takes 1.6 GB: where disks are slow, make runs/ a link into memory.
+For two H100s: --steps 700 --batch-size 8 --calibration 16 --methods gptq awq --starts gptq --teacher tuned --jobs 16.
 """
 
 import argparse
@@ -71,9 +73,12 @@ def main() -> None:
     (OUT / "comparison.md").write_text(table(summary))
     (OUT / "comparison.svg").write_text(plot(summary))
     print("\n" + table(summary))
-    failures = [future.exception() for future in futures if future.exception() is not None]
+    problems = [future.exception() for future in futures if future.exception() is not None]
+    failures = [problem for problem in problems if not isinstance(problem, subprocess.TimeoutExpired)]
     if failures and not options.table:
         sys.exit(f"error: {len(failures)} of {len(futures)} rows failed, the first one: {failures[0]}")
+    if problems and not options.table:
+        print(f"{len(problems)} of {len(futures)} rows are left after {options.seconds:g} s: the same command goes on")
 
 
 def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
@@ -141,6 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", choices=("original", "tuned"), help="distil LSQ from it; default: no distillation")
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens of the test text")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
     parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
     parser.add_argument("--quick", action="store_true", help="4 bits, one seed, few methods, steps and windows")
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
@@ -148,7 +154,7 @@ def arguments() -> argparse.Namespace:
     if options.quick:
         options.bits, options.methods, options.seeds = [4], ["minmax", "gptq"], 1
         options.steps, options.batch_size, options.calibration, options.windows = 4, 2, 4, 4
-    options.gpus = Gpus()
+    options.gpus, options.end = Gpus(), time.monotonic() + options.seconds
     return options
 
 
@@ -263,11 +269,15 @@ def run(name: str, commands: list[list[str]], options: argparse.Namespace, weigh
         weight: what the process takes of a GPU, beside others.
     """
     shown = "".join(f"\n$ python {'' if line[0].endswith('.py') else '-m '}{' '.join(line)}" for line in commands)
+    if time.monotonic() > options.end:
+        raise subprocess.TimeoutExpired(name, options.seconds)
     print(shown, flush=True)
     command, start = [sys.executable, __file__, "--commands", json.dumps(commands)], time.monotonic()
     with options.gpus.one(weight) as environment, contextlib.ExitStack() as stack:
         log = stack.enter_context((OUT / "logs" / f"{name}.log").open("a")) if options.jobs > 1 else None
-        subprocess.run(command, env=os.environ | environment, stdout=log, stderr=log and subprocess.STDOUT, check=True)
+        left = None if math.isinf(options.end) else max(0.1, options.end - start)
+        output = {"stdout": log, "stderr": log and subprocess.STDOUT}
+        subprocess.run(command, env=os.environ | environment, timeout=left, check=True, **output)
     print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
 
 

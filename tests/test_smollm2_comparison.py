@@ -3,8 +3,12 @@
 import argparse
 import importlib.util
 import json
+import math
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -28,7 +32,9 @@ def recipe(tmp_path, monkeypatch):
 def options(**changes) -> argparse.Namespace:
     given = {"bits": [4, 2], "methods": ["minmax", "gptq"], "starts": ["best"], "seeds": 2, "teacher": "tuned"}
     given |= {"table": False, "train": ["a.txt"], "test": "b.txt", "steps": 6, "batch_size": 2, "calibration": 4}
-    return argparse.Namespace(**{**given, "lr": None, "windows": 4, "jobs": 1, "overrides": [], **changes})
+    return argparse.Namespace(
+        **{**given, "lr": None, "windows": 4, "jobs": 1, "overrides": [], "end": math.inf, **changes}
+    )
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -77,3 +83,16 @@ def test_recovery_is_of_the_gap_between_the_best_ptq_and_the_tuned_model(recipe)
     rows += [{"row": "LSQ from gptq", "bits": 4, "perplexity": value} for value in (16.5, 17.5)]
     entries = recipe.summarise([{**row, "kl": 0.0, "agreement": 1.0} for row in rows])
     assert next(entry for entry in entries if entry["row"] == "LSQ from gptq")["recovery"] == pytest.approx(0.75)
+
+
+def test_the_time_that_is_given_stops_a_row_and_starts_no_other(recipe, tmp_path):
+    (tmp_path / "logs").mkdir()
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time; time.sleep(60)")
+    given = options(
+        seconds=1.0, end=time.monotonic() + 1.0, gpus=argparse.Namespace(one=lambda weight: nullcontext({}))
+    )
+    for _ in range(2):
+        with pytest.raises(subprocess.TimeoutExpired):
+            recipe.run("slow", [[str(slow)]], given)
+    assert time.monotonic() < given.end + 30
