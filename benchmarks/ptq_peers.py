@@ -6,7 +6,7 @@ FOLDER is a transformers model in full precision, such as the one that recipes/s
 those of ``pip install gptqmodel llmcompressor`` that are installed. Weights of every linear layer but lm_head are
 4-bit, symmetric, in groups of 64; all else is each tool's default. Calibration is on ``--windows`` random windows
 of 512 tokens of the training text, the same for every tool. Each tool runs in a process of its own and writes a folder
-in its own format; that folder, opened by ``qat.load``, is measured on the test text's first 40 windows of 512 tokens.
+in its own format; that folder, opened by ``qat.hf``, is measured on the test text's first 40 windows of 512 tokens.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def measure(folder: Path, test) -> float:
     """Return the perplexity of the model in a folder, whatever its format, on windows (N, 512)."""
     import torch
 
-    from qat.evaluate import read_model
+    import qat.hf
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, losses = read_model(str(folder)).to(device).float().eval(), []
+    model, losses = qat.hf.from_pretrained(str(folder), dtype=torch.float32).to(device).eval(), []
     with torch.inference_mode():
         for rows in test.to(device).split(4):
             losses.append(model(input_ids=rows, labels=rows).loss.item() * len(rows))

@@ -20,6 +20,7 @@ from ..policy import QuantPolicy
 from ..ptq.units import repeated
 from ..spec import as_member
 from ..surgery import prepare
+from .chunked_loss import check_head, chunked_loss
 from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 
@@ -209,11 +210,30 @@ class ImageClassification(Task):
 
 
 class CausalLanguageModel(Task):
-    """Tokens (B, T) to the tokens that follow them (B, T)."""
+    """Tokens (B, T) to the tokens that follow them (B, T).
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        loss_rows: make the logits of so many predictions at a time, and never all of them; None makes all at once.
+    """
+
+    def __init__(self, *args: Any, loss_rows: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metrics = LanguageMetrics()
+        if loss_rows is not None and loss_rows < 1:
+            raise TrainingError(f"task.loss_rows={loss_rows}: give a positive number, such as 1024, or null")
+        if loss_rows is not None and (self.label_smoothing or self._teacher != (None,)):
+            raise TrainingError("task.loss_rows goes with neither a teacher nor task.label_smoothing: leave it at null")
+        self.loss_rows, self._head_checked = loss_rows, False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of a batch."""
+        if self.loss_rows is None:
+            return super().training_step(batch, batch_index)
+        inputs, targets = batch
+        if not self._head_checked:
+            check_head(self.model, inputs)
+            self._head_checked = True
+        return chunked_loss(self.model, inputs, targets, self.loss_rows)
 
 
 def training_loss(
