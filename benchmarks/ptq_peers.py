@@ -132,6 +132,7 @@ def gptqmodel(method: str, model: Path, rows, out: Path) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    # it wants more than one thread of the CPU: leave OMP_NUM_THREADS unset
     loaded = GPTQModel.load(str(model), QuantizeConfig(bits=4, group_size=GROUP, sym=True), device=device)
     loaded.quantize([{"input_ids": row, "attention_mask": [1] * LENGTH} for row in rows.tolist()], batch_size=4)
     loaded.save(str(out))
@@ -144,8 +145,11 @@ def llm_compressor(method: str, model: Path, rows, out: Path) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM
 
+    if not torch.cuda.is_available():  # AWQ pins its intermediates for a GPU, and fails where there is none
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
