@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -128,11 +129,11 @@ def ours(method: str, model: Path, rows, out: Path) -> None:
 
 def gptqmodel(method: str, model: Path, rows, out: Path) -> None:
     """Quantize with GPTQModel."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read at its import; fails with its own default on 2 cores
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    # it wants more than one thread of the CPU: leave OMP_NUM_THREADS unset
     loaded = GPTQModel.load(str(model), QuantizeConfig(bits=4, group_size=GROUP, sym=True), device=device)
     loaded.quantize([{"input_ids": row, "attention_mask": [1] * LENGTH} for row in rows.tolist()], batch_size=4)
     loaded.save(str(out))
