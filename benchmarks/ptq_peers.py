@@ -134,7 +134,10 @@ def gptqmodel(method: str, model: Path, rows, out: Path) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    loaded = GPTQModel.load(str(model), QuantizeConfig(bits=4, group_size=GROUP, sym=True), device=device)
+    model, out = model.resolve(), out.resolve()
+    os.chdir(out.parent)  # where it writes a folder of logs
+    config = QuantizeConfig(bits=4, group_size=GROUP, sym=True)
+    loaded = GPTQModel.load(str(model), config, device=device, dtype=torch.float32)
     loaded.quantize([{"input_ids": row, "attention_mask": [1] * LENGTH} for row in rows.tolist()], batch_size=4)
     loaded.save(str(out))
 
