@@ -363,6 +363,7 @@ def test_blocks_are_compiled_once_and_validated_eagerly():
     losses, metrics = [], []
     for mode in (None, "blocks"):
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         recorder, text = Recorder(), TextData("topics", 32, 4)
         run = trainer(recorder, limit_train_batches=3, limit_val_batches=2, max_epochs=-1)
         task = language_task(compile_mode=mode)
