@@ -1,0 +1,73 @@
+"""Rounding that Inductor fuses with what makes the input, against the same run eagerly: every bit of value and mask."""
+
+import pytest
+import torch
+
+from qat import QuantSpec, exact, traced
+from qat.quantizers.rounding import Rounding
+from qat.spec import Dynamic
+
+SPECS = [
+    QuantSpec(bits=4, signed=False, granularity="tensor"),
+    QuantSpec(bits=8, granularity="tensor", scale_dtype="float32"),
+    Dynamic.int8_token,
+]
+
+
+def made(x):
+    """Return something that a compiler fuses with the rounding and keeps in float32 on the way (eager rounds it once)."""
+    return torch.relu(x * 1.7)
+
+
+def trained(run, x, step_size, grad):
+    """Return the value and the gradients of x and the step size."""
+    leaves = [x.detach().clone().requires_grad_(), step_size.clone().requires_grad_()]
+    y = run(*leaves)
+    y.backward(grad)
+    return y.detach(), *(leaf.grad for leaf in leaves)
+
+
+def assert_compiled_has_the_bits(x, grid):
+    step_size, grad = torch.full((1, 1), 0.0137, device=x.device), torch.randn_like(x)
+
+    def run(x, step_size):
+        rounding = Rounding(grid, None if grid is Dynamic.int8_token else step_size, 0.3)
+        x = made(x)
+        if not torch.compiler.is_compiling():
+            return rounding(x)
+        assert traced.takes(x, rounding)
+        return traced.rounded(x, rounding, x.dtype)
+
+    torch._dynamo.reset()
+    expected = trained(run, x, step_size, grad)
+    found = trained(torch.compile(run, fullgraph=True), x, step_size, grad)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    if expected[2] is not None:
+        scale = (grad.double().abs().sum() * 0.3).item()  # of a sum whose terms cancel
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-7 * scale)
+
+
+@pytest.mark.parametrize("grid", SPECS, ids=str)
+def test_inductor_on_a_cpu(grid):
+    assert_compiled_has_the_bits(torch.randn(40, 72, dtype=torch.bfloat16), grid)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("grid", SPECS, ids=str)
+def test_inductor_on_a_gpu(grid, dtype):
+    assert_compiled_has_the_bits(torch.randn(2048, 2048, device="cuda").to(dtype), grid)
+    if grid is not Dynamic.int8_token:
+        images = torch.randn(16, 64, 28, 28, device="cuda").to(dtype)
+        assert_compiled_has_the_bits(images.to(memory_format=torch.channels_last), grid)
+
+
+def test_a_quotient_by_a_reciprocal_in_float64_is_the_division(monkeypatch):
+    a = torch.cat([torch.randn(200_000), torch.randn(200_000).bfloat16().float(), torch.tensor([0.0, 1e-42, 3e38])])
+    b = torch.cat([torch.rand(200_000), torch.rand(200_000).bfloat16().float(), torch.tensor([1.0, 2.0, 1e-5])]) + 1e-3
+    assert b.numel() == a.numel()
+    expected = a / b
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert torch.equal(exact.quotient(a, b), expected)
+    assert torch.equal(exact.product(a, b), a * b)
+    assert torch.equal(exact.rounded(a.half()), a.half()) and torch.equal(exact.rounded(a), a)
