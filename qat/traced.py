@@ -2,6 +2,10 @@
 
 The arithmetic is the reference's, in the form of ``qat.exact`` that keeps its bits. The sum for a step size's gradient
 is the compiler's own, in an order that depends on the shapes alone.
+
+A product then keeps its rounded input for the backward, where the plain one keeps the input; what the gradient's mask
+needs is computed again from what the layers before keep. Only an input that is kept anyway, such as attention's output,
+is there twice.
 """
 
 from __future__ import annotations

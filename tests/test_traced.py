@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import qat
 from qat import QuantSpec, exact, traced
 from qat.quantizers.rounding import Rounding
 from qat.spec import Dynamic
@@ -15,7 +18,7 @@ SPECS = [
 
 
 def made(x):
-    """Return something that a compiler fuses with the rounding and keeps in float32 on the way (eager rounds it once)."""
+    """Return something that a compiler fuses with the rounding, and keeps in float32 on the way."""
     return torch.relu(x * 1.7)
 
 
@@ -71,3 +74,43 @@ def test_a_quotient_by_a_reciprocal_in_float64_is_the_division(monkeypatch):
     assert torch.equal(exact.quotient(a, b), expected)
     assert torch.equal(exact.product(a, b), a * b)
     assert torch.equal(exact.rounded(a.half()), a.half()) and torch.equal(exact.rounded(a), a)
+
+
+class SwiGLU(nn.Module):
+    """A language model's block without attention, whose output is kept anyway."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in ((64, 256), (64, 256), (256, 64)))
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def kept_bytes(model, x):
+    """Return the bytes that a compiled model keeps for its backward, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.compile(model, dynamic=False)(x)
+    return sum(sizes.values())
+
+
+@pytest.mark.slow
+def test_compiled_dynamic_rounding_keeps_what_the_plain_model_keeps():
+    """A few values a token more, and no mask, which would be half as much again for each input."""
+    x = torch.randn(4, 128, 64, dtype=torch.bfloat16, requires_grad=True)
+    plain = kept_bytes(SwiGLU().bfloat16(), x)
+    policy = qat.QuantPolicy(weight=QuantSpec(bits=4, group_size=32), dynamic="int8_token")
+    rounded = kept_bytes(qat.prepare(SwiGLU().bfloat16(), policy, verbose=False), x)
+    assert plain < rounded <= plain + 6 * 8 * 4 * 128

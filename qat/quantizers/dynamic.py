@@ -125,9 +125,10 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
 
 def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return float32 codes of any size, and each token's factor and zero point (..., 1)."""
-    values = exact.rounded(x).float()
-    low = values.amin(-1, keepdim=True).clamp_max(0)
-    high = values.amax(-1, keepdim=True).clamp_min(0)
+    x = exact.rounded(x)
+    values = x.float()  # ahead of the reductions, which read x: a compiler then computes it again, and keeps no mask
+    low = x.amin(-1, keepdim=True).float().clamp_max(0)
+    high = x.amax(-1, keepdim=True).float().clamp_min(0)
     factor = torch.where(low == high, 1.0, exact.quotient(torch.full_like(low, 255), high - low))
     least, most = exact.product(low, factor), exact.product(high, factor)
     zero_point = torch.where((-128 + least) + (127 + most) > 0, -128 - least, 127 - most).clamp(-128, 127).round()
