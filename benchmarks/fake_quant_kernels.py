@@ -18,6 +18,7 @@ from qat.spec import Dynamic
 
 SETS = 4  # of tensors, taken in turns, so that none is left in the 50 MB cache
 CALLS = 24  # in one CUDA graph, whose replays are timed: no launch gaps
+SECTOR = 32  # bytes: what a GPU writes at least
 
 
 def microseconds(call: Callable[[int], None]) -> float:
@@ -40,7 +41,13 @@ def microseconds(call: Callable[[int], None]) -> float:
     return 1e3 * statistics.median(start.elapsed_time(end) for start, end in times[2:]) / CALLS
 
 
-def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, int]]:
+def masked_share(grad_x: Tensor, grad: Tensor) -> float:
+    """Return the share of a tensor's sectors that a mask in place writes: those where it takes an element."""
+    taken = (grad_x == 0) & (grad != 0)
+    return taken.view(-1, SECTOR // grad.element_size()).any(1).float().mean().item()
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, float]]:
     """Return {name: (call of a set, passes over the tensor it cannot do without)}."""
     xs, grads = ([torch.randn(shape, device=device).to(dtype) * size for _ in range(SETS)] for size in (0.02, 1e-3))
     outs = [torch.empty_like(x) for x in xs]
@@ -50,19 +57,23 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
     kernels = arithmetic(xs[0], step)
     rounding = dynamic.arithmetic(xs[0])
     token = Dynamic.int8_token
+    masked = {
+        spec: masked_share(kernels.fake_quantize_gradients(grads[0], xs[0], sizes, spec, 0.1)[0], grads[0])
+        for spec, sizes in ((group, steps), (tensor, step))
+    }
     return {
         "copy": (lambda i: outs[i].copy_(xs[i]), 2),
         "group 128 forward": (lambda i: kernels.fake_quantized(xs[i], steps, group), 2),
         "group 128 backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], steps, group, 0.1), 3),
         "group 128 backward in place": (
             lambda i: kernels.requantize_(grads[i], xs[i], steps, group, 0.1, (True, True), None),
-            2,
+            2 + masked[group],
         ),
         "tensor forward": (lambda i: kernels.fake_quantized(xs[i], step, tensor), 2),
         "tensor backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], step, tensor, 0.1), 3),
         "tensor backward in place, value again": (
             lambda i: kernels.requantize_(grads[i], xs[i], step, tensor, 0.1, (True, True), dtype),
-            3,
+            3 + masked[tensor],
         ),
         "int8_token forward": (lambda i: rounding.rounded(xs[i], token), 2),
         "int8_token backward in place, value again": (
@@ -84,7 +95,7 @@ def kernel_rows(device: torch.device, small: bool) -> Iterator[dict]:
             us = microseconds(call)
             rate = passes * shape[0] * shape[1] * dtype.itemsize / us / 1e3
             copy = copy or rate
-            row = {"kernel": name, "shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
+            row = {"kernel": name, "passes": round(passes, 3), "shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
             yield row | {"us": round(us, 1), "GB/s": round(rate), "share of copy": round(rate / copy, 3)}
     yield from host_rows(device)
 

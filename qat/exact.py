@@ -30,7 +30,11 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a * b, rounded before anything is added to it, for float32 (or float64)."""
+    """Return a * b, rounded before anything is added to it, for float32 (or float64); -0.0 may come out as +0.0.
+
+    Compiled, it is RN32(a * b + 0), exact in float64 up to there. Without the zero LLVM sees that a float32 product
+    would do, and contracts that with the sum that follows.
+    """
     if a.dtype == torch.float64 or not torch.compiler.is_dynamo_compiling():
         return a * b
-    return (a.double() * b.double()).float()
+    return (a.double() * b.double() + 0.0).float()
