@@ -52,6 +52,12 @@ def quantize(model: nn.Module, policy: qat.QuantPolicy, batch=None) -> tuple[nn.
     return model, torch.no_grad()(lambda: torch._foreach_clamp_min_(steps, MIN_SCALE))
 
 
+def setting(text: str) -> tuple[str, int]:
+    """Return ("key", 1) of "key=1"."""
+    key, _, value = text.partition("=")
+    return key, int(value)
+
+
 def language_variants() -> dict[tuple[str, str], Callable]:
     """Return {(what, variant): model -> (model, what follows a step)}; the head stays as it is, for all."""
 
@@ -135,7 +141,7 @@ def rows_of(
             try:
                 model, after = change(build())
                 if mode == "compiled":
-                    model.compile_parts(dynamic=False)
+                    model.compile_parts(dynamic=False, options=dict(map(setting, options.inductor)))
                 step = training_step(model, batch, autocast, after)
                 ms, peak = measure(step, device, 4, options.repeats)
                 if options.profile:
@@ -261,6 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--variants", nargs="+", help="plain, qat, torchao, 'LSQ in torch'; all, if left out")
     parser.add_argument("--repeats", type=int, default=12, help="timed steps; 0 only compiles")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="KEY=INT", help="options of torch.compile")
     parser.add_argument("--profile", action="store_true", help="also write what each variant's kernels take")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU too")
     options = parser.parse_args(argv)
