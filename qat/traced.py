@@ -32,11 +32,13 @@ def rounded(x: Tensor, rounding: Rounding, dtype: torch.dtype) -> Tensor:
 
 
 class _Learned(torch.autograd.Function):
+    """Returns a tensor of its own: where it is ``to`` the dtype it has, Dynamo of torch 2.11 gives a gradient of 0."""
+
     @staticmethod
     def forward(ctx, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, step_size)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        return exact.rounded(numerics.fake_quantized(x, step_size, spec, dtype))
+        return exact.rounded(numerics.fake_quantized(x, step_size, spec, dtype)).clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -45,11 +47,13 @@ class _Learned(torch.autograd.Function):
 
 
 class _Dynamic(torch.autograd.Function):
+    """Returns a tensor of its own, as ``_Learned`` does."""
+
     @staticmethod
     def forward(ctx, x: Tensor, kind: Dynamic, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return exact.rounded(dynamic.rounded(x, kind, dtype))
+        return exact.rounded(dynamic.rounded(x, kind, dtype)).clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
