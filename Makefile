@@ -2,6 +2,7 @@
 #
 #   make demo                      train a 4-bit network and ship it, in minutes on a CPU
 #   make test                      the default tests; also test-slow, test-gpu, test-clients, test-executorch, lint
+#   make bench-int4                what benchmarks/NOTES.md wants to know of the int4 kernels, on a GPU
 #   make test ARGS="-k lsq -x"     more arguments for pytest
 #   make test PYTHON=python3.12    another interpreter, in an environment of its own
 #   make test SYSTEM=1             keep the packages that $(PYTHON) has: a CUDA or ROCm build of torch, a container's
@@ -19,7 +20,7 @@ PY      := $(VENV)/bin/python
 PYTEST  := $(PY) -P -m pytest
 DEFAULT := not slow and not gpu and not clients
 
-.PHONY: demo test test-slow test-gpu test-clients test-executorch .test-executorch lint clean
+.PHONY: demo test test-slow test-gpu test-clients test-executorch .test-executorch bench-int4 lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-data
@@ -43,6 +44,13 @@ test-executorch:
 
 .test-executorch: $(VENV)/installed-dev,executorch
 	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_dynamic.py $(ARGS)
+
+# For one NVIDIA GPU, about three minutes; peers that are not installed are named.
+bench-int4: $(VENV)/installed-dev
+	$(PY) -m benchmarks.launch_cost
+	$(PY) -m benchmarks.decode
+	$(PY) -m benchmarks.dequantize
+	$(PY) -m benchmarks.int4_linear --quick --kernels "qat NF4" cuBLAS "dequantize NF4 + cuBLAS" "bnb NF4"
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

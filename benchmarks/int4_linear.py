@@ -31,7 +31,7 @@ def measure(outputs: int, inputs: int, dtype: torch.dtype, tokens: list[int], na
     problem = Problem.random(outputs, inputs, dtype)
     records = []
     for name in names:
-        known = {"shape": f"{outputs}x{inputs}", "kernel": name, "bytes": problem.weight_bytes}
+        known = {"shape": f"{outputs}x{inputs}", "kernel": name, "bytes": problem.weight_bytes(name)}
         try:
             calls = KERNELS[name](problem)
         except Exception as error:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from qat.kernels.int4_layout import Int4Weight, prepack
-from qat.kernels.int4_linear import int4_dequantize, int4_linear, run_plan
+from qat.kernels.int4_linear import int4_dequantize, int4_linear
 from qat.kernels.int4_plans import Dequantize
+from qat.kernels.int4_run import run_plan
 from torch import Tensor
 
 from benchmarks.timing import copies
+from qat import codebook
 from qat.packing import pack
 
 GROUP_SIZE = 128
@@ -46,10 +48,10 @@ class Problem:
         torch.cuda.synchronize()
         return cls(codes, scale, weights)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of packed codes and scales."""
-        return self.weights[0].words.nbytes + self.weights[0].scale.nbytes
+    def weight_bytes(self, kernel: str) -> int:
+        """Return the bytes of packed codes and scales, which NF4 has in float32 for 64 weights."""
+        words = self.weights[0].words
+        return words.nbytes + (words.nbytes // 8 if "NF4" in kernel else self.weights[0].scale.nbytes)
 
     def dense(self) -> Tensor:
         """Return the dequantized weight."""
@@ -115,8 +117,25 @@ def tinygemm(problem: Problem) -> Calls:
     return [lambda x, t=t: torch.ops.aten._weight_int4pack_mm(x, t, GROUP_SIZE, scale_and_zero) for t in tiles]
 
 
+def _nf4(problem: Problem) -> list[Int4Weight]:
+    scale = torch.rand(problem.codes.shape[0], problem.codes.shape[1] // 64, device="cuda")
+    levels = torch.tensor(codebook.NF4, device="cuda")
+    first = prepack(pack(problem.codes, 4), scale, None, problem.codes.shape[1], 64, levels)
+    return [first, *(first._replace(words=first.words.clone()) for _ in problem.weights[1:])]
+
+
+def ours_nf4(problem: Problem) -> Calls:
+    """int4_linear with NF4 in blocks of 64 and float32 scales, as a frozen layer calls it."""
+    return [lambda x, w=w: int4_linear(x, w) for w in _nf4(problem)]
+
+
+def ours_nf4_dequantized(problem: Problem) -> Calls:
+    """The same weight dequantized, and the library's matmul, whatever the number of tokens."""
+    return [lambda x, w=w: run_plan(Dequantize(), x, w, None) for w in _nf4(problem)]
+
+
 def bitsandbytes(problem: Problem) -> Calls:
-    """bitsandbytes NF4 in blocks of 64: other values, the same number of bits."""
+    """bitsandbytes NF4 in blocks of 64."""
     import bitsandbytes as bnb
 
     packed, state = bnb.functional.quantize_4bit(problem.dense(), quant_type="nf4", blocksize=64)
@@ -131,7 +150,9 @@ KERNELS: dict[str, Callable[[Problem], Calls]] = {
     "humming": humming,
     "gemlite": gemlite,
     "tinygemm": tinygemm,
+    "qat NF4": ours_nf4,
+    "dequantize NF4 + cuBLAS": ours_nf4_dequantized,
     "bnb NF4": bitsandbytes,
 }
 # Microseconds grow with the tokens there, and so does the time that a table takes.
-MOST_TOKENS = {"tinygemm": 64, "bnb NF4": 256, "gemlite": 256}
+MOST_TOKENS = {"tinygemm": 64, "gemlite": 256}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from qat.kernels import int4_plans
-from qat.kernels.int4_linear import run_plan
+from qat.kernels.int4_run import run_plan
 
 from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem
 from benchmarks.timing import graph_time

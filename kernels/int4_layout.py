@@ -7,7 +7,7 @@ A weight of N outputs and K inputs is cut into row blocks of 16 outputs and K ti
 The 128 words of a tile belong to 32 lanes, four each. Lane (g, c), with g < 8 and c < 4, holds in its word (kh, rh)
 the inputs 16 j + 8 kh + 2 c + e of output 8 rh + g: register 2 kh + rh of the left operand of the 16 x 16 step j in
 ``mma.m16n8k16`` and ``wgmma.m64nNk16`` (PTX ISA, "Matrix Fragments"). Nibble j of half e of the word is u = code + 8,
-so one mask takes two neighbouring inputs, a register of the operand, out of a word.
+so one mask takes two neighbouring inputs, a register of the operand, out of a word. With a codebook, u points into it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class Int4Weight(NamedTuple):
 
     Attributes:
         words: int32 (row blocks, K tiles, 128).
-        scale: (row blocks, groups, 16) bf16, fp16 or fp32.
+        scale: (row blocks, groups, 16) bf16, fp16 or fp32; with ``nest`` uint8, the codes of scales.
         zero_point: the scale's shape, int8 or a float dtype; None if symmetric.
         out_features, in_features: N and K.
         group_size: inputs that share a scale; K for the whole row.
+        levels: float32 (16,), a codebook; None on the even grid, whose levels are -8 to 7.
+        nest: float32, what makes scales of their codes (``nested_scale.join``); None where they are stored.
     """
 
     words: Tensor
@@ -46,37 +48,51 @@ class Int4Weight(NamedTuple):
     out_features: int
     in_features: int
     group_size: int
+    levels: Tensor | None = None
+    nest: Tensor | None = None
 
     def checkpoint(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Undo ``prepack``: packed uint8 (N, ceil(K / 2)), scale and zero point (N, groups)."""
-        zero_point = None if self.zero_point is None else _rows(self.zero_point, self.out_features)
+        zero_point = None if self.zero_point is None else from_tiles(self.zero_point, self.out_features)
         packed = words_to_packed(self.words, self.out_features, self.in_features)
-        return packed, _rows(self.scale, self.out_features), zero_point
+        return packed, from_tiles(self.scale, self.out_features), zero_point
 
 
-def prepack(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, group_size: int) -> Int4Weight:
+def prepack(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    in_features: int,
+    group_size: int,
+    levels: Tensor | None = None,
+    nest: Tensor | None = None,
+) -> Int4Weight:
     """Lay a weight out for the kernels, on its device.
 
     Args:
         packed: (N, ceil(K / 2)) uint8, from ``qat.packing.pack(codes, 4)``.
-        scale: (N, K / group_size); (1, 1) where one scale serves the whole weight.
+        scale: (N, K / group_size), or their codes; (1, 1) where one scale serves the whole weight.
         zero_point: the scale's shape, or None.
         in_features: K, which the bytes of a row do not tell when it is odd.
         group_size: K for the whole row.
+        levels: float32 (16,), a codebook, or None.
+        nest: from ``nested_scale.join``, or None.
     """
     out_features = packed.shape[0]
-    tiles = [None if t is None else _tiles(t.expand(out_features, -1)) for t in (scale, zero_point)]
+    tiles = [None if t is None else to_tiles(t.expand(out_features, -1)) for t in (scale, zero_point)]
     integers = zero_point is not None and zero_point.dtype == torch.int8
-    last = zero_point.expand(out_features, -1)[:, -1:] if integers else None
-    words = packed_to_words(packed, in_features, last)
-    return Int4Weight(words, tiles[0], tiles[1], out_features, in_features, group_size)
+    padding = zero_point.expand(out_features, -1)[:, -1:] if integers else None
+    if levels is not None:
+        padding = (levels.abs().argmin() - 8).to(torch.int8).expand(out_features, 1)
+    words = packed_to_words(packed, in_features, padding)
+    return Int4Weight(words, tiles[0], tiles[1], out_features, in_features, group_size, levels, nest)
 
 
 def packed_to_words(packed: Tensor, in_features: int, padding: Tensor | None = None) -> Tensor:
     """Reorder packed uint8 (N, ceil(K / 2)) into words.
 
-    What is padded has code 0, or the code (N, 1) that stands for weight 0: times a large scale, another one would be
-    infinite, and infinity times an input 0 is NaN.
+    What is padded has code 0, or the code (N, 1) that stands for weight 0 or the one nearest to it: times a large
+    scale, another one would be infinite, and infinity times an input 0 is NaN.
     """
     codes = unpack(packed, 4, in_features)
     rows, columns = -codes.shape[0] % ROWS, -in_features % INPUTS
@@ -99,10 +115,12 @@ def words_to_packed(words: Tensor, out_features: int, in_features: int) -> Tenso
     return pack(codes[:out_features, :in_features], 4)
 
 
-def _tiles(rows_by_groups: Tensor) -> Tensor:
+def to_tiles(rows_by_groups: Tensor) -> Tensor:
+    """Lay scales (N, groups) out as (row blocks, groups, 16); 0 past the last row."""
     padded = F.pad(rows_by_groups, (0, 0, 0, -rows_by_groups.shape[0] % ROWS))
     return padded.view(-1, ROWS, padded.shape[1]).transpose(1, 2).contiguous()
 
 
-def _rows(tiles: Tensor, out_features: int) -> Tensor:
+def from_tiles(tiles: Tensor, out_features: int) -> Tensor:
+    """Undo ``to_tiles``."""
     return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:out_features].contiguous()

@@ -19,7 +19,7 @@ LAYOUT_VERSION = 1
 
 
 class Decode(NamedTuple):
-    """Constants of ``int4_nvidia.decode_kernel``."""
+    """Constants of ``int4_decode.decode_kernel``."""
 
     warps: int
     blocks: int
@@ -30,7 +30,7 @@ class Decode(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Constants of ``int4_nvidia.batch_kernel``."""
+    """Constants of ``int4_batch.batch_kernel``."""
 
     warps: int
     blocks: int
@@ -49,6 +49,9 @@ class Dequantize(NamedTuple):
 
 Plan = Decode | Batch | Dequantize
 _KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize}
+
+# For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
+ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
 
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
 MANY_TOKENS = 4096

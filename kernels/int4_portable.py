@@ -2,24 +2,13 @@
 
 Both read the layout of ``int4_layout``. The dequantized weight is computed in float32 and rounded once, so it has the
 bits of ``qat.numerics.dequantize`` for any scale. ``dequantize_kernel`` is the fast path for many tokens on every GPU;
-``matmul_kernel`` is the twin of the kernels in ``int4_hopper``, which take two codes an instruction instead.
+``matmul_kernel`` is the twin of ``int4_decode`` and ``int4_batch``, which take two codes an instruction instead.
 """
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr):
-    """Round float32 to ``dtype``, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter's own conversion to bf16 truncates (Triton 3.9), so the low half is rounded away first.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)
+from .rounding import INTERPRETED, round_to
 
 
 @triton.jit
@@ -27,6 +16,7 @@ def weight_block(
     words_ptr,  # (row blocks, K tiles, 128)
     scale_ptr,  # (row blocks, groups, 16)
     zero_ptr,  # like scale, or None
+    levels_ptr,  # (16,) float32, or None
     block,  # first row block
     tile,  # first K tile
     K,
@@ -53,7 +43,7 @@ def weight_block(
     scale_at = ((block + row // 16).to(tl.int64) * groups * 16 + row % 16)[:, None] + (k_half // group_size * 16)
     inside_scale = (block + row // 16 < row_blocks)[:, None] & (k_half < K)
     scale = tl.load(scale_ptr + scale_at, mask=inside_scale, other=0.0).to(tl.float32)
-    code = (u - 8).to(tl.float32)
+    code = (u - 8).to(tl.float32) if levels_ptr is None else tl.load(levels_ptr + u)
     if zero_ptr is not None:
         code -= tl.load(zero_ptr + scale_at, mask=inside_scale, other=0).to(tl.float32)[:, :, None]
     weight = tl.reshape(round_to(code * scale[:, :, None], dtype), (16 * BLOCKS, 64 * TILES))
@@ -66,6 +56,7 @@ def dequantize_kernel(
     words_ptr,
     scale_ptr,
     zero_ptr,
+    levels_ptr,
     weight_ptr,  # (N, K), contiguous
     N,
     K,
@@ -80,7 +71,20 @@ def dequantize_kernel(
     block, tile = tl.program_id(1) * BLOCKS, tl.program_id(0) * TILES
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     weight = weight_block(
-        words_ptr, scale_ptr, zero_ptr, block, tile, K, row_blocks, tiles, groups, group_size, BLOCKS, TILES, dtype
+        words_ptr,
+        scale_ptr,
+        zero_ptr,
+        levels_ptr,
+        block,
+        tile,
+        K,
+        row_blocks,
+        tiles,
+        groups,
+        group_size,
+        BLOCKS,
+        TILES,
+        dtype,
     )
     n, k = block * 16 + tl.arange(0, 16 * BLOCKS), tile * 64 + tl.arange(0, 64 * TILES)
     tl.store(weight_ptr + n.to(tl.int64)[:, None] * K + k, weight, mask=(n < N)[:, None] & (k < K))
@@ -92,6 +96,7 @@ def matmul_kernel(
     words_ptr,
     scale_ptr,
     zero_ptr,
+    levels_ptr,
     bias_ptr,  # (N,), contiguous, or None
     y_ptr,  # (M, N), contiguous
     M,
@@ -113,7 +118,20 @@ def matmul_kernel(
     acc = tl.zeros((16 * BLOCKS, BLOCK_M), tl.float32)
     for tile in range(0, tiles):
         weight = weight_block(
-            words_ptr, scale_ptr, zero_ptr, block, tile, K, row_blocks, tiles, groups, group_size, BLOCKS, 1, dtype
+            words_ptr,
+            scale_ptr,
+            zero_ptr,
+            levels_ptr,
+            block,
+            tile,
+            K,
+            row_blocks,
+            tiles,
+            groups,
+            group_size,
+            BLOCKS,
+            1,
+            dtype,
         )
         k = tile * 64 + tl.arange(0, 64)
         x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)

@@ -25,6 +25,7 @@ _HOME = {
     "shard_step_sizes": "sharding",
     "freeze": "freezing",
     "quantized_tensors": "freezing",
+    "fuse_projections": "fusion",
     "save": "artifact",
     "load": "artifact",
 }

@@ -30,11 +30,12 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
     Args:
         path: the folder.
         model: an untrained instance of the architecture, swapped in place and filled; needed where the artifact does
-            not name an architecture that this package or transformers can build.
-        device: where the model goes.
+            not name an architecture that this package or transformers can build. It may lie on the meta device, unless
+            it has buffers of its own that no state dict holds.
+        device: where the model goes, and its codes before they are unpacked.
 
     Raises:
         StateError: the given model is prepared or frozen.
         ArtifactError: no artifact, a damaged one, one from a newer version, or one of another model.
     """
-    return to_model(native.read(Path(path)), model).to(device)
+    return to_model(native.read(Path(path), device), model).to(device)

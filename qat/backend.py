@@ -1,8 +1,11 @@
-"""The one rule that chooses what fake quantization runs on: fused Triton kernels, or the torch reference.
+"""What quantized layers run on, by one rule: fused Triton kernels, or the torch reference.
 
 Kernels run on CUDA, ROCm and XPU devices where Triton is installed, for bf16, fp16 and fp32. Everything else is the
 reference: a CPU, float64, and tensors that stand for others (fake, functional, distributed), which only aten can take.
 Both give the same bits, eager, compiled and captured in a CUDA graph alike.
+
+A frozen layer's kernel is chosen by the number of tokens, and sums in another order then. ``set_batch_invariant`` gives
+that up for results that do not depend on it.
 """
 
 from __future__ import annotations
@@ -25,11 +28,6 @@ def fused(x: Tensor, step_size: Tensor | None = None) -> bool:
     )
 
 
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether an operator of ours with a Triton kernel runs on the device in that dtype."""
-    return device.type in ("cuda", "xpu") and dtype in (torch.bfloat16, torch.float16, torch.float32) and has_triton()
-
-
 @cache
 def has_triton() -> bool:
     """Return whether Triton is installed; nothing is imported."""
@@ -42,3 +40,22 @@ def path(device: torch.device) -> str:
         without = "the torch reference, without Triton, which fused kernels need"
         return f"fused Triton kernels on {device}" if has_triton() else without
     return f"the torch reference on {device}" + (", in fused Triton kernels on a GPU" if has_triton() else "")
+
+
+def batch_invariant() -> bool:
+    """Return whether ``set_batch_invariant`` is on."""
+    return _batch_invariant
+
+
+def set_batch_invariant(on: bool) -> None:
+    """Let a token's result in a frozen 4-bit linear layer not depend, to the bit, on how many tokens come with it.
+
+    Of layers that run in the kernels of ``qat.kernels.int4_linear`` on a GPU: one kernel with one order of the sum then
+    serves any number of tokens, slower at few and at very many. CUDA graphs and compiled models keep what was on when
+    they were made.
+    """
+    global _batch_invariant
+    _batch_invariant = on
+
+
+_batch_invariant = False

@@ -16,6 +16,7 @@ from qat.errors import TrainingError
 from qat.models import build
 from qat.numerics import MIN_SCALE
 from qat.quantizers import LearnedStepSize, WeightLSQ
+from qat.training.batch_norm import BatchNormEstimate
 from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Monitor, ScaleMonitor
 from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
@@ -144,6 +145,29 @@ def test_kept_weights_train_the_same_model():
     assert 0 < seldom <= often / 2
     quantizers = [module for module in quantized.model.modules() if isinstance(module, WeightLSQ)]
     assert quantizers and all(quantizer.kept is None for quantizer in quantizers)
+
+
+def test_batch_norm_statistics_are_those_of_the_final_weights(tmp_path):
+    """The mean over the first batches, in closed form for the first layer's input to it, and in the checkpoint."""
+    quantized = task(W4A4, mixup=0.2)
+    trainer(Calibration(1), BatchNormEstimate(3), Checkpoints(tmp_path)).fit(quantized, datamodule=data())
+    model = quantized.model
+    name, norm = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    seen = []
+    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = [batch[0] for batch, _ in zip(data().train_loader("cpu"), range(3), strict=False)]
+    with torch.no_grad():
+        for batch in images:
+            model.train()(batch)
+    handle.remove()
+    mean = torch.stack([batch.double().mean((0, 2, 3)) for batch in seen[:3]]).mean(0)
+    variance = torch.stack([batch.double().var((0, 2, 3)) for batch in seen[:3]]).mean(0)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    torch.testing.assert_close(saved[f"model.{name}.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(saved[f"model.{name}.running_var"].double(), variance, rtol=1e-5, atol=1e-6)
+    assert norm.momentum == 0.1 and quantized.measured_at is None
+    with pytest.raises(TrainingError, match="batches=0"):
+        BatchNormEstimate(0)
 
 
 def test_fake_quantization_starts_at_its_step_and_ends_on():

@@ -12,7 +12,9 @@ from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import Int4Weight, prepack, words_to_packed
 from qat.kernels.int4_linear import backend, int4_dequantize
 from qat.kernels.int4_plans import Batch, Decode
+from qat.kernels.int4_run import run_plan
 
+from qat.backend import set_batch_invariant
 from qat.errors import LayerError
 from qat.numerics import dequantize
 from qat.packing import pack, unpack
@@ -276,6 +278,36 @@ def test_same_result_every_time():
     assert all(torch.equal(first, int4_linear(x, packed, scale, bias, 129, 129)) for _ in range(3))
 
 
+@pytest.fixture
+def batch_invariant():
+    set_batch_invariant(True)
+    yield
+    set_batch_invariant(False)
+
+
+def check_independence_of_batch(n, k, group, counts, dtype):
+    codes, packed, scale = make_weight(n, k, group)
+    weight = prepack(packed, scale.to(dtype), None, k, group)
+    x, bias = make_inputs(max(counts), n, k, dtype, True)
+    y = module.int4_linear(x, weight, bias)
+    assert_accurate(y, x, dequantize(codes, scale, dtype), bias)
+    for count in counts:
+        assert torch.equal(module.int4_linear(x[:count], weight, bias), y[:count])
+    assert torch.equal(module.int4_linear(x[-1], weight, bias), y[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_does_not_depend_on_its_batch(batch_invariant, dtype):
+    check_independence_of_batch(70, 96, 32, (1, 2, 16, 17, 33, 70), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k", "group"), [(4096, 4096, 128), (704, 2112, 64), (4097, 1001, 1001)])
+def test_a_token_does_not_depend_on_its_batch_on_gpu(batch_invariant, n, k, group, dtype):
+    check_independence_of_batch(n, k, group, (1, 8, 9, 16, 33, 64, 65, 300, 5000), dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype):
     torch.manual_seed(0)
@@ -307,9 +339,9 @@ def test_op_registration():
     x, bias = make_inputs(4, 20, 64, torch.float32, True)
     w = prepack(packed, scale, torch.zeros_like(scale, dtype=torch.int8), 64, 32)
     for x_, bias_ in ((x, None), (x.clone().requires_grad_(), bias.clone().requires_grad_()), (x[:0], bias)):
-        arguments = (x_, w.words, w.scale, w.zero_point, bias_, 20, 64, 32)
+        arguments = (x_, w.words, w.scale, w.zero_point, None, None, bias_, 20, 64, 32)
         torch.library.opcheck(torch.ops.qat.int4_linear.default, arguments)
-    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:4], 20, 64, 32, torch.bfloat16))
+    torch.library.opcheck(torch.ops.qat.int4_dequantize.default, (*arguments[1:6], 20, 64, 32, torch.bfloat16))
 
 
 def test_compiles_into_one_graph():
@@ -342,6 +374,8 @@ def test_compiles_into_one_graph():
         ({"zero_point": torch.ones(1, 1, 16)}, r"zero_point is \(1, 1, 16\)"),
         ({"zero_point": torch.ones(1, 2, 16, dtype=torch.int32)}, "zero_point is torch.int32"),
         ({"bias": torch.zeros(5)}, r"bias has shape \(5,\): 4 outputs"),
+        ({"levels": torch.ones(8)}, r"16 levels and no zero point, not \(8,\)"),
+        ({"levels": torch.ones(16), "zero_point": torch.ones(1, 2, 16)}, "a codebook has 16 levels and no zero point"),
         ({"group_size": 16}, "group_size=16 with 64 inputs.*group_size=64"),
         ({"group_size": 48}, "group_size=48"),
         ({"group_size": 0}, "group_size=0"),
@@ -421,10 +455,10 @@ def test_nvidia_weights_are_bit_identical_on_gpu(with_zero, group, dtype):
     bias = torch.randn(n, device=DEVICE).to(dtype)
     for m, plan in PLANS:
         eye = torch.eye(k, dtype=dtype, device=DEVICE)
-        y = torch.cat([module.run_plan(plan, rows.contiguous(), weight, None) for rows in eye.split(m)])
+        y = torch.cat([run_plan(plan, rows.contiguous(), weight, None) for rows in eye.split(m)])
         assert torch.equal(y.T, expected), plan
         x = torch.randn(m, k, device=DEVICE).to(dtype)
-        assert_accurate(module.run_plan(plan, x, weight, bias), x, expected, bias)
+        assert_accurate(run_plan(plan, x, weight, bias), x, expected, bias)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 SCRIPT = """
 import json, sys
 import triton
-from qat.kernels import int4_nvidia as kernels
+from qat.kernels.int4_batch import SWIZZLED, batch_kernel
+from qat.kernels.int4_decode import decode_kernel
 from qat.kernels.int4_plans import Batch, Decode
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -31,46 +32,61 @@ def compile(kernel, pointers, constants, warps, capability):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
 
-kind, capability, dtype, has_zero = json.loads(sys.argv[1])
-common = {"GROUP": 32 if has_zero else 128, "HALVES": 2 if has_zero else 1, "HAS_ZERO": has_zero, "HAS_BIAS": True}
-floats = ("scale_ptr", "bias_ptr", "y_ptr")
-pointers = {"words_ptr": "*i32", "zero_ptr": "*i8"} | dict.fromkeys(floats, "*" + dtype)
-if kind == "decode":
-    plan = Decode(4, 2, 8, 2, 2, 2 if capability >= 90 else 0)
-    constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
-    found = compile(kernels.decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
-else:
-    plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
-    constants = common | {name.upper(): value for name, value in plan._asdict().items()}
-    x = f"tensordesc<{dtype}[16, 64],{kernels._SWIZZLED!r}>"
-    pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
-    found = compile(kernels.batch_kernel, pointers, constants, plan.warps, capability)
-print(json.dumps(found))
+def case(kind, capability, dtype, has_zero, has_levels):
+    common = {"GROUP": 32 if has_zero else 64, "HALVES": 2 if has_zero else 1, "HAS_BIAS": True}
+    common |= {"HAS_ZERO": has_zero, "HAS_LEVELS": has_levels}
+    pointers = {"words_ptr": "*i32", "zero_ptr": "*i8", "levels_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("scale_ptr", "bias_ptr", "y_ptr"), "*" + dtype)
+    if has_levels:
+        pointers["scale_ptr"] = "*fp32"
+    if kind == "decode":
+        plan = Decode(4, 2, 8, 2, 2, 2 if capability >= 90 else 0)
+        constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
+        found = compile(decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
+    else:
+        plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
+        constants = common | {name.upper(): value for name, value in plan._asdict().items()}
+        x = f"tensordesc<{dtype}[16, 64],{SWIZZLED!r}>"
+        pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
+        found = compile(batch_kernel, pointers, constants, plan.warps, capability)
+    return found
+
+print(json.dumps([case(*arguments) for arguments in json.loads(sys.argv[1])]))
 """
 
 
 CASES = [
-    ("decode", 80, "bf16", True),
-    ("decode", 89, "fp16", False),
-    ("decode", 90, "bf16", False),
-    ("batch", 90, "fp16", True),
+    ("decode", 80, "bf16", True, False),
+    ("decode", 89, "fp16", False, False),
+    ("decode", 90, "bf16", False, False),
+    ("decode", 90, "bf16", False, True),
+    ("batch", 90, "fp16", True, False),
+    ("batch", 90, "fp16", False, True),
 ]
 
 
-@pytest.mark.parametrize(("kind", "capability", "dtype", "has_zero"), CASES)
-def test_compiles(kind, capability, dtype, has_zero):
+@pytest.fixture(scope="module")
+def compiled():
+    """Compile all cases in one process, which does not interpret."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps([kind, capability, dtype, has_zero])],
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles(compiled, case):
+    kind, capability, _, _, has_levels = case
+    found = compiled[case]
     ptx = found["ptx"]
     assert "v4.b32" in ptx  # weights come 16 bytes at a time
     assert ("wgmma.mma_async" if kind == "batch" else "mma.sync") in ptx
     assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
     assert ("cp.async.bulk.tensor" if kind == "batch" else "ldmatrix") in ptx
+    assert ("shfl.sync.idx" in ptx) == has_levels
     assert found["shared"] <= 99 * 1024

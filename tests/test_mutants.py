@@ -605,14 +605,14 @@ MUTANTS = [
     Mutant(
         "the kernels' scale is rounded to the dtype of x",
         PACKED,
-        "if torch.equal(scale.float(), stored.scale.float()):",
+        "if torch.equal(scale.float(), stored.scale.float()) and not one_table:",
         "if True:",
         layers.check_prepacked_scales,
     ),
     Mutant(
         "a state dict holds no codes while they lie in the kernels' order",
         PACKED,
-        'destination[prefix + "packed"] = self._packed()',
+        'destination[prefix + "packed"] = packed',
         "pass",
         layers.check_prepacked_weight,
     ),

@@ -90,8 +90,12 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     return []
 
 
-def read(path: Path) -> QuantizedModel:
+def read(path: Path, device: torch.device | str = "cpu") -> QuantizedModel:
     """Check a folder and open it; tensors are read when asked for.
+
+    Args:
+        path: the folder.
+        device: where quantized tensors are unpacked, and stay.
 
     Raises:
         ArtifactError: no artifact, a damaged one, or one from a newer version.
@@ -99,7 +103,7 @@ def read(path: Path) -> QuantizedModel:
     for _ in range(5):
         text = _config_text(path)
         try:
-            return _open(path, _parse(text, path))
+            return _open(path, _parse(text, path), device)
         except ArtifactError:
             if _config_text(path) == text:
                 raise  # and not a mixture of two artifacts, the second of which is just being put in place
@@ -205,7 +209,7 @@ class Selected(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
+def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> QuantizedModel:
     description = config["quantization_config"]
     tensors = _open_files(path, description["files"])
     layers = {name: QuantizedLayer.from_dict(values) for name, values in description["layers"].items()}
@@ -218,15 +222,18 @@ def _open(path: Path, config: dict[str, Any]) -> QuantizedModel:
             inside.add(f"{name}.activation_quantizer.scale")
 
     def quantized(name: str) -> QuantizedTensor:
-        layer, prefix = layers[name], f"{name}.packed_weight"
+        def part(of_weight: str) -> Tensor:
+            return tensors[f"{name}.packed_weight.{of_weight}"].to(device)
+
+        layer = layers[name]
         spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
-        codes = unpack(tensors[f"{prefix}.packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
-        zero_point = None if spec.symmetric else tensors[f"{prefix}.zero_point"]
-        levels = tensors[f"{prefix}.levels"] if spec.codebook is Codebook.custom else None
+        codes = unpack(part("packed"), spec.bits, columns, -spec.q_n).view(layer.shape)
+        zero_point = None if spec.symmetric else part("zero_point")
+        levels = part("levels") if spec.codebook is Codebook.custom else None
         if spec.codebook is Codebook.nf4_double:
-            nested = NestedScale(*(tensors[f"{prefix}.scale_{part}"] for part in PARTS))
+            nested = NestedScale(*(part(f"scale_{each}") for each in PARTS))
             return QuantizedTensor(codes, nested.values(), spec, None, None, nested)
-        return QuantizedTensor(codes, tensors[f"{prefix}.scale"], spec, zero_point, levels)
+        return QuantizedTensor(codes, part("scale"), spec, zero_point, levels)
 
     return QuantizedModel(
         _architecture(config),

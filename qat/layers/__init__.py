@@ -91,7 +91,8 @@ def make_frozen_(
     _become(layer, FROZEN[plain_type(layer)])
     if "weight_quantizer" in layer._modules:
         del layer.weight_quantizer
-    set_dtype_(layer, layer.weight.dtype, layer.weight.device)
+    # A layer on the meta device is filled where its codes are.
+    set_dtype_(layer, layer.weight.dtype, layer.weight.device if weight is None else weight.packed.device)
     if isinstance(layer, FrozenEmbedding):
         weight.keep_rows()
     if weight is not None:

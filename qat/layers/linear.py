@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from ..quantizers.rounding import Rounding
 from . import cpu_int4
 from .packed import Frozen, PackedWeight
 from .product import product
+
+if TYPE_CHECKING:
+    from ..fusion import FusedProjections
 
 
 class QuantLinear(nn.Linear):
@@ -34,14 +39,16 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights on an even grid run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4
-    operator where it takes the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4 operator where it takes
+    the shape; everything else dequantizes on use.
 
     Attributes:
         activation_quantizer: None leaves the input alone.
+        fused: the group that ``qat.fuse_projections`` put the layer in; None for a layer by itself.
     """
 
     activation_quantizer: FrozenActivation | DynamicActivation | None
+    fused: FusedProjections | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
@@ -53,6 +60,8 @@ class FrozenLinear(Frozen, nn.Linear):
         if cpu_int4.fits(x, self.packed_weight):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
         if x.dtype in self.packed_weight.gpu_operands:
+            if self.fused is not None:
+                return self.fused(self, x, bias)
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)

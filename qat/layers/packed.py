@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import backend, codebook
+from .. import codebook
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
@@ -43,7 +43,7 @@ class PackedWeight(FixedDtype):
     """Real low-bit storage of a weight.
 
     On a GPU, 4-bit codes are held in the order in which the kernels read them, and ``packed`` is empty unless rows are
-    looked up; a state dict has the layout below all the same.
+    looked up, as is a codebook's ``scale``; a state dict has the layout below all the same.
 
     Attributes:
         packed: uint8 (O, ceil(I * bits / 8)) with I the inputs of a channel; 4-bit codes lie two a byte.
@@ -100,74 +100,70 @@ class PackedWeight(FixedDtype):
     def prepack(self) -> None:
         """Lay 4-bit codes out for the int4 kernels, in the place of ``packed``; done by itself on a GPU."""
         from qat.kernels.int4_layout import GROUP_MULTIPLE, prepack  # kernels are not needed elsewhere
+        from qat.kernels.nested_scale import join
 
         group_size = self.spec.group_size or self.columns
         fits = group_size % GROUP_MULTIPLE == 0 or group_size == self.columns
-        if self.gpu_operands or self.spec.bits != 4 or not self.spec.holds_integers or not fits:
+        fits = fits and not (self.double and len(self.scale_codes) < self.shape[0])
+        one_table = self.levels is not None and len(self.levels) == 1
+        if self.gpu_operands or self.spec.bits != 4 or not (self.levels is None or one_table) or not fits:
             return
-        stored = prepack(self.packed, self.scale, self.zero_point, self.columns, group_size)
+        levels = self.levels.view(16) if one_table else None
+        scale, nest = (self.scale_codes, join(self._nested())) if self.double else (self.scale, None)
+        stored = prepack(self.packed, scale, self.zero_point, self.columns, group_size, levels, nest)
         self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
-        for dtype in (torch.bfloat16, torch.float16):  # the kernels are fastest with the scale in the dtype of x
+        for dtype in (torch.bfloat16, torch.float16):  # on an even grid, fastest with the scale in the dtype of x
             scale = stored.scale.to(dtype)
-            if torch.equal(scale.float(), stored.scale.float()):  # also waits: kernels read a weight ahead of time
+            # Asking also waits for the copies: kernels read a weight ahead of time.
+            if torch.equal(scale.float(), stored.scale.float()) and not one_table:
                 self.gpu_operands[dtype] = stored._replace(scale=scale)
         if not self.looked_up:
             self.packed = self.packed.new_empty(0)
+            if one_table and not self.double:  # float32 for as few as 32 weights: held once
+                self.scale = self.scale.new_empty(0)
 
     def _prepack_on_gpu(self) -> None:
         if self.packed.device.type not in ("cpu", "meta"):
             self.prepack()
 
-    def _packed(self) -> Tensor:
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """Return ``packed`` and ``scale`` as a state dict has them."""
         if self.packed.numel() or not self.gpu_operands:
-            return self.packed
-        return self.gpu_operands[torch.float32].checkpoint()[0]
+            return self.packed, self.scale
+        packed, scale, _ = self.gpu_operands[torch.float32].checkpoint()
+        return packed, self.scale if self.double or self.scale.numel() else scale[
+            : scale_shape(self.shape, self.spec)[0]
+        ]
 
     def _undo_prepack(self) -> None:
-        self.packed, self.gpu_operands = self._packed(), {}
+        self.packed, self.scale = self._stored()
+        self.gpu_operands = {}
 
     def codes(self) -> Tensor:
         """Return the int8 codes in the weight's logical shape."""
-        return unpack(self._packed(), self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
+        return unpack(self._stored()[0], self.spec.bits, self.columns, -self.spec.q_n).view(self.shape)
 
     def quantized_tensor(self) -> QuantizedTensor:
         """Return the QuantizedTensor this was packed from."""
         if self.double:
             nested = self._nested()
             return QuantizedTensor(self.codes(), nested.values(), self.spec, None, self.levels, nested)
-        return QuantizedTensor(self.codes(), self.scale, self.spec, self.zero_point, self.levels)
+        return QuantizedTensor(self.codes(), self._stored()[1], self.spec, self.zero_point, self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in ``dtype``: on a GPU 4-bit codes go through one kernel, with the same bits."""
+        """Return the weight in ``dtype``: through one kernel where it is laid out for kernels, with the same bits."""
         if dtype in self.gpu_operands:
             from qat.kernels.int4_linear import int4_dequantize
 
             return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
-        size = self._group_size()
-        if self.spec.bits != 4 or size % 2 or self.columns % 2 or not backend.has_kernels(self.packed.device, dtype):
-            return self.quantized_tensor().dequantize(dtype)
-        from qat.kernels.dequantize import dequantize4  # needs Triton, which a CPU does not
-
-        scale, levels = self.scale, self.levels
-        if self.double:
-            scale = self._nested().values()
-        if levels is None:
-            levels = torch.arange(-8.0, 8.0, device=self.packed.device)
-        elif len(levels) > 1:  # a table a row
-            return self.quantized_tensor().dequantize(dtype)
-        weight = dequantize4(self.packed, scale, levels.view(16), self.zero_point, size, dtype)
-        return weight.view(self.shape)
+        return self.quantized_tensor().dequantize(dtype)
 
     def _nested(self) -> NestedScale:
         return NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
 
-    def _group_size(self) -> int:
-        scales = math.prod(scale_shape(self.shape, self.spec))
-        return self.shape.numel() // scales
-
     def keep_rows(self) -> None:
         """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
-        self.packed, self.looked_up = self._packed(), True
+        self.packed, self.looked_up = self._stored()[0], True
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
@@ -198,7 +194,10 @@ class PackedWeight(FixedDtype):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "packed"] = self._packed()
+        packed, scale = self._stored()
+        destination[prefix + "packed"] = packed
+        if scale is not None:
+            destination[prefix + "scale"] = scale
 
 
 class Frozen:

@@ -25,6 +25,7 @@ from ..layers import is_frozen, is_prepared
 from ..models import build
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
+from .tasks import Task
 
 QUANTIZERS = (".weight_quantizer.", ".activation_quantizer.")
 
@@ -148,9 +149,10 @@ def _teacher(path: str) -> nn.Module:
     return checkpoint.build().requires_grad_(False)
 
 
-def _final_metrics(trainer: Trainer, task: nn.Module, data: Any) -> dict[str, float]:
-    logged = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
-    return logged or evaluate(task.model, data, trainer.strategy.root_device)
+def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
+    if task.measured_at != trainer.global_step:  # no validation since the last change
+        return evaluate(task.model, data, trainer.strategy.root_device)
+    return {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:

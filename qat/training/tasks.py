@@ -79,6 +79,7 @@ class Task(LightningModule):
         self._step_sizes = step_sizes(model)
         self._teacher = (teacher,)  # in a tuple, so that it is no part of the state that is saved and trained
         self._rng_state: dict[str, Tensor] | None = None
+        self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
         """Return the network's logits."""
@@ -111,6 +112,8 @@ class Task(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, which are the same on every rank."""
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
+        if not self.trainer.sanity_checking:
+            self.measured_at = self.global_step
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""

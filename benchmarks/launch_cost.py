@@ -1,0 +1,63 @@
+"""What one eager call costs the host: python -m benchmarks.launch_cost
+
+Microseconds of Python, dispatcher and driver for a matrix product so small that the GPU is never behind: the operator
+as a frozen layer calls it, the layer, and torch's dense ones beside them. The median of several batches of calls.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import qat
+
+
+def host_time(call: Callable[[], object], calls: int = 300, batches: int = 9) -> float:
+    """Return the microseconds until a call returns, without waiting for the GPU inside a batch."""
+    times = []
+    for _ in range(batches + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+        torch.cuda.synchronize()
+    return sorted(times[1:])[batches // 2]
+
+
+def rows(width: int = 1024) -> dict[str, float]:
+    """Return microseconds by what is called."""
+    from qat.kernels.int4_linear import int4_linear
+
+    dense = nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=128))
+    layer = nn.Sequential(nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16))
+    frozen = qat.freeze(qat.prepare(layer, policy, verbose=False))[0]
+    weight = frozen.packed_weight.gpu_operands[torch.bfloat16]
+    found = {}
+    with torch.no_grad():
+        for tokens in (1, 32):
+            x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+            calls = {
+                "int4_linear": lambda x=x: int4_linear(x, weight),
+                "frozen layer": lambda x=x: frozen(x),
+                "F.linear": lambda x=x: nn.functional.linear(x, dense.weight),
+                "nn.Linear": lambda x=x: dense(x),
+            }
+            found |= {f"{name}, {tokens} tokens": host_time(call) for name, call in calls.items()}
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    print(f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: host us a call, eager")
+    for name, microseconds in rows().items():
+        print(f"{microseconds:8.1f}  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""How an int4 matmul runs on the GPU at hand: the plan of ``int4_plans``, its kernel, its launch.
+
+A kernel that was compiled once is launched again without Triton's own look-up, which takes longer than a small matmul.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from qat import backend
+
+from . import int4_batch, int4_decode, int4_portable
+from .int4_layout import INPUTS, ROWS, Int4Weight
+from .int4_plans import ANY_TOKENS, Decode, Dequantize, choose
+from .nested_scale import nested_scale
+from .rounding import INTERPRETED
+
+# Above this many tokens the portable kernel gives way to dequantizing.
+PORTABLE_TOKENS = 32
+
+
+def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, (M, N); x and bias are contiguous and start at a multiple of 16 bytes."""
+    tokens = x_MK.shape[0]
+    if tokens == 0 or weight.out_features == 0:
+        return x_MK.new_empty(tokens, weight.out_features)
+    key = _recipe_key(x_MK, weight, bias)
+    recipe = _recipes.get(key)
+    if recipe is not None and x_MK.device.index == torch.cuda.current_device():
+        return _again(*recipe, x_MK, weight, bias)
+    nested = weight.nest is not None
+    weight = _plain(weight)
+    one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, weight)
+    if one_plan and not (suits and _device(x_MK.device.index)[1] == 90):
+        return _portable(x_MK, weight, bias, PORTABLE_TOKENS)
+    if suits:
+        if weight.in_features % ROWS:  # rows that 16-byte copies can start at
+            x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
+        plan = ANY_TOKENS if one_plan else _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
+        if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
+            plan = plan._replace(early=0)
+        y_MN = run_plan(plan, x_MK, weight, bias)
+        if isinstance(plan, Decode) and not nested and not weight.in_features % ROWS:
+            compiled_for, *launch = _decode_launch(plan, x_MK, weight, bias)
+            _recipes[key] = _kernels[int4_decode.decode_kernel, x_MK.device.index, compiled_for], *launch
+        return y_MN
+    if tokens <= PORTABLE_TOKENS or INTERPRETED.value:
+        block_m = min(PORTABLE_TOKENS, max(16, triton.next_power_of_2(tokens)))
+        return _portable(x_MK, weight, bias, block_m)
+    return run_plan(Dequantize(), x_MK, weight, bias)
+
+
+def _plain(weight: Int4Weight) -> Int4Weight:
+    """Return the weight with its scales as values."""
+    if weight.nest is None:
+        return weight
+    return weight._replace(scale=nested_scale(weight.scale, weight.nest, weight.out_features), nest=None)
+
+
+def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
+    if x.device.type != "cuda" or torch.version.cuda is None or x.dtype == torch.float32:
+        return False
+    integers = weight.zero_point is None or weight.zero_point.dtype == torch.int8
+    suits = weight.levels is not None or (weight.scale.dtype == x.dtype and integers)
+    return suits and _device(x.device.index)[1] >= 80
+
+
+_devices: dict[int, tuple[str, int, int]] = {}
+_plans: dict[tuple[int, int, int, int], object] = {}
+_recipes: dict[tuple, tuple] = {}
+_kernels: dict[tuple, tuple] = {}
+
+
+def _device(index: int) -> tuple[str, int, int]:
+    """Return the name, compute capability and number of multiprocessors of a CUDA device."""
+    if index not in _devices:
+        found = torch.cuda.get_device_properties(index)
+        _devices[index] = found.name, found.major * 10 + found.minor, found.multi_processor_count
+    return _devices[index]
+
+
+def _plan(tokens: int, out_features: int, in_features: int, device_index: int):
+    key = tokens, out_features, in_features, device_index
+    if key not in _plans:
+        _plans[key] = choose(tokens, out_features, in_features, *_device(device_index))
+    return _plans[key]
+
+
+def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """Run one plan of ``int4_plans``, for the operator and for ``benchmarks.tune``.
+
+    x is (M, K) and contiguous; its rows may be longer than K, filled up with zeros.
+    """
+    if isinstance(plan, Dequantize):
+        matrix = dequantized(weight, x_MK.dtype)
+        with torch.autocast(x_MK.device.type, enabled=False):
+            return F.linear(x_MK[:, : weight.in_features], matrix, None if bias is None else bias.to(x_MK.dtype))
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
+    run = _decode if isinstance(plan, Decode) else _batch
+    if x_MK.device.index == torch.cuda.current_device():
+        run(plan, x_MK, weight, bias, y_MN)
+    else:
+        with torch.cuda.device(x_MK.device.index):
+            run(plan, x_MK, weight, bias, y_MN)
+    return y_MN
+
+
+def _recipe_key(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return all that a launch depends on but for addresses."""
+    _, scale, zero_point, n, k, group_size, levels, nest = weight
+    return (
+        *(x_MK.shape[0], n, k, group_size, x_MK.dtype, scale.dtype, x_MK.device.index, backend.batch_invariant()),
+        *(zero_point is None or zero_point.dtype, levels is None, nest is None, None if bias is None else bias.dtype),
+    )
+
+
+def _again(compiled, grid: tuple, tail: tuple, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """Launch the decode kernel as ``run_plan`` did before, without working out again how."""
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
+    _launch_compiled(
+        compiled, grid, (x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail), x_MK.device.index
+    )
+    return y_MN
+
+
+def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
+    key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
+    arguments = x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
+    _launch(int4_decode.decode_kernel, key, grid, arguments, plan.warps, plan.early)
+
+
+def _decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return what a kernel is compiled for, its grid, and its arguments from the sizes on."""
+    sizes = _sizes(weight, x_MK)
+    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
+    mask_k = weight.words.shape[1] % (plan.warps * plan.tiles) != 0 or weight.in_features % INPUTS != 0
+    constants = mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages, plan.early
+    grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
+    return key, grid, (*sizes, *_constants(weight, bias), *constants)
+
+
+def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
+    tokens, out_features = y_MN.shape
+    x = int4_batch.descriptor(x_MK, plan.block_m)
+    parts = y_MN
+    if plan.split > 1:
+        parts = x_MK.new_empty(plan.split, tokens, out_features, dtype=torch.float32)
+    operands = _operands(weight, bias, x_MK)
+    sizes = _sizes(weight, x_MK)
+    arguments = x, *operands, y_MN, parts, tokens, *sizes
+    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
+    constants = *_constants(weight, bias), *plan
+    grid = -(-weight.words.shape[0] // plan.blocks) * -(-tokens // plan.block_m), plan.split, 1
+    _launch(int4_batch.batch_kernel, key, grid, (*arguments, *constants), plan.warps, plan.early)
+    if plan.split > 1:
+        aligned = y_MN.numel() % 16 == 0, y_MN.numel() == 1
+        key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, out_features, aligned, plan.early
+        arguments = parts, bias, y_MN, y_MN.numel(), out_features, plan.split, 1024, plan.early > 0
+        grid = -(-y_MN.numel() // 1024), 1, 1
+        _launch(int4_portable.sum_parts_kernel, key, grid, arguments, 4, plan.early)
+
+
+def _operands(weight: Int4Weight, bias: Tensor | None, x: Tensor) -> tuple:
+    # A kernel does not read the pointer that stands for what a weight does not have.
+    zero_point = weight.words if weight.zero_point is None else weight.zero_point
+    levels = weight.words if weight.levels is None else weight.levels
+    return weight.words, weight.scale, zero_point, levels, x if bias is None else bias
+
+
+def _sizes(weight: Int4Weight, x_MK: Tensor | None = None) -> tuple:
+    row_blocks, tiles, _ = weight.words.shape
+    inputs = weight.in_features if x_MK is None else x_MK.shape[1]
+    return weight.out_features, inputs, row_blocks, tiles, weight.scale.shape[1]
+
+
+def _constants(weight: Int4Weight, bias: Tensor | None) -> tuple:
+    whole_row = weight.group_size == weight.in_features
+    group = weight.words.shape[1] * INPUTS if whole_row else weight.group_size
+    halves = 1 if group % INPUTS == 0 else 2
+    return group, halves, weight.zero_point is not None, weight.levels is not None, bias is not None
+
+
+def _kind(weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return what a kernel is compiled for, but for its plan and sizes."""
+    levels = None if weight.levels is None else weight.scale.dtype  # else the scale is of the dtype of x
+    return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size
+
+
+def _launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
+    """Launch a kernel; after the first time without Triton's own look-up, which takes longer than a small matmul."""
+    device = torch.cuda.current_device()
+    key = kernel, device, key
+    compiled = _kernels.get(key)
+    if compiled is None:
+        _kernels[key] = kernel[grid](*arguments, num_warps=warps, launch_pdl=early > 0)
+        return
+    _launch_compiled(compiled, grid, arguments, device)
+
+
+def _launch_compiled(compiled, grid: tuple, arguments: tuple, device: int) -> None:
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: int) -> Tensor:
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
+    row_blocks = weight.words.shape[0]
+    blocks = 4
+    with torch.accelerator.device_index(x_MK.device.index):
+        int4_portable.matmul_kernel[(triton.cdiv(x_MK.shape[0], block_m) * triton.cdiv(row_blocks, blocks),)](
+            x_MK,
+            weight.words,
+            weight.scale,
+            weight.zero_point,
+            weight.levels,
+            bias,
+            y_MN,
+            x_MK.shape[0],
+            *_sizes(weight),
+            weight.group_size,
+            BLOCK_M=block_m,
+            BLOCKS=blocks,
+            num_warps=4,
+            num_stages=2,
+        )
+    return y_MN
+
+
+def dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
+    """Return the whole weight (N, K) in ``dtype``."""
+    weight = _plain(weight)
+    matrix = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device)
+    row_blocks, tiles, _ = weight.words.shape
+    if matrix.numel():
+        with torch.accelerator.device_index(matrix.device.index):
+            int4_portable.dequantize_kernel[(triton.cdiv(tiles, 2), row_blocks)](
+                weight.words,
+                weight.scale,
+                weight.zero_point,
+                weight.levels,
+                matrix,
+                *_sizes(weight),
+                weight.group_size,
+                BLOCKS=1,
+                TILES=2,
+                num_warps=4,
+            )
+    return matrix

@@ -1,0 +1,130 @@
+"""Run: python -m pytest tests/test_int4_registers.py: the PTX that makes weights, followed instruction by instruction.
+
+The few instructions are written down again from the PTX ISA, for the 32 lanes of a warp; so the weights' bits are seen
+without a GPU.
+"""
+
+import re
+
+import pytest
+import torch
+
+from qat import codebook, numerics
+
+pytest.importorskip("triton")
+from qat.kernels.int4_registers import dequantize_asm, gl, look_up_asm
+
+LANES, LOW = 32, 0xFFFFFFFF
+GL = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def halves(register, dtype):
+    """Return the two 16-bit floats of 32-bit registers (lanes,), as float64."""
+    parts = torch.stack([register & 0xFFFF, register >> 16 & 0xFFFF])
+    return parts.to(torch.uint16).view(dtype).double()
+
+
+def joined(values, dtype):
+    """Round float64 (2, lanes) once to nearest even and put the bits into registers."""
+    digits, smallest = (11, 2.0**-24) if dtype == torch.float16 else (8, 2.0**-133)
+    exponent = torch.frexp(values)[1].double()
+    unit = torch.maximum(2.0 ** (exponent - digits), torch.tensor(smallest, dtype=torch.float64))
+    bits = ((values / unit).round() * unit).to(dtype).view(torch.uint16).long()
+    return bits[0] | bits[1] << 16
+
+
+def follow(asm, operands):
+    """Return $0 of a warp's lanes after the instructions; ``operands`` holds $1, $2, ... as int64 (lanes,)."""
+    registers = {f"${index}": value & LOW for index, value in enumerate(operands, 1)}
+
+    def read(name):
+        return torch.full((LANES,), int(name, 0)) & LOW if name[0].isdigit() else registers[name]
+
+    for line in asm.strip("{ }").split(";"):
+        name, *rest = line.split(None, 1)[0:2] if line.strip() else [".reg"]
+        if name == ".reg":
+            continue
+        target, *sources = (part.strip() for part in rest[0].split(","))
+        a, b, c, d = (*map(read, sources), *[None] * 4)[:4]
+        kind = re.search(r"(b?f16)x2", name)
+        dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind.group(1)] if kind else None
+        if name == "mov.b32":
+            value = a
+        elif name == "shr.u32":
+            value = a >> b
+        elif name == "lop3.b32":
+            assert sources[3] == "0xea"  # the truth table of (a & b) | c
+            value = a & b | c
+        elif name == "shfl.sync.idx.b32":
+            lane, segment = torch.arange(LANES), c >> 8 & 31
+            assert (d == LOW).all() and (c & 31 == 31).all()  # all lanes take part, and none is out of range
+            value = a[lane & segment | b & 31 & ~segment]
+        elif name == "mul.rn.f32":
+            product = a.to(torch.uint32).view(torch.float32) * b.to(torch.uint32).view(torch.float32)
+            value = product.view(torch.uint32).long()
+        elif name.startswith("cvt.rn."):
+            value = joined(torch.stack([r.to(torch.uint32).view(torch.float32).double() for r in (b, a)]), dtype)
+        elif name in ("add.f16x2", "mul.f16x2"):
+            one, other = halves(a, dtype), halves(b, dtype)
+            value = joined(one + other if name[0] == "a" else one * other, dtype)
+        elif name.startswith("fma.rn."):
+            value = joined(halves(a, dtype) * halves(b, dtype) + halves(c, dtype), dtype)
+        else:
+            raise NotImplementedError(line)
+        registers[target] = value
+    return registers["$0"]
+
+
+def codes_of(word, plane):
+    """Return u of the two inputs that a plane takes from words."""
+    return torch.stack([word >> 4 * plane & 15, word >> 4 * plane + 16 & 15])
+
+
+def twice(values, dtype):
+    bits = values.to(dtype).view(torch.uint16).long()
+    return bits | bits << 16
+
+
+@pytest.mark.parametrize("dtype", GL, ids=str)
+@pytest.mark.parametrize("with_zero", [False, True])
+@pytest.mark.parametrize("plane", range(4))
+def test_even_grid(plane, with_zero, dtype):
+    for exponent in range(-12, 6):
+        word = torch.randint(0, 2**32, (LANES,))
+        scale = ((1 + torch.rand(LANES)) * 2.0**exponent).bfloat16()
+        zero = torch.randint(-8, 8, (LANES,), dtype=torch.int8) if with_zero else None
+        magic = 1032 if dtype == torch.float16 else 136
+        operands = [word, word, twice(scale, dtype)]
+        if with_zero:
+            operands.append(twice(-magic - zero.float(), dtype))
+        made = follow(dequantize_asm(GL[dtype], plane, with_zero), operands)
+        codes = (codes_of(word, plane) - 8).to(torch.int8)
+        expected = numerics.dequantize(
+            codes.T.contiguous(), scale[:, None], dtype, None if zero is None else zero[:, None]
+        )
+        assert torch.equal(halves(made, dtype), expected.T.double())
+
+
+@pytest.mark.parametrize("dtype", GL, ids=str)
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("plane", range(4))
+def test_codebook(plane, nf4, dtype):
+    levels = torch.tensor(codebook.NF4) if nf4 else torch.randn(16).sort().values
+    held = levels.repeat(2).view(torch.uint32).long()  # lane l has level l mod 16
+    for exponent in range(-30, 6):
+        word = torch.randint(0, 2**32, (LANES,))
+        scale = (1 + torch.rand(LANES)) * 2.0**exponent
+        bits = scale.view(torch.uint32).long()
+        made = follow(look_up_asm(GL[dtype], plane), [word, word, bits, bits, held, held])
+        codes = codes_of(word, plane).to(torch.int8)
+        expected = codebook.dequantize(codes.T.contiguous(), scale[:, None], levels[None], dtype)
+        assert torch.equal(halves(made, dtype), expected.T.double())
+
+
+@pytest.mark.parametrize(("what", "instead"), [("$1, 20", "$1, 16"), ("$0, b, a", "$0, a, b"), ("$1, 4", "$1, 8")])
+def test_a_wrong_instruction_is_noticed(monkeypatch, what, instead):
+    right = look_up_asm(GL[torch.bfloat16], 1)
+    assert what in right
+    monkeypatch.setitem(globals(), "look_up_asm", lambda dtype, plane: right.replace(what, instead))
+    with pytest.raises(AssertionError):
+        test_codebook(1, True, torch.bfloat16)

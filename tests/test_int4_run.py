@@ -1,0 +1,193 @@
+"""Run: python -m pytest tests/test_int4_run.py: how int4 kernels are launched, with stand-ins for a Hopper GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from qat.kernels import int4_linear as module
+from qat.kernels import int4_run
+from qat.kernels.int4_layout import prepack
+from qat.kernels.int4_plans import Batch, Decode
+
+from qat import codebook
+from qat.packing import pack
+
+NAMES = int4_run.int4_decode.decode_kernel.arg_names
+BATCH_NAMES = int4_run.int4_batch.batch_kernel.arg_names
+
+
+class Compiled:
+    """What Triton returns for a launch; keeps what it is launched with again."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, *arguments):
+        self.runs.append(arguments)
+
+
+class Kernel:
+    """A kernel that is never compiled; keeps its first launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.append((grid, arguments, options, Compiled()))
+            return self.launches[-1][-1]
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Let a CPU pass for a Hopper GPU up to the launch."""
+    decode = Kernel()
+    monkeypatch.setattr(module, "backend", lambda device: "triton")
+    monkeypatch.setattr(int4_run, "_suits_nvidia", lambda x, weight: True)
+    monkeypatch.setattr(int4_run, "_device", lambda index: ("a GPU", 90, 132))
+    monkeypatch.setattr(int4_run.int4_decode, "decode_kernel", decode)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    stream = type("Driver", (), {"get_current_stream": staticmethod(lambda device: "stream")})
+    monkeypatch.setattr(int4_run.triton.runtime, "driver", type("Drivers", (), {"active": stream}))
+    for cache in ("_plans", "_kernels", "_recipes"):
+        monkeypatch.setattr(int4_run, cache, {})
+    return decode
+
+
+def weight(n=96, k=128, group=64, **options):
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    return prepack(pack(codes, 4), torch.rand(n, k // group).bfloat16(), None, k, group, **options)
+
+
+def same(one, other):
+    return one is other or (not isinstance(one, torch.Tensor) and one == other)
+
+
+def test_a_second_call_passes_on_what_the_first_did(kernel):
+    w, x, bias = weight(), torch.randn(3, 128).bfloat16(), torch.randn(96).bfloat16()
+    for other in (None, bias):
+        kernel.launches.clear()
+        module.int4_linear(x, w, other)
+        module.int4_linear(x, w, other)
+        ((grid, first, _, compiled),) = kernel.launches
+        (again,) = compiled.runs
+        assert again[: len(grid)] == grid and again[3:9] == ("stream", "function", "metadata", None, None, None)
+        second = again[9:]
+        differ = [i for i, pair in enumerate(zip(first, second, strict=True)) if not same(*pair)]
+        assert len(differ) == 1 and second[differ[0]].shape == (3, 96)  # y, which is new each time
+
+
+def check_arguments(names, launch, w, x, bias, plan):
+    """Check every argument against the kernel's own names for them."""
+    _, arguments, options, _ = launch
+    named = dict(zip(names, arguments, strict=True))
+    for name, value in plan._asdict().items():
+        assert named[name.upper()] == value, name
+    assert options == {"num_warps": plan.warps, "launch_pdl": plan.early > 0}
+    assert (named["M"], named["N"], named["K"]) == (x.shape[0], w.out_features, w.in_features)
+    assert (named["row_blocks"], named["tiles"], named["groups"]) == (*w.words.shape[:2], w.scale.shape[1])
+    assert (named["GROUP"], named["HALVES"]) == (w.group_size, 1 if w.group_size % 64 == 0 else 2)
+    flags = w.zero_point is not None, w.levels is not None, bias is not None
+    assert tuple(named[name] for name in ("HAS_ZERO", "HAS_LEVELS", "HAS_BIAS")) == flags
+    for name, tensor in (("zero_ptr", w.zero_point), ("levels_ptr", w.levels), ("bias_ptr", bias)):
+        assert tensor is None or named[name] is tensor
+    assert named["words_ptr"] is w.words and named["scale_ptr"] is w.scale
+    assert named["y_ptr"].shape == (x.shape[0], w.out_features)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["symmetric", "zero points", "codebook"])
+@pytest.mark.parametrize("group", [32, 128])
+def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, with_bias):
+    w = weight(group=group, levels=torch.tensor(codebook.NF4) if kind == "codebook" else None)
+    if kind == "zero points":
+        w = w._replace(zero_point=torch.zeros(w.scale.shape, dtype=torch.int8))
+    bias = torch.randn(96).bfloat16() if with_bias else None
+    x = torch.randn(3, 128).bfloat16()
+    plan = Decode(4, 2, 8, 4, 3, 1)
+    int4_run.run_plan(plan, x, w, bias)
+    check_arguments(NAMES, kernel.launches[0], w, x, bias, plan)
+    assert kernel.launches[0][0] == (3, 1, 1)
+    assert dict(zip(NAMES, kernel.launches[0][1], strict=True))["MASK_K"]  # 2 tiles are not 4 warps' 4 each
+
+    batch, sums = Kernel(), Kernel()
+    monkeypatch.setattr(int4_run.int4_batch, "batch_kernel", batch)
+    monkeypatch.setattr(int4_run.int4_batch, "descriptor", lambda x, block_m: ("x", block_m))
+    monkeypatch.setattr(int4_run.int4_portable, "sum_parts_kernel", sums)
+    x = torch.randn(70, 128).bfloat16()
+    for split in (1, 2):
+        plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2)
+        int4_run.run_plan(plan, x, w, bias)
+        check_arguments(BATCH_NAMES, batch.launches[-1], w, x, bias, plan)
+        assert batch.launches[-1][0] == (2, split, 1)
+    parts = dict(zip(BATCH_NAMES, batch.launches[-1][1], strict=True))["parts_ptr"]
+    ((grid, arguments, _, _),) = sums.launches
+    assert parts.shape == (2, 70, 96) and parts.dtype == torch.float32 and grid == (7, 1, 1)
+    assert arguments[0] is parts and arguments[1] is bias and arguments[3:] == (70 * 96, 96, 2, 1024, True)
+
+
+def test_what_a_kernel_is_compiled_for_is_told_apart(kernel):
+    x, bias = torch.randn(3, 128).bfloat16(), torch.randn(96).bfloat16()
+    levels = torch.tensor(codebook.NF4)
+    zeros = weight()._replace(zero_point=torch.zeros(6, 2, 16, dtype=torch.int8))
+    calls = [
+        (x, weight(), None),
+        (x, weight(), bias),
+        (x, weight(), bias.float()),
+        (x, weight(group=128), None),
+        (x, zeros, None),
+        (x, weight(levels=levels), None),
+        (x.half(), weight(), None),
+        (x, weight(n=112), None),
+        (torch.randn(3, 192).bfloat16(), weight(k=192), None),
+    ]
+    for count, call in enumerate(calls, 1):
+        module.int4_linear(*call)
+        module.int4_linear(*call)
+        assert len(kernel.launches) == count
+        assert len(kernel.launches[-1][-1].runs) == 1
+
+
+def test_the_number_of_tokens_is_passed_on_and_does_not_compile_again(kernel):
+    w = weight()
+    for tokens in (2, 3, 3, 5):
+        module.int4_linear(torch.randn(tokens, 128).bfloat16(), w)
+    ((_, first, _, compiled),) = kernel.launches
+    position = NAMES.index("M")
+    assert first[position] == 2 and [run[9:][position] for run in compiled.runs] == [3, 3, 5]
+
+
+def test_odd_numbers_of_inputs_are_padded_every_time(kernel):
+    codes = torch.randint(-8, 8, (32, 33), dtype=torch.int8)
+    w = prepack(pack(codes, 4), torch.rand(32, 1).bfloat16(), None, 33, 33)
+    x = torch.randn(2, 33).bfloat16()
+    module.int4_linear(x, w)
+    module.int4_linear(x, w)
+    ((_, first, _, compiled),) = kernel.launches
+    for padded in (first[0], compiled.runs[0][9]):
+        assert padded.shape == (2, 48) and torch.equal(padded[:, :33], x) and not padded[:, 33:].any()
+
+
+def test_subclasses_modes_and_transforms_go_through_the_dispatcher():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += (str(func),)
+            return func(*args, **kwargs or {})
+
+    x, w = torch.randn(2, 128), weight()
+    assert module._is_plain(x)
+    with Mode() as mode:
+        module.int4_linear(x, w)
+    assert any("int4_linear" in name for name in mode.seen)
+    assert not module._is_plain(torch.nn.Parameter(x))
+    seen = []
+    torch.vmap(lambda t: (seen.append(module._is_plain(t)), t)[1])(x)
+    assert seen == [False]

@@ -1,0 +1,78 @@
+"""The plain-Triton kernels compile for AMD and older NVIDIA GPUs: python -m pytest tests/test_portable_compiles.py
+
+On any machine, without such a GPU; what they compute is seen under the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import json
+import triton
+from qat.kernels import decode_step, int4_portable, nested_scale
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def compiled(kernel, target, constants, pointers, integers="", floats="", **options):
+    signature = dict.fromkeys(constants, "constexpr") | dict.fromkeys(integers.split(), "i32")
+    signature |= dict.fromkeys(floats.split(), "fp32") | {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    signature = {name: signature[name] for name in kernel.arg_names}
+    at = {name: (kernel.arg_names.index(name),) for name in signature}
+    aligned = {at[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind.startswith("*")}
+    source = ASTSource(kernel, signature, {at[name]: value for name, value in constants.items()}, aligned)
+    asm = triton.compile(source, target=target, options=options).asm
+    return asm["amdgcn"] if target.backend == "hip" else asm["ptx"]
+
+weight = "row_blocks tiles groups group_size N K"
+found = {}
+for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), GPUTarget("cuda", 80, 32)):
+    for kind, dtype, scale in (("even", "bf16", "bf16"), ("zero", "fp16", "fp32"), ("levels", "bf16", "fp32")):
+        pointers = {"words": "i32", "scale": scale, "weight": dtype}
+        constants = {"BLOCKS": 1, "TILES": 2}
+        for name, stored, wanted in (("zero", "i8", "zero"), ("levels", "fp32", "levels")):
+            if kind == wanted:
+                pointers[name] = stored
+            else:
+                constants[f"{name}_ptr"] = None
+        compiled(int4_portable.dequantize_kernel, target, constants, pointers, weight)
+        del pointers["weight"], constants["TILES"]
+        pointers |= {"x": dtype, "y": dtype, "bias": dtype}
+        constants |= {"BLOCKS": 4, "BLOCK_M": 16}
+        compiled(int4_portable.matmul_kernel, target, constants, pointers, weight + " M", num_stages=2)
+    pointers = dict.fromkeys(("x", "update", "weight", "h", "y"), "bf16")
+    constants = {"BLOCK": 4096, "EARLY": False}
+    compiled(decode_step._add_rms_norm_kernel, target, constants, pointers, "K", "eps", num_warps=8)
+    pointers = dict.fromkeys(("qkv", "cosine", "sine", "keys", "values", "y"), "bf16") | {"at": "i64"}
+    constants = {"QUERIES": 16, "D": 128, "KEYS": 64, "EARLY": False}
+    compiled(decode_step._attend_cached_kernel, target, constants, pointers, "heads kv_heads C", "factor")
+    constants = {"BLOCK": 256, "EARLY": False}
+    compiled(decode_step._gated_silu_kernel, target, constants, {"gate_up": "bf16", "y": "bf16"}, "F")
+    constants = {"PER_FACTOR": 256, "LEVELS": 256, "BLOCK": 1024}
+    pointers, integers = {"code": "u8", "nest": "fp32", "scale": "fp32"}, "size groups N"
+    kernel = nested_scale._nested_scale_kernel
+    for fused in (False, True):
+        asm = compiled(kernel, target, constants, pointers, integers, enable_fp_fusion=fused)
+        fmas = "v_fma", "v_pk_fma", "v_dual_fma", "fma.rn"
+        found[f"{target.arch}, fused {fused}"] = any(name in asm for name in fmas)
+print(json.dumps(found))
+"""
+
+
+def test_they_compile_and_nested_scales_round_twice():
+    """A product and a sum that the compiler fused would give other bits: the option that forbids it matters."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {key: key.endswith("True") for key in found} and len(found) == 6
