@@ -108,16 +108,15 @@ def measure(step: Callable[[], torch.Tensor], device: torch.device, warmup: int,
     return statistics.median(start.elapsed_time(end) for start, end in times), peak
 
 
-def profile(step: Callable[[], torch.Tensor], file: Path) -> None:
+def profile(step: Callable[[], torch.Tensor], file: Path, device: torch.device) -> None:
     """Write what the kernels of two steps take."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    kind = "CUDA" if device.type == "cuda" else "CPU"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.__members__[kind]]) as profiler:
         for _ in range(2):
-            step()
-        torch.accelerator.synchronize()
+            step().item()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=90)
-    )
+    order = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
+    file.write_text(profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
 
 
 def rows_of(
@@ -145,7 +144,7 @@ def rows_of(
                 step = training_step(model, batch, autocast, after)
                 ms, peak = measure(step, device, 4, options.repeats)
                 if options.profile:
-                    profile(step, options.out / f"{what} {mode} {name}.txt".replace(" ", "_"))
+                    profile(step, options.out / f"{what} {mode} {name}.txt".replace(" ", "_"), device)
             except ImportError as error:
                 yield row | {"note": f"not installed: {error}"}
                 continue

@@ -27,7 +27,7 @@ def load(name):
 
 def test_qat_step(tmp_path):
     command = [sys.executable, "-m", "benchmarks.qat_step", "--small", "--parts", "language", "vision", "losses"]
-    command += ["--modes", "eager", "--out", str(tmp_path)]
+    command += ["--modes", "eager", "--profile", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "language.csv").open() as file:
