@@ -27,6 +27,7 @@ from torch import nn
 import qat
 from benchmarks.models import Decoder, ResNet50, training_step
 from benchmarks.peers import straightforward_lsq, torchao_qat
+from qat.backend import set_traced_rounding
 from qat.numerics import MIN_SCALE
 
 LLAMA_1B = {"hidden": 2048, "layers": 16, "mlp": 8192, "vocabulary": 32000, "heads": 32}
@@ -267,9 +268,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", help="plain, qat, torchao, 'LSQ in torch'; all, if left out")
     parser.add_argument("--repeats", type=int, default=12, help="timed steps; 0 only compiles")
     parser.add_argument("--inductor", nargs="*", default=[], metavar="KEY=INT", help="options of torch.compile")
+    parser.add_argument("--traced", action="store_true", help="see qat.backend.set_traced_rounding")
     parser.add_argument("--profile", action="store_true", help="also write what each variant's kernels take")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU too")
     options = parser.parse_args(argv)
+    set_traced_rounding(options.traced)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where = f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}"

@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED=1 PYTORCH_ALLOC_CONF=expandable_segments:True
 export TORCHINDUCTOR_CACHE_DIR="$out/inductor" TRITON_CACHE_DIR="$out/triton"
 start=$(date +%s)
 say() { echo "=== $(($(date +%s) - start)) s: $*"; }
-step="python3 -m benchmarks.qat_step"
+step="python3 -m benchmarks.qat_step --traced"
 warm() { timeout 100 $step --repeats 0 --modes compiled --out "$out/warm" "$@" >>"$out/warm.log" 2>&1; say "compiled $*"; }
 tests() { timeout 60 python3 -P -m pytest -q -m gpu -p no:cacheprovider --show-capture=no "$@" 2>&1 | tail -40 | cut -c1-250; }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import exact, numerics
+from . import backend, exact, numerics
 from .quantizers import dynamic
 from .quantizers.rounding import Rounding
 from .spec import Dynamic, QuantSpec
@@ -21,7 +21,8 @@ from .spec import Dynamic, QuantSpec
 
 def takes(x: Tensor, rounding: Rounding) -> bool:
     """Return whether ``rounded`` does this rounding; Intel's GPUs may lack float64, which ``qat.exact`` needs."""
-    return x.device.type in ("cpu", "cuda") and rounding.grid is not Dynamic.q8_0
+    allowed = x.device.type == "cpu" or (x.device.type == "cuda" and backend.traced_rounding())
+    return allowed and rounding.grid is not Dynamic.q8_0
 
 
 def rounded(x: Tensor, rounding: Rounding, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qat
-from qat import QuantSpec, exact, traced
+from qat import QuantSpec, backend, exact, traced
 from qat.quantizers.rounding import Rounding
 from qat.spec import Dynamic
 
@@ -66,7 +66,8 @@ def test_traced_in_float32(grid):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("grid", SPECS, ids=str)
-def test_inductor_on_a_gpu(grid, dtype):
+def test_inductor_on_a_gpu(monkeypatch, grid, dtype):
+    monkeypatch.setattr(backend, "_traced_rounding", True)
     assert_compiled_has_the_bits(torch.randn(2048, 2048, device="cuda").to(dtype), grid)
     if grid is not Dynamic.int8_token:
         images = torch.randn(16, 64, 28, 28, device="cuda").to(dtype)
