@@ -5,7 +5,8 @@
 
 Every variant has the same architecture with random weights, LoRA of rank 16 on all linear layers, gradient
 checkpointing and fused AdamW on the adapters, and runs in a process of its own. Weights are quantized a layer at a
-time on the device. Random weights are as costly as trained ones.
+time on the device. Random weights are as costly as trained ones. "lean" is what ``compile=true compile_mode=blocks
+task.loss_rows=1024`` are in training: blocks are compiled, and the logits are never all there.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ VARIANTS = (
     "bf16 LoRA, peft",
     "NF4, bitsandbytes and peft",
     "NF4, qat",
-    "int4 g128, qat",
+    "NF4, qat, lean",
     "joint int4 g128 on 8 bits, qat",
+    "joint int4 g128 on 8 bits, qat, lean",
+    "int4 g128, qat",
 )
+LOSS_ROWS = 1024
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 256}
@@ -70,12 +74,14 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
     import torch
 
     from qat.memory import estimate
+    from qat.ptq.units import repeated
+    from qat.training.chunked_loss import chunked_loss
 
     device = torch.device("cpu" if options.small else "cuda")
     batch, seq_len = (2, 64) if options.small else (options.batch, options.seq_len)
     model = build(options.one, options, device)
     model.train()
-    cuda = device.type == "cuda"
+    cuda, lean = device.type == "cuda", "lean" in options.one
     weights = torch.cuda.memory_allocated() if cuda else 0
     optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -83,11 +89,15 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
 
     def loss(model, tokens):
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            if lean:
+                return chunked_loss(model, tokens[:, :-1], tokens[:, 1:], LOSS_ROWS)
             return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     expected = 0
     if "bitsandbytes" not in options.one:  # whose weights are more than a tensor
         expected = estimate(model, partial(torch.optim.AdamW, lr=1e-4), tokens, loss).total
+    for block in repeated(model) if lean else []:
+        block.compile(dynamic=False)
     stepper = optimizer(trained)
     times = []
     for step in range(options.steps):

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from qat.spec import Dynamic
 
 SETS = 4  # of tensors, taken in turns, so that none is left in the 50 MB cache
 CALLS = 24  # in one CUDA graph, whose replays are timed: no launch gaps
+SECTOR = 32  # bytes: what a GPU writes at least
 
 
 def microseconds(call: Callable[[int], None]) -> float:
@@ -40,7 +42,13 @@ def microseconds(call: Callable[[int], None]) -> float:
     return 1e3 * statistics.median(start.elapsed_time(end) for start, end in times[2:]) / CALLS
 
 
-def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, int]]:
+def masked_share(grad_x: Tensor, grad: Tensor) -> float:
+    """Return the share of a tensor's sectors that a mask in place writes: those where it takes an element."""
+    taken = (grad_x == 0) & (grad != 0)
+    return taken.view(-1, SECTOR // grad.element_size()).any(1).float().mean().item()
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, float]]:
     """Return {name: (call of a set, passes over the tensor it cannot do without)}."""
     xs, grads = ([torch.randn(shape, device=device).to(dtype) * size for _ in range(SETS)] for size in (0.02, 1e-3))
     outs = [torch.empty_like(x) for x in xs]
@@ -50,19 +58,23 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
     kernels = arithmetic(xs[0], step)
     rounding = dynamic.arithmetic(xs[0])
     token = Dynamic.int8_token
+    taken_by_group, taken_by_tensor = (
+        masked_share(kernels.fake_quantize_gradients(grads[0], xs[0], sizes, spec, 0.1)[0], grads[0])
+        for spec, sizes in ((group, steps), (tensor, step))
+    )
     return {
         "copy": (lambda i: outs[i].copy_(xs[i]), 2),
         "group 128 forward": (lambda i: kernels.fake_quantized(xs[i], steps, group), 2),
         "group 128 backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], steps, group, 0.1), 3),
         "group 128 backward in place": (
             lambda i: kernels.requantize_(grads[i], xs[i], steps, group, 0.1, (True, True), None),
-            2,
+            2 + taken_by_group,
         ),
         "tensor forward": (lambda i: kernels.fake_quantized(xs[i], step, tensor), 2),
         "tensor backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], step, tensor, 0.1), 3),
         "tensor backward in place, value again": (
             lambda i: kernels.requantize_(grads[i], xs[i], step, tensor, 0.1, (True, True), dtype),
-            3,
+            3 + taken_by_tensor,
         ),
         "int8_token forward": (lambda i: rounding.rounded(xs[i], token), 2),
         "int8_token backward in place, value again": (
@@ -84,9 +96,67 @@ def kernel_rows(device: torch.device, small: bool) -> Iterator[dict]:
             us = microseconds(call)
             rate = passes * shape[0] * shape[1] * dtype.itemsize / us / 1e3
             copy = copy or rate
-            row = {"kernel": name, "shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
+            row = {
+                "kernel": name,
+                "passes": round(passes, 3),
+                "shape": "x".join(map(str, shape)),
+                "dtype": str(dtype).removeprefix("torch."),
+            }
             yield row | {"us": round(us, 1), "GB/s": round(rate), "share of copy": round(rate / copy, 3)}
+    yield from layer_rows(device, small)
     yield from host_rows(device)
+
+
+def layer_rows(device: torch.device, small: bool) -> Iterator[dict]:
+    """Yield what the backward of one linear layer takes, in microseconds: two products, and two passes over its weight.
+
+    "beside" runs the passes in a second stream, next to the product that does not wait for them: is it worth having?
+    """
+    spec = QuantSpec(bits=4, group_size=128)
+    tokens, sizes = (16, [(128, 128)]) if small else (8192, [(2048, 2048), (8192, 2048), (2048, 8192)])
+    for n, k in sizes:
+        sets = [
+            [torch.randn(shape, device=device).bfloat16() for shape in ((tokens, n), (tokens, k), (n, k))]
+            for _ in range(SETS)
+        ]
+        step_size = torch.full((n, k // 128), 0.6, device=device)
+        kernels = arithmetic(sets[0][2], step_size)
+
+        def plain(i: int, sets=sets) -> None:
+            grad, x, weight = sets[i]
+            grad.t() @ x, grad @ weight
+
+        def one_after_another(i: int, sets=sets, step_size=step_size, kernels=kernels) -> None:
+            grad, x, weight = sets[i]
+            how = step_size, spec, 0.1, (True, True), torch.bfloat16
+            grad @ kernels.requantize_(grad.t() @ x, weight, *how)[0]
+
+        def beside(i: int, sets=sets, step_size=step_size, kernels=kernels) -> None:
+            grad, x, weight = sets[i]
+            main, side = torch.cuda.current_stream(), second_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                rounded = kernels.fake_quantized(weight, step_size, spec)
+            grad_weight = grad.t() @ x
+            main.wait_stream(side)
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                kernels.requantize_(grad_weight, weight, step_size, spec, 0.1, (True, True), None)
+            grad @ rounded
+            main.wait_stream(side)
+
+        for name, call in {"plain": plain, "one after another": one_after_another, "beside": beside}.items():
+            row = {"kernel": f"backward of a linear layer of {tokens} tokens, {name}", "shape": f"{n}x{k}"}
+            if device.type == "cuda":
+                yield row | {"us": round(microseconds(call), 1)}
+            elif call is not beside:
+                call(0)
+
+
+@cache
+def second_stream() -> torch.cuda.Stream:
+    """Return one stream next to the current one."""
+    return torch.cuda.Stream()
 
 
 def host_rows(device: torch.device) -> Iterator[dict]:

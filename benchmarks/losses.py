@@ -20,7 +20,9 @@ def text(device: torch.device) -> torch.Tensor:
     return torch.tensor(list("\n".join(topics[key] for key in sorted(topics)).encode()), device=device)
 
 
-def losses(seed: int, fused: bool, steps: int, device: torch.device, width: int = 256) -> list[float]:
+def losses(
+    seed: int, fused: bool, steps: int, device: torch.device, width: int = 256, compiled: bool = False
+) -> list[float]:
     """Train a small language model, W4 in groups of 32 and A8, and return the loss of every step."""
     data = text(device)
     torch.manual_seed(seed)
@@ -38,6 +40,8 @@ def losses(seed: int, fused: bool, steps: int, device: torch.device, width: int 
 
     with mock.patch.object(backend, "fused", backend.fused if fused else lambda *_: False):
         qat.calibrate(qat.prepare(model, policy, verbose=False), [batch()[:, :-1] for _ in range(2)])
+        if compiled:
+            model.compile(dynamic=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         found = []
         for _ in range(steps):
@@ -51,20 +55,26 @@ def losses(seed: int, fused: bool, steps: int, device: torch.device, width: int 
 
 
 def loss_rows(device: torch.device, small: bool) -> Iterator[dict]:
-    """Yield the mean loss of the last tenth of the steps, and how far runs are apart over all steps."""
+    """Yield the mean loss of the last tenth of the steps, and how far each run is from the reference with seed 0.
+
+    The bar of a run is the distance of the reference with seed 1: the spread of two seeds.
+    """
     steps, width = (4, 32) if small else (500, 256)
     runs = {
-        "reference, seed 0": losses(0, False, steps, device, width),
-        "reference, seed 1": losses(1, False, steps, device, width),
-        "fused, seed 0": losses(0, True, steps, device, width),
-        "fused, seed 0, again": losses(0, True, steps, device, width),
+        "reference, seed 0": (0, False),
+        "reference, seed 1": (1, False),
+        "fused, seed 0": (0, True),
+        "fused, seed 0, again": (0, True),
+        "compiled, seed 0": (0, True),
     }
-    first = torch.tensor(runs["reference, seed 0"])
-    for name, values in runs.items():
-        found = torch.tensor(values)
-        row = {
-            "run": name,
-            "steps": steps,
-            "mean of the last tenth": round(found[-max(1, steps // 10) :].mean().item(), 4),
-        }
-        yield row | {"largest difference to reference, seed 0": round((found - first).abs().max().item(), 6)}
+    first = spread = None
+    for name, (seed, fused) in runs.items():
+        torch._dynamo.reset()
+        values = torch.tensor(losses(seed, fused, steps, device, width, "compiled" in name))
+        last = values[-max(1, steps // 10) :].mean()
+        first = (values, last) if first is None else first
+        apart = (last - first[1]).abs().item()
+        spread = apart if "seed 1" in name else spread
+        row = {"run": name, "steps": steps, "mean of the last tenth": round(last.item(), 4), "apart": round(apart, 5)}
+        row |= {"bar": round(spread, 5)} if spread is not None and "seed 1" not in name else {}
+        yield row | {"largest difference of a step": round((values - first[0]).abs().max().item(), 6)}

@@ -6,6 +6,9 @@ Both give the same bits, eager, compiled and captured in a CUDA graph alike.
 
 A frozen layer's kernel is chosen by the number of tokens, and sums in another order then. ``set_batch_invariant`` gives
 that up for results that do not depend on it.
+
+Under torch.compile the rounding of inputs is one operator on a GPU, which runs these kernels; ``set_traced_rounding``
+lets Inductor fuse it with what makes the input instead, as it does on a CPU.
 """
 
 from __future__ import annotations
@@ -58,4 +61,20 @@ def set_batch_invariant(on: bool) -> None:
     _batch_invariant = on
 
 
+def traced_rounding() -> bool:
+    """Return whether ``set_traced_rounding`` is on."""
+    return _traced_rounding
+
+
+def set_traced_rounding(on: bool) -> None:
+    """Let compiled layers on an NVIDIA GPU round their inputs in code that Inductor makes (``qat.traced``).
+
+    By bytes it is faster. It is off unless asked for, because what a GPU makes of that code has been checked in its PTX
+    and by no run: ``pytest -m gpu tests/test_traced.py`` is that run. Set it before the first call of a compiled model.
+    """
+    global _traced_rounding
+    _traced_rounding = on
+
+
 _batch_invariant = False
+_traced_rounding = False

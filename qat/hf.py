@@ -112,6 +112,8 @@ class QATQuantizer(HfQuantizer):
         known = "|".join(re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in self.layers.values())
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.)({known})\.(?!bias$)"}
+        ignored = set(model._keys_to_ignore_on_load_missing or ())
+        model._keys_to_ignore_on_load_missing = ignored | {rf"(^|\.)({known})\.(packed_weight|activation_quantizer)\."}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.qat_source = None
@@ -125,6 +127,7 @@ class QATQuantizer(HfQuantizer):
                 decision.layer.packed_weight.restore_levels()  # transformers empties buffers that no checkpoint holds
             return model
         del model._keys_to_ignore_on_load_unexpected  # the instance's, which hid the class's
+        del model._keys_to_ignore_on_load_missing
         packed: dict[str, PackedWeight] = {}
         for stored, name in self.layers.items():
             layer, entry = model.get_submodule(name), self.source.layers[stored]

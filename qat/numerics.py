@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend, codebook, double_quantization
+from . import backend, codebook, double_quantization, exact
 from .double_quantization import NestedScale
 from .errors import LayerError
 from .spec import Codebook, Granularity, QuantSpec
@@ -69,7 +69,7 @@ def stored_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
 
 def stored_scale(step_size: Tensor, spec: QuantSpec) -> Tensor:
     """Round a step size to the scale that is stored and computed with: at least MIN_SCALE, in ``spec.scale_dtype``."""
-    return step_size.detach().clamp_min(MIN_SCALE).to(scale_dtype(spec))
+    return exact.rounded(step_size.detach().clamp_min(MIN_SCALE).to(scale_dtype(spec)))
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
@@ -270,5 +270,5 @@ def _broadcast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ratio(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     working = _working_dtype(x.dtype)
-    values, s = _broadcast(x.to(working), scale.to(working))
-    return values / s, s
+    values, s = _broadcast(exact.rounded(x).to(working), scale.to(working))
+    return exact.quotient(values, s), s

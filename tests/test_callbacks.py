@@ -15,6 +15,7 @@ from qat import numerics
 from qat.errors import TrainingError
 from qat.models import build
 from qat.numerics import MIN_SCALE
+from qat.ptq.units import repeated
 from qat.quantizers import LearnedStepSize, WeightLSQ
 from qat.training.batch_norm import BatchNormEstimate
 from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Monitor, ScaleMonitor
@@ -23,6 +24,7 @@ from qat.training.csv_logger import ResumableCSVLogger
 from qat.training.image_data import ImageData
 from qat.training.optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes
 from qat.training.tasks import CausalLanguageModel, ImageClassification, soft_cross_entropy
+from qat.training.text_data import TextData
 
 W4A4 = {"weight": {"bits": 4}, "activation": {"bits": 4, "granularity": "tensor"}}
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -344,3 +346,43 @@ def test_compiled_training_takes_the_same_steps():
         trainer(Calibration(1), recorder).fit(task(W4A4, compile_mode=mode), datamodule=data())
         losses.append(recorder.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def language_task(**options) -> CausalLanguageModel:
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**shape, num_hidden_layers=4)
+    torch.manual_seed(0)
+    model, teacher = (transformers.LlamaForCausalLM(config).train() for _ in range(2))
+    policy = {"weight": {"bits": 4, "group_size": 32}, "rules": [{"match": "lm_head", "weight": None}]}
+    return CausalLanguageModel(model, qat.QuantPolicy.from_dict(policy), SGD, teacher=teacher, **options)
+
+
+def test_blocks_are_compiled_once_and_validated_eagerly():
+    """One graph for all blocks, one for the teacher's and one for the loss; the steps are those of an eager run."""
+    losses, metrics = [], []
+    for mode in (None, "blocks"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        recorder, text = Recorder(), TextData("topics", 32, 4)
+        run = trainer(recorder, limit_train_batches=3, limit_val_batches=2, max_epochs=-1)
+        task = language_task(compile_mode=mode)
+        with mock.patch("torch.compile", functools.partial(torch.compile, backend="eager")):
+            run.fit(task, datamodule=text)
+        losses.append(recorder.losses)
+        metrics.append(run.callback_metrics["val/loss"].item())
+    assert losses[0] == losses[1] and metrics[0] == metrics[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert all(block._compiled_call_impl is None for block in task.model.model.layers)
+
+
+def test_a_model_that_repeats_no_block_is_one():
+    network = build({"builder": "cnn", "args": {"width": 2}})
+    assert repeated(network) == [network]
+
+
+def test_language_models_train_without_a_key_value_cache():
+    task = language_task()
+    with mock.patch.object(type(task.model), "forward", autospec=True, side_effect=type(task.model).forward) as forward:
+        task(torch.zeros(1, 4, dtype=torch.int64))
+    assert forward.call_args.kwargs["use_cache"] is False and task.model.config.use_cache

@@ -151,7 +151,8 @@ def test_other_formats_open_as_a_frozen_base(tmp_path, method, spec):
     frozen = qat.freeze(prepared(weight=qat.QuantSpec(**spec)))
     formats.module(method).write(from_model(frozen), tmp_path)
     config = (tmp_path / "config.json").read_text()
-    opened = qat.hf.from_pretrained(tmp_path, dtype=torch.float32)
+    opened, info = qat.hf.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
     read = formats.read(tmp_path)
     for name, tensor in qat.quantized_tensors(opened).items():
         assert torch.equal(tensor.codes, read.quantized(name).codes)

@@ -34,14 +34,14 @@ def load_checks(name):
 numerics, lsq, packing = load_checks("test_numerics"), load_checks("test_lsq"), load_checks("test_packing")
 policy, surgery, calibration = load_checks("test_policy"), load_checks("test_surgery"), load_checks("test_calibration")
 freezing, layers, codebook = load_checks("test_freezing"), load_checks("test_layers"), load_checks("test_codebook")
-embedding = load_checks("test_embedding")
+embedding, traced = load_checks("test_embedding"), load_checks("test_traced")
 
 NUMERICS, LSQ, PACKING = "qat.numerics", "qat.quantizers.lsq", "qat.packing"
 POLICY, SURGERY, CALIBRATION = "qat.policy", "qat.surgery", "qat.calibration"
 FREEZING, LINEAR, CONV = "qat.freezing", "qat.layers.linear", "qat.layers.conv"
 PACKED, CPU_INT4 = "qat.layers.packed", "qat.layers.cpu_int4"
 CODEBOOK, NESTED = "qat.codebook", "qat.double_quantization"
-EMBEDDING = "qat.layers.embedding"
+EMBEDDING, EXACT = "qat.layers.embedding", "qat.exact"
 
 
 class Mutant(NamedTuple):
@@ -71,7 +71,18 @@ MUTANTS = [
         numerics.check_codes,
     ),
     Mutant(
-        "x * (1 / s) for x / s", NUMERICS, "return values / s, s", "return values * (1 / s), s", numerics.check_division
+        "x * (1 / s) for x / s",
+        NUMERICS,
+        "return exact.quotient(values, s), s",
+        "return values * (1 / s), s",
+        numerics.check_division,
+    ),
+    Mutant(
+        "a reciprocal in float32, compiled",
+        EXACT,
+        "(a.double() * (1 / b.double())).float()",
+        "a * (1 / b)",
+        traced.check_quotient,
     ),
     Mutant("clamp missing", NUMERICS, "codes.clamp(-spec.q_n, spec.q_p) + 0.0", "codes + 0.0", numerics.check_codes),
     Mutant(

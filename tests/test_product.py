@@ -193,9 +193,13 @@ def test_on_a_gpu(activation, mode):
     run = layer if mode is None else torch.compile(layer, fullgraph=True, mode=mode)
     expected = results(layer, layer, x)
     assert_like_the_composition(layer, x)
+    names = ["y", "x", *(name for name, _ in layer.named_parameters())]
     for _ in range(3):
-        for one, other in zip(results(layer, run, x), expected, strict=True):
-            assert torch.equal(one, other)
+        for name, one, other in zip(names, results(layer, run, x), expected, strict=True):
+            if name == "activation_quantizer.step_size":  # Inductor adds it up in its own order
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+            else:
+                assert torch.equal(one, other), name
 
 
 def test_activation_checkpointing():

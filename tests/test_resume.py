@@ -1,7 +1,6 @@
 """A killed and resumed run ends as if nothing had happened: weights, step sizes, optimizer and log, bit by bit."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +23,13 @@ import os, signal
 from lightning.pytorch import Callback
 
 class Killer(Callback):
-    def __init__(self, step, hook):
-        self.step = step
+    def __init__(self, step, hook, how):
+        self.step, self.how = step, signal.Signals[how]
         setattr(self, hook, self.kill)
 
     def kill(self, trainer, *_):
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
 """
 ROOT = Path(__file__).parents[1]
 
@@ -58,15 +57,20 @@ def compare(a, b, where: str) -> None:
         assert a == b, where
 
 
-def check(folder: Path, overrides: str, kills: list[tuple[int, str]]) -> None:
+def check(folder: Path, overrides: str, kills: list[tuple[int, str]], how: str = "SIGKILL", status: int = -9) -> None:
     (folder / "killer.py").write_text(KILLER)
     whole = train(folder, f"{overrides} name=whole")
     assert whole.returncode == 0, whole.stderr
     for step, hook in kills:
         name = f"killed_{step}_{hook}"
-        kill = f"+callbacks.killer._target_=killer.Killer +callbacks.killer.step={step} +callbacks.killer.hook={hook}"
+        arguments = {"_target_": "killer.Killer", "step": step, "hook": hook, "how": how}
+        kill = " ".join(f"+callbacks.killer.{key}={value}" for key, value in arguments.items())
         killed = train(folder, f"{overrides} name={name} {kill}")
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert killed.returncode == status, killed.stderr
+        if how == "SIGTERM":  # it saves the step that it was in
+            assert f"stopped by SIGTERM at step {step + 1}" in killed.stdout
+            saved = torch.load(folder / "runs" / name / "last.ckpt", weights_only=True)
+            assert saved["global_step"] == step + 1
         resumed = train(folder, f"{overrides} name={name} resume=auto")
         assert resumed.returncode == 0, resumed.stderr
         assert "calibrated" not in resumed.stdout
@@ -81,6 +85,10 @@ def check(folder: Path, overrides: str, kills: list[tuple[int, str]]) -> None:
 
 def test_images_killed_in_mid_epoch(tmp_path):
     check(tmp_path, SMALL_IMAGES, [(57, "on_train_batch_start")])
+
+
+def test_images_stopped_by_sigterm(tmp_path):
+    check(tmp_path, SMALL_IMAGES, [(53, "on_train_batch_start")], "SIGTERM", 128 + 15)
 
 
 @pytest.mark.slow

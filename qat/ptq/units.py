@@ -7,7 +7,7 @@ transformer; a model without one is a single unit, which is run from the start f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +108,7 @@ def hooked(layers: Layers, observe: Callable[[str, Tensor], None]) -> Iterator[N
             handle.remove()
 
 
-def find_blocks(model: nn.Module, layers: Layers) -> tuple[str, nn.ModuleList] | None:
+def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, nn.ModuleList] | None:
     """Return the outermost ModuleList, of two members or more, that holds most of the layers; None without one."""
     waiting = {id(layer) for layer in layers.values()}
     best, most = None, 0
@@ -118,6 +118,13 @@ def find_blocks(model: nn.Module, layers: Layers) -> tuple[str, nn.ModuleList] |
             if held > most:
                 best, most = (name, module), held
     return best
+
+
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that most of a model's parameters are in, in order; the model itself if it repeats none."""
+    owners = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+    found = find_blocks(model, owners)
+    return [model] if found is None else list(found[1])
 
 
 class Chain:
@@ -140,9 +147,10 @@ class Chain:
         self.blocks, self.rest, self.context = blocks, rest, context
         self.stream: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []  # of a batch, of a block: what else it is called with
-        with self._replaced(self._record):  # no block runs
+        with self._replaced(self._record):  # no block runs, nor what follows them
             for batch in batches:
-                forward(model, batch)
+                with suppress(_Stop):
+                    forward(model, batch)
         self.unquantized = list(self.stream)
 
     def runner(self, index: int, twin: nn.Module | None, device: torch.device | str | None) -> Callable:
@@ -183,6 +191,8 @@ class Chain:
             self.stream.append(hidden)
             self._calls.append([])
         self._calls[-1].append((args, kwargs))
+        if index == len(self.blocks) - 1:
+            raise _Stop
         return hidden
 
     @contextmanager

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import backend
+from .. import backend, exact
 from ..spec import Dynamic
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
     """
     if kind == Dynamic.int8_token:
         codes, (factor, zero_point) = _unclipped_int8_token(x)
-        return codes.clamp(-128, 127), 1 / factor, zero_point
+        return codes.clamp(-128, 127), exact.quotient(torch.ones_like(factor), factor), zero_point
     values = x.float().unflatten(-1, (-1, BLOCK))
     largest = values.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 127)  # a number would make torch multiply by a reciprocal, which rounds twice
@@ -125,11 +125,12 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
 
 def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return float32 codes of any size, and each token's factor and zero point (..., 1)."""
-    values = x.float()
-    low = values.amin(-1, keepdim=True).clamp_max(0)
-    high = values.amax(-1, keepdim=True).clamp_min(0)
-    factor = torch.where(low == high, 1.0, torch.full_like(low, 255) / (high - low))
-    least, most = low * factor, high * factor
+    x = exact.rounded(x)
+    values = x.float()  # ahead of the reductions, which read x: a compiler then computes it again, and keeps no mask
+    low = x.amin(-1, keepdim=True).float().clamp_max(0)
+    high = x.amax(-1, keepdim=True).float().clamp_min(0)
+    factor = torch.where(low == high, 1.0, exact.quotient(torch.full_like(low, 255), high - low))
+    least, most = exact.product(low, factor), exact.product(high, factor)
     zero_point = torch.where((-128 + least) + (127 + most) > 0, -128 - least, 127 - most).clamp(-128, 127).round()
     return (values * factor).round() + zero_point, (factor, zero_point)
 

@@ -22,6 +22,7 @@ from ..memory import estimate
 from ..numerics import stored_scale
 from ..ptq import Options
 from ..quantizers import DynamicActivation, LearnedStepSize, WeightCodebook
+from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
 from .metrics import cross_entropy, logits_of, run
 from .tasks import Task
@@ -63,6 +64,8 @@ class MemoryEstimate(Callback):
 
         def loss(model: torch.nn.Module, batch: Any) -> Tensor:
             with forward():
+                if getattr(task, "loss_rows", None) is not None:
+                    return chunked_loss(model, *batch, task.loss_rows)
                 return cross_entropy(logits_of(run(model, batch[0])), batch[1])
 
         try:

@@ -75,7 +75,9 @@ class Checkpoints(Checkpoint):
         self.best = state["best"]
 
     def _save_if_due(self, trainer: Trainer, task: Task) -> None:
-        if trainer.global_step - self._saved_at >= self.every_n_steps:
+        """Save after so many steps, or after this one where SIGTERM has come: Lightning stops there."""
+        steps = trainer.global_step - self._saved_at
+        if steps >= self.every_n_steps or (steps and trainer.received_sigterm):
             self._save(trainer, task, LAST)
 
     def _save(self, trainer: Trainer, task: Task, name: str) -> None:

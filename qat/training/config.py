@@ -33,7 +33,8 @@ class TrainConfig:
         teacher: a full-precision checkpoint to distil from.
         resume: a checkpoint to go on from; "auto" for the run's own last one, if there is one.
         compile: run the network through ``torch.compile``.
-        compile_mode: of ``torch.compile``.
+        compile_mode: of ``torch.compile``; or "blocks", which compiles the repeated block of a language model, and the
+            loss, in seconds.
         threads: of the CPU; null leaves it to torch. One is fastest for small models, most of all on a busy machine.
         matmul_precision: of float32 matrix products on a GPU: highest, high (TF32) or medium.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,9 +16,15 @@ IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
 def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
     """Return a model's output for a batch's inputs: one tensor, or named ones of a transformers model.
 
-    Without its cache, in the presence of which transformers does not keep packed examples apart.
+    Without its key-value cache: in its presence transformers does not keep packed examples apart, and each block would
+    be compiled anew, as it has a cache of its own.
     """
-    return model(**inputs, use_cache=False) if isinstance(inputs, dict) else model(inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs, use_cache=False)
+    cached = getattr(getattr(model, "config", None), "use_cache", False)
+    if cached and "use_cache" in inspect.signature(model.forward).parameters:
+        return model(inputs, use_cache=False)
+    return model(inputs)
 
 
 def logits_of(output: Any) -> Tensor:

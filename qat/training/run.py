@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -74,8 +77,12 @@ def train(config: DictConfig) -> dict[str, float]:
     callbacks = [make(callback) for callback in config.callbacks.values() if callback]
     logger = make(config.logger) if config.logger else False
     trainer = make(config.trainer, logger=logger, callbacks=callbacks)
-    trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     checkpoint = run_dir / LAST
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SIGTERMException:
+        rank_zero_only(print)(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
+        sys.exit(128 + signal.SIGTERM)
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)

@@ -17,8 +17,10 @@ from ..errors import TrainingError
 from ..models import architecture_of
 from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
+from ..ptq.units import repeated
 from ..spec import as_member
 from ..surgery import prepare
+from .chunked_loss import check_head, chunked_loss
 from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 
@@ -38,7 +40,9 @@ class Task(LightningModule):
         temperature: by which the logits of network and teacher are divided (arXiv:1503.02531, section 2); the LSQ
             paper's is 1.
         example: shape, dtype and range of an input, which checkpoints record.
-        compile_mode: of ``torch.compile``, such as "default" or "reduce-overhead"; None runs eagerly.
+        compile_mode: of ``torch.compile``, such as "default" or "reduce-overhead"; "blocks" compiles the loss and each
+            block of a model that repeats one, such as a transformer, which takes seconds where the whole takes minutes;
+            None runs eagerly.
         adapter: the network is an adapter on its base, quantized already: checkpoints hold what trains, and no more.
 
     Raises:
@@ -79,6 +83,8 @@ class Task(LightningModule):
         self._step_sizes = step_sizes(model)
         self._teacher = (teacher,)  # in a tuple, so that it is no part of the state that is saved and trained
         self._rng_state: dict[str, Tensor] | None = None
+        self._loss = training_loss
+        self._compiled: list[nn.Module] = []
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
@@ -94,15 +100,12 @@ class Task(LightningModule):
         if self.compile_mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         logits = self(inputs)
-        loss = cross_entropy(logits, targets, self.label_smoothing)
-        if share < 1:
-            loss = share * loss + (1 - share) * cross_entropy(logits, targets.flip(0), self.label_smoothing)
         (teacher,) = self._teacher
-        if teacher is None:
-            return loss
-        with torch.no_grad():
-            taught = logits_of(run(teacher, inputs))
-        return (loss + soft_cross_entropy(logits, taught, self.temperature)) / 2
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = logits_of(run(teacher, inputs))
+        return self._loss(logits, targets, taught, share, self.label_smoothing, self.temperature)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
@@ -141,14 +144,35 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         """Compile, now that calibration is over, and go on with the random state that a resumed run had."""
         if self.compile_mode is not None:
-            for network in (self.model, *self._teacher):
-                if network is not None:
-                    network.compile(mode=self.compile_mode, dynamic=False)
+            by_block = self.compile_mode == "blocks"
+            mode = "default" if by_block else self.compile_mode
+            networks = [network for network in (self.model, *self._teacher) if network is not None]
+            parts = [part for network in networks for part in (repeated(network) if by_block else [network])]
+            for part in parts:
+                part.compile(mode=mode, dynamic=False)
+            if by_block:
+                self._loss, self._compiled = torch.compile(training_loss, dynamic=False), parts
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state["cpu"])
             if "cuda" in self._rng_state and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._rng_state["cuda"], self.device)
             self._rng_state = None
+
+    def on_validation_start(self) -> None:
+        """Validate eagerly where blocks are compiled: other shapes would each compile another graph."""
+        if self._compiled:
+            torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self) -> None:
+        """Go on with the compiled blocks."""
+        if self._compiled:
+            torch.compiler.set_stance("default")
+
+    def on_train_end(self) -> None:
+        """Leave the blocks as they were."""
+        for part in self._compiled:
+            part._compiled_call_impl = None
+        self._loss, self._compiled = training_loss, []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``qat.checkpoint`` reads, and the random state."""
@@ -189,11 +213,53 @@ class ImageClassification(Task):
 
 
 class CausalLanguageModel(Task):
-    """Tokens (B, T) to the tokens that follow them (B, T)."""
+    """Tokens (B, T) to the tokens that follow them (B, T).
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        loss_rows: make the logits of so many predictions at a time, and never all of them; None makes all at once.
+    """
+
+    def __init__(self, *args: Any, loss_rows: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metrics = LanguageMetrics()
+        if loss_rows is not None and loss_rows < 1:
+            raise TrainingError(f"task.loss_rows={loss_rows}: give a positive number, such as 1024, or null")
+        if loss_rows is not None and (self.label_smoothing or self._teacher != (None,)):
+            raise TrainingError("task.loss_rows goes with neither a teacher nor task.label_smoothing: leave it at null")
+        self.loss_rows, self._head_checked = loss_rows, False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of a batch."""
+        if self.loss_rows is None:
+            return super().training_step(batch, batch_index)
+        inputs, targets = batch
+        if not self._head_checked:
+            check_head(self.model, inputs)
+            self._head_checked = True
+        return chunked_loss(self.model, inputs, targets, self.loss_rows)
+
+
+def training_loss(
+    logits: Tensor,
+    targets: Tensor,
+    taught: Tensor | None,
+    share: float,
+    label_smoothing: float,
+    temperature: float,
+) -> Tensor:
+    """Return the loss of logits (..., C).
+
+    Args:
+        logits: the network's.
+        targets: (...); those of mixed examples count for ``share``, and their reverse for the rest.
+        taught: a teacher's logits, which then count as much as the targets.
+        share: 1 without mixtures.
+        label_smoothing, temperature: see ``Task``.
+    """
+    loss = cross_entropy(logits, targets, label_smoothing)
+    if share < 1:
+        loss = share * loss + (1 - share) * cross_entropy(logits, targets.flip(0), label_smoothing)
+    return loss if taught is None else (loss + soft_cross_entropy(logits, taught, temperature)) / 2
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,98 @@
+"""recipes/smollm2_comparison.py: what waits for what, what counts as a result, and what recovery is of."""
+
+import argparse
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2_comparison.py"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    if not RECIPE.exists():
+        pytest.skip("recipes are part of a checkout")
+    spec = importlib.util.spec_from_file_location("smollm2_comparison", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "OUT", tmp_path)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    (tmp_path / "results").mkdir()
+    return module
+
+
+def options(**changes) -> argparse.Namespace:
+    given = {"bits": [4, 2], "methods": ["minmax", "gptq"], "starts": ["best"], "seeds": 2, "teacher": "tuned"}
+    given |= {"table": False, "train": ["a.txt"], "test": "b.txt", "steps": 6, "batch_size": 2, "calibration": 4}
+    return argparse.Namespace(
+        **{**given, "lr": None, "windows": 4, "jobs": 1, "overrides": [], "end": math.inf, **changes}
+    )
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_row_runs_once_after_what_it_needs(recipe, monkeypatch, jobs):
+    """Also with a single worker, which would wait forever if a row came before what it waits for."""
+    done = []
+
+    def run(name, commands, options, weight=1):
+        trained = [part for command in commands for part in command]
+        for needed in [part for part in trained if part.startswith(("teacher=", "init_from="))]:
+            assert Path(needed.split("=")[1]).parent.name in done
+        done.append(name)
+        recipe.result_file(name).write_text(json.dumps({"perplexity": 9 - len(done) / 99, "kl": 0, "agreement": 1}))
+
+    monkeypatch.setattr(recipe, "run", run)
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = [future.result(timeout=60) for future in recipe.plan(pool, options())]
+    assert len(done) == len(set(done)) and {row["row"] for row in rows if row["row"].startswith("LSQ")}
+    names = {"full_precision", "full_precision_tuned_32_1", "minmax_4_0", "gptq_2_1", "gptq_of_tuned_4_1"}
+    assert names <= set(done) and "minmax_4_1" not in done  # which reads no data
+
+
+def test_a_table_of_what_is_there_runs_nothing(recipe):
+    with ThreadPoolExecutor(1) as pool:
+        futures = recipe.plan(pool, options(table=True))
+    assert all(isinstance(future.exception(), FileNotFoundError) for future in futures)
+
+
+def test_commands_go_on_after_an_exit_without_error_but_not_after_a_stop(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    ok, stopped, last = tmp_path / "ok.py", tmp_path / "stopped.py", tmp_path / "last.py"
+    ok.write_text("import sys; sys.exit()")
+    stopped.write_text("class Stopped(SystemExit): pass\nraise Stopped")
+    last.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    recipe.run_here([[str(ok)], [str(last)]])
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    with pytest.raises(SystemExit):
+        recipe.run_here([[str(stopped)], [str(last)]])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_recovery_is_of_the_gap_between_the_best_ptq_and_the_tuned_model(recipe):
+    rows = [("full precision, tuned", 32, 16.0), ("minmax", 4, 30.0), ("gptq", 4, 22.0), ("gptq of tuned", 4, 20.0)]
+    rows = [{"row": row, "bits": bits, "perplexity": value} for row, bits, value in rows]
+    rows += [{"row": "LSQ from gptq", "bits": 4, "perplexity": value} for value in (16.5, 17.5)]
+    entries = recipe.summarise([{**row, "kl": 0.0, "agreement": 1.0} for row in rows])
+    assert next(entry for entry in entries if entry["row"] == "LSQ from gptq")["recovery"] == pytest.approx(0.75)
+
+
+def test_the_time_that_is_given_stops_a_row_and_starts_no_other(recipe, tmp_path):
+    (tmp_path / "logs").mkdir()
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time; time.sleep(60)")
+    given = options(
+        seconds=1.0, end=time.monotonic() + 1.0, gpus=argparse.Namespace(one=lambda weight: nullcontext({}))
+    )
+    for _ in range(2):
+        with pytest.raises(subprocess.TimeoutExpired):
+            recipe.run("slow", [[str(slow)]], given)
+    assert time.monotonic() < given.end + 30
