@@ -19,6 +19,7 @@ _HOME = {
     "QuantPolicy": "policy",
     "QuantizedTensor": "numerics",
     "prepare": "surgery",
+    "start_from": "starting",
     "summary": "surgery",
     "calibrate": "calibration",
     "kept_weights": "accumulation",

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import codebook, numerics
 from .layers import product as products
 from .layers.product import Convolution
-from .quantizers import dynamic
+from .quantizers import asymmetric, dynamic
 from .quantizers.rounding import Rounding
 from .spec import Dynamic, QuantSpec
 
@@ -125,6 +125,58 @@ def _(x, rows, groups, levels, scale_levels):
 
 
 _codebook.register_autograd(lambda ctx, grad_output: (grad_output, None, None, None, None))
+
+
+def asymmetric_fake_quantize(
+    x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec, grad_scale: float
+) -> Tensor:
+    """Do what ``quantizers.asymmetric`` does, inside a compiled graph."""
+    return _asymmetric(x, step_size, zero_point, spec.bits, spec.scale_dtype.value, grad_scale)
+
+
+@torch.library.custom_op("qat::asymmetric_fake_quantize", mutates_args=())
+def _asymmetric(
+    x: Tensor, step_size: Tensor, zero_point: Tensor, bits: int, scale_dtype: str, grad_scale: float
+) -> Tensor:
+    return asymmetric.fake_quantized(x, step_size, zero_point, _spec(bits, True, scale_dtype)).contiguous()
+
+
+@torch.library.custom_op("qat::asymmetric_fake_quantize_backward", mutates_args=())
+def _asymmetric_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    scale_dtype: str,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    how = (_spec(bits, True, scale_dtype), grad_scale, (True, True), zero_point)
+    grad_x, grad_step = numerics.fake_quantize_gradients(grad_output, x, step_size, *how)
+    return grad_x.contiguous(), grad_step
+
+
+@_asymmetric.register_fake
+def _(x, step_size, zero_point, *how):
+    return x.new_empty(x.shape)
+
+
+@_asymmetric_backward.register_fake
+def _(grad_output, x, step_size, zero_point, *how):
+    return x.new_empty(x.shape), torch.empty_like(step_size)
+
+
+def _keep_asymmetric(ctx, inputs, output) -> None:
+    x, step_size, zero_point, *ctx.how = inputs
+    ctx.save_for_backward(x, step_size, zero_point)
+
+
+def _asymmetric_gradients(ctx, grad_output: Tensor):
+    grad_x, grad_step = _asymmetric_backward(grad_output, *ctx.saved_tensors, *ctx.how)
+    return grad_x, grad_step, None, None, None, None
+
+
+_asymmetric.register_autograd(_asymmetric_gradients, setup_context=_keep_asymmetric)
 
 
 def product(

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, CheckpointError, QATError
 from .formats import FORMATS
@@ -33,9 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read the result back and compare")
     parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files go along")
+    parser.add_argument("--qdq", action="store_true", help="onnx: DequantizeLinear and MatMul in place of MatMulNBits")
     arguments = parser.parse_args(argv)
     try:
-        model = convert(arguments.source, arguments.out, arguments.to, arguments.model, arguments.tokenizer)
+        where = (arguments.source, arguments.out, arguments.to, arguments.model, arguments.tokenizer)
+        model = convert(*where, qdq=arguments.qdq)
         if not arguments.verify:
             return 0
         if arguments.to == "native" and is_checkpoint(arguments.source):
@@ -47,7 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(
-    source: Path, out: Path, to: str = "native", model: str | None = None, tokenizer: Path | None = None
+    source: Path,
+    out: Path,
+    to: str = "native",
+    model: str | None = None,
+    tokenizer: Path | None = None,
+    qdq: bool = False,
 ) -> QuantizedModel:
     """Write a model in a format, and print what it holds; return it.
 
@@ -57,6 +64,7 @@ def convert(
         to: a key of FORMATS.
         model: package.module:function that builds an untrained model of the user's own.
         tokenizer: a folder whose tokenizer files go along.
+        qdq: write ONNX's linear weights as DequantizeLinear too, for readers without MatMulNBits.
 
     Raises:
         QATError: the source cannot be read, or the format cannot hold it exactly, or ``out`` cannot be written.
@@ -66,13 +74,16 @@ def convert(
 
     if out.exists() and source.exists() and out.samefile(source):
         raise ArtifactError(f"--out {out} is the source itself: choose another folder")
+    if qdq and to != "onnx":
+        raise ArtifactError(f"--qdq says how --to onnx writes linear weights, and this is --to {to}: leave it out")
     quantized = read_source(source, model)
     if tokenizer is not None:
         if not tokenizer.is_dir():
             raise ArtifactError(f"--tokenizer {tokenizer}: there is no such folder")
         quantized.files = tokenizer
     with atomic_folder(out, lambda folder: formats.format_of(folder) == to) as folder:
-        notes = formats.module(to).write(quantized, folder, **_network(to, model))
+        options = _network(to, model) | ({"qdq": True} if qdq else {})
+        notes = formats.module(to).write(quantized, folder, **options)
     for note in notes:
         print(note)
     for name in adapters.folders(quantized):
@@ -155,7 +166,7 @@ def build_model(target: str | None) -> nn.Module | None:
         raise CheckpointError(f"--model {target}: {error}; give package.module:function") from None
 
 
-def _network(to: str, model: str | None) -> dict[str, nn.Module | None]:
+def _network(to: str, model: str | None) -> dict[str, Any]:
     """A graph format traces the network, which for a user's own model only the user can build."""
     return {"network": build_model(model)} if to in ("onnx", "executorch") else {}
 

@@ -63,7 +63,7 @@ def joint_lora(
                 f"{name!r}: a {type(layers[name]).__name__} takes no joint adapter: leave it out of targets"
             )
         if not isinstance(quantizers[name], WeightLSQ):
-            raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes, not to a codebook")
+            raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes on a symmetric grid")
     model.requires_grad_(False)
     for name in chosen:
         make_joint_(layers[name], quantizers[name], rank, alpha / rank)
@@ -93,5 +93,5 @@ def chosen_layers(layers: dict[str, nn.Module], targets: Sequence[str] | None) -
 def _quantizer(name: str, layer: nn.Module, policy: QuantPolicy) -> WeightLSQ:
     spec = policy.weight
     if not isinstance(spec, QuantSpec) or spec.codebook is not None:
-        raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes, not to a codebook")
+        raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes on a symmetric grid")
     return WeightLSQ(spec, layer.packed_weight.dequantize(torch.float32), name, policy.init)

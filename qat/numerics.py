@@ -183,16 +183,29 @@ def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.d
 
 
 def fake_quantize_gradients(
-    grad_output: Tensor, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float, wanted=(True, True)
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+    wanted=(True, True),
+    zero_point: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of ``fake_quantize``, of x and of the step size; None for one that is not wanted."""
+    """Return the gradients of ``fake_quantize``, of x and of the step size; None for one that is not wanted.
+
+    With zero points the bounds of x / s are those of the codes less the zero point.
+    """
     ratio, _ = _ratio(x, stored_scale(step_size, spec))
-    inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
+    low, high = -spec.q_n, spec.q_p
+    if zero_point is not None:
+        shift = _broadcast(x, zero_point.to(ratio.dtype))[1]
+        low, high = low - shift, high - shift
+    inside = (ratio > low) & (ratio < high)
     grad_x = grad_step = None
     if wanted[0]:
         grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0).to(x.dtype)
     if wanted[1]:
-        slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)
+        slope = ratio.clamp(low, high).round() - ratio.masked_fill(~inside, 0)
         terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
         total = terms.sum() if step_size.numel() == 1 else terms.reshape(*step_size.shape, -1).sum(-1)
         grad_step = (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)

@@ -79,8 +79,9 @@ class QuantPolicy:
         for spec in (weight, activation):
             if spec is activation and isinstance(spec, QuantSpec) and spec.codebook is not None:
                 raise PolicyError("activations take no codebook: drop it, or give weights one")
-            if isinstance(spec, QuantSpec) and not spec.symmetric:
-                raise PolicyError("LSQ learns symmetric grids: drop symmetric=False")
+            if isinstance(spec, QuantSpec) and not spec.symmetric and (spec is activation or spec.zero_point_dtype):
+                what = "activations are symmetric" if spec is activation else "adapter=qa_lora trains real zero points"
+                raise PolicyError(f"{what}: drop symmetric=False")
         return weight, activation
 
     def quantizes_nothing(self) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from .errors import LayerError
 from .layers import quant_layers
-from .quantizers import LearnedStepSize, WeightLSQ
+from .quantizers import AsymmetricLSQ, LearnedStepSize, WeightLSQ
 
 
 def shard_step_sizes(model: nn.Module, **options: Any) -> nn.Module:
@@ -26,10 +27,15 @@ def shard_step_sizes(model: nn.Module, **options: Any) -> nn.Module:
     Args:
         model: prepared, and calibrated.
         options: for ``fully_shard``, such as mesh.
+
+    Raises:
+        LayerError: a weight with zero points.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import
 
-    for _, layer in quant_layers(model):
+    for name, layer in quant_layers(model):
+        if isinstance(layer.weight_quantizer, AsymmetricLSQ):
+            raise LayerError(f"{name!r}: a weight with zero points is not sharded: train it with DDP")
         if isinstance(layer.weight_quantizer, WeightLSQ):
             layer.weight_quantizer.stored_dtype = layer.weight.dtype
     for quantizer in list(model.modules()):

@@ -24,7 +24,7 @@ from .layers import (
 )
 from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
-from .quantizers import ActivationLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
+from .quantizers import ActivationLSQ, AsymmetricLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
 from .quantizers.dynamic import BLOCK
 from .spec import Dynamic, Init, QuantSpec
 
@@ -66,7 +66,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     decisions = decide(model, policy)
     check_shapes(decisions)
     _check_init(decisions, policy.init)
-    weight_quantizers: dict[int, WeightLSQ | WeightCodebook] = {}
+    weight_quantizers: dict[int, WeightLSQ | AsymmetricLSQ | WeightCodebook] = {}
     init = policy.init.of_activations
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
@@ -87,11 +87,13 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     return model
 
 
-def weight_quantizer(decision: Decision, init: Init) -> WeightLSQ | WeightCodebook:
+def weight_quantizer(decision: Decision, init: Init) -> WeightLSQ | AsymmetricLSQ | WeightCodebook:
     """Return the quantizer that a decision gives its layer, started from the weight's values."""
     weight = matrix(decision.layer)
     if decision.weight.codebook is not None:
         return WeightCodebook(decision.weight, weight, decision.name)
+    if not decision.weight.symmetric:
+        return AsymmetricLSQ(decision.weight, weight, decision.name)
     # Methods that read data are for matrix products.
     return WeightLSQ(decision.weight, weight, decision.name, init.of_activations if _is_embedding(decision) else init)
 
@@ -189,6 +191,10 @@ def check_shapes(decisions: list[Decision]) -> None:
             problems += _dynamic_problems(decision)
         if _is_embedding(decision) and decision.weight.codebook is not None:
             problems.append(f"{decision.name!r}: an Embedding takes no codebook: set it, or weight, to null")
+        if _is_embedding(decision) and not decision.weight.symmetric:
+            problems.append(
+                f"{decision.name!r}: an Embedding takes no zero points: give it a rule with symmetric: true"
+            )
         if _is_embedding(decision) and decision.layer.max_norm is not None:
             problems.append(f"{decision.name!r}: max_norm rescales rows in the forward: set it, or weight, to null")
         first = tied.setdefault(id(weight), decision)
@@ -203,9 +209,13 @@ def check_shapes(decisions: list[Decision]) -> None:
 
 def _check_init(decisions: list[Decision], init: Init) -> None:
     """Raise a LayerError that names the layers which an init that reads data does not know."""
-    names = [repr(d.name) for d in decisions if d.weight is not None and plain_type(d.layer) is Conv1D]
-    if init.reads_data and names:
-        raise LayerError(f"init={init.value} does not read Conv1D layers ({', '.join(names)}): use init=mse")
+    quantized = [decision for decision in decisions if decision.weight is not None]
+    for what, kind in (
+        ("Conv1D layers", [repr(d.name) for d in quantized if plain_type(d.layer) is Conv1D]),
+        ("zero points", [repr(d.name) for d in quantized if not d.weight.symmetric]),
+    ):
+        if init.reads_data and kind:
+            raise LayerError(f"init={init.value} does not know {what} ({', '.join(kind)}): use init=mse")
 
 
 def _is_embedding(decision: Decision) -> bool:

@@ -160,6 +160,7 @@ def llama_cpp(folder: Path, windows: Tensor) -> Result:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_gpu_layers, params.n_parallel = str(folder / "model.gguf"), 640, 0, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_ram_mib, params.verbosity = 0, -1
     server = xllamacpp.Server(params)

@@ -8,7 +8,8 @@ text files, such as the Brown corpus and WikiText-2's validation set to train on
 
 Every linear layer but lm_head, which shares its weight with the embedding, is trained with LSQ in groups of 32: 60
 steps of 4 x 512 tokens take about 20 minutes on one CPU core. A longer training takes a GPU: --steps 2000
-trainer.accelerator=gpu data.batch_size=16. bitsandbytes holds NF4 only, to which the same weights are rounded.
+trainer.accelerator=gpu data.batch_size=16. bitsandbytes holds NF4 only, to which the same model is
+rounded, or with --nf4-steps 60 trained.
 
 Every command is printed before it runs. Results go to runs/smollm2, in formats.json and formats.md; what is there
 already is used again, so that a run that was stopped goes on where it was. The first rows are the float32 model and
@@ -16,6 +17,8 @@ its rounding to the same grid, both before training. Slow runtimes read fewer wi
 qat.load gives on those. Only llama.cpp and ExecuTorch round activations; the rows below them are our own model with
 that rounding. "bytes" is everything in the folder, most of which is the embedding, in the dtype that it was trained in.
 ExecuTorch takes part where it is installed; its compiler takes many minutes for a model of 30 layers.
+
+--speeds runs every client again, for the tokens a second alone: on a machine that has become quiet.
 """
 
 import argparse
@@ -51,6 +54,7 @@ SIMULATED = {
     "executorch": ("qat.load, int8 a token", "qat_int8_token"),
 }
 MOST = {"mlx_lm": 1, "llama_cpp": 4, "qat_q8_0": 4, "executorch": 4, "qat_int8_token": 4}  # windows
+SPEED_WINDOWS = 3  # of which the fastest counts
 
 
 def main() -> None:
@@ -59,19 +63,18 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", required=True, help="text files to train on")
     parser.add_argument("--test", required=True, help="a text file to measure the perplexity with")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--nf4-steps", type=int, default=0)
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens of the test text")
     parser.add_argument("--fresh", action="store_true", help=f"empty {OUT} first")
+    parser.add_argument("--speeds", action="store_true", help="measure the tokens a second again, of what is there")
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
     arguments = parser.parse_intermixed_args()
     if arguments.fresh:
         shutil.rmtree(OUT, ignore_errors=True)
     if not MODEL.exists():
         unpack()
-    for run_dir, policy in ((ROUNDED, "lm_w4"), (NF4, "lm_nf4")):
-        overrides = [f"policy={policy}", "trainer.max_epochs=0", *arguments.overrides]
-        make("native", run_dir / "native", run_dir, arguments, overrides)
-    length = ["policy=lm_w4", f"trainer.max_steps={arguments.steps}", "trainer.max_epochs=-1"]
-    make("native", OUT / "native", TRAINED, arguments, [*length, *arguments.overrides])
+    make("native", ROUNDED / "native", ROUNDED, arguments, ["policy=lm_w4", *steps(0), *arguments.overrides])
+    make("native", OUT / "native", TRAINED, arguments, ["policy=lm_w4", *steps(arguments.steps), *arguments.overrides])
     formats = [to for to in CLIENTS if to != "executorch" or find_spec("executorch")]
     rows = [measure("float32, not trained", "transformers", "transformers", MODEL, arguments)]
     rows.append(measure("4 bits, rounded", "qat.load", "qat_load", ROUNDED / "native", arguments))
@@ -81,11 +84,13 @@ def main() -> None:
         rows += [measure(to, name, client, OUT / to, arguments, OUT / "native") for name, client in CLIENTS[to]]
         if to in SIMULATED:
             rows.append(measure(f"  as {to} rounds", *SIMULATED[to], OUT / "native", arguments, OUT / "native"))
+    make("native", NF4 / "native", NF4, arguments, ["policy=lm_nf4", *steps(arguments.nf4_steps), *arguments.overrides])
     if not (NF4 / "bitsandbytes").exists():
         convert(NF4 / "native", "bitsandbytes", NF4 / "bitsandbytes")
-    rows.append(measure("NF4, rounded", "qat.load", "qat_load", NF4 / "native", arguments))
+    how = "trained" if arguments.nf4_steps else "rounded"
+    rows.append(measure(f"NF4, {how}", "qat.load", "qat_load", NF4 / "native", arguments))
     name = "transformers + bitsandbytes"
-    rows.append(measure("bitsandbytes, rounded", name, "transformers", NF4 / "bitsandbytes", arguments, NF4 / "native"))
+    rows.append(measure(f"bitsandbytes, {how}", name, "transformers", NF4 / "bitsandbytes", arguments, NF4 / "native"))
     printed = f"{about()}\n\n{table(rows)}"
     (OUT / "formats.json").write_text(json.dumps({"about": about(), "rows": rows}, indent=1))
     (OUT / "formats.md").write_text(printed)
@@ -115,6 +120,11 @@ def make(to: str, out: Path, run_dir: Path, arguments: argparse.Namespace, overr
     if not out.exists():
         run(train_command(arguments.train, run_dir, overrides))
         convert(run_dir / "last.ckpt", to, out)
+
+
+def steps(count: int) -> list[str]:
+    """Return the overrides for so many steps of training."""
+    return [f"trainer.max_steps={count}", "trainer.max_epochs=-1"] if count else ["trainer.max_epochs=0"]
 
 
 def train_command(texts: list[str], run_dir: Path, overrides: list[str]) -> list[str]:
@@ -151,7 +161,7 @@ def measure(
 ) -> dict[str, str | float]:
     """Let a client measure a folder; return its row, with our own perplexity of its source on the same windows."""
     windows = min(arguments.windows, MOST.get(client, arguments.windows))
-    losses, speed = measured(client, folder, windows, arguments.test)
+    losses, speed = measured(client, folder, windows, arguments.test, arguments.speeds)
     ours = losses
     if source is not None:
         ours, _ = measured("qat_load", source, arguments.windows, arguments.test)
@@ -160,13 +170,16 @@ def measure(
     return {"format": what, "runtime": name, **numbers, "bytes": size, "tokens_per_second": speed}
 
 
-def measured(client: str, folder: Path, windows: int, text: str) -> tuple[list[float], float]:
-    """Return the loss of each window and the speed, measured now or before."""
+def measured(client: str, folder: Path, windows: int, text: str, again: bool = False) -> tuple[list[float], float]:
+    """Return the loss of each window and the speed, measured now or before; the speed now, if ``again``."""
     result = OUT / f"measured-{folder.relative_to(OUT).as_posix().replace('/', '-')}-{client}-{windows}.json"
+    command = [Path(__file__).with_name("client_perplexity.py"), client, folder, "--tokenizer", MODEL, "--text", text]
     if not result.exists():
-        command = [Path(__file__).with_name("client_perplexity.py"), client, folder, "--tokenizer", MODEL]
-        output = run([*command, "--text", text, "--windows", str(windows)])
-        result.write_text(output.strip().splitlines()[-1])
+        result.write_text(run([*command, "--windows", str(windows)]).strip().splitlines()[-1])
+    elif again:
+        found = json.loads(run([*command, "--windows", str(min(windows, SPEED_WINDOWS))]).strip().splitlines()[-1])
+        changed = json.loads(result.read_text()) | {"tokens_per_second": found["tokens_per_second"]}
+        result.write_text(json.dumps(changed))
     found = json.loads(result.read_text())
     return found["losses"], found["tokens_per_second"]
 
@@ -181,7 +194,8 @@ def about() -> str:
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
     cpu = models[0] if models else platform.processor() or platform.machine()
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}: `python {' '.join(sys.argv)}`"
+    busy = f"load {os.getloadavg()[0]:.1f}, 1 of it ours" if hasattr(os, "getloadavg") else "load unknown"
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu} ({busy}): `python {' '.join(sys.argv)}`"
 
 
 def table(rows: list[dict]) -> str:

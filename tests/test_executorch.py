@@ -16,13 +16,13 @@ from qat import formats
 from qat.checkpoint import random_input
 from qat.convert import main
 from qat.errors import ArtifactError
-from qat.formats import executorch, executorch_layers
+from qat.formats import executorch, executorch_client, executorch_layers
 from qat.formats.onnx_client import _edges
 from qat.layers import frozen_layers
 from qat.models import build
 from qat.numerics import quantize
 from qat.policy import QuantPolicy
-from qat.quantized_model import QuantizedLayer, from_model
+from qat.quantized_model import QuantizedLayer, from_model, to_model
 from qat.spec import Dynamic
 
 EXAMPLE = {"shape": [64], "dtype": "float32", "low": -1, "high": 2}
@@ -117,6 +117,22 @@ def test_the_runtime_computes_what_was_trained(weight, tmp_path):
         other.quantized = lambda name, changed=changed: changed if name == "4" else model.quantized(name)
         with pytest.raises(ArtifactError, match=r"lacks the codes or scales of 4$"):
             executorch.verify(tmp_path, other, network())
+
+
+def test_outputs_may_differ_by_what_rounding_makes_of_float32_errors(monkeypatch):
+    """As much as our own network does from itself, where that is more than the tolerance; not by more."""
+    model = to_model(net(), network()).eval()
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(executorch_client, "ROUNDING_TOLERANCE", 0)
+    monkeypatch.setattr("qat.formats.onnx_client.NUDGE", 1e-3)
+    with torch.no_grad():
+        monkeypatch.setattr(executorch_client, "run", lambda file, x: executorch_client.nudged(model, x, seed=1))
+        ((_, seen),) = executorch_client.compare_outputs(None, model, x)
+        assert "as our own do from themselves" in seen
+        wrong = model(x) + 3 * (executorch_client.nudged(model, x, seed=1) - model(x))
+        monkeypatch.setattr(executorch_client, "run", lambda file, x: wrong)
+        with pytest.raises(ArtifactError, match="the outputs of None differ by"):
+            executorch_client.compare_outputs(None, model, x)
 
 
 class Vision(nn.Module):
@@ -227,10 +243,11 @@ def test_resnet20_is_all_integers_and_exact(tmp_path):
     images = random_input(IMAGES, 64, seed=1)
     with torch.no_grad():
         expected = network(images)
-    found = executorch._run(tmp_path / executorch.FILE, images)
+    found = executorch_client.run(tmp_path / executorch.FILE, images)
     close = (found - expected).abs().amax(1) < 1e-5 * expected.abs().max()
     assert close.sum() >= 62  # a sum at the edge of two codes may fall to either side
     other = from_model(network)
+    other.example = IMAGES
     changed = replace(model.quantized("stage2.0.conv1"))
     changed.codes = changed.codes.clone()
     changed.codes[0, 0, 0, 0] ^= 1
@@ -284,7 +301,7 @@ def test_trained_inputs_make_a_language_model_exact(grid, counts, tmp_path):
     assert executorch.verify(tmp_path, frozen)[0][1].startswith("7 layers, ")
     with torch.no_grad():
         expected = model(tokens).logits
-    found = executorch._run(tmp_path / executorch.FILE, tokens)
+    found = executorch_client.run(tmp_path / executorch.FILE, tokens)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -303,5 +320,5 @@ def test_a_language_model_of_any_length(tmp_path, capsys):
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         expected = model(tokens).logits
-    found = executorch._run(tmp_path / "out" / executorch.FILE, tokens)
+    found = executorch_client.run(tmp_path / "out" / executorch.FILE, tokens)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

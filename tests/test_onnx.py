@@ -264,7 +264,7 @@ def test_large_models_get_a_data_file(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "SINGLE_FILE_BYTES", 100)
     model = net()
     written(model, tmp_path, Net())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "model.onnx", "model.onnx.data"]
 
 
 class Unused(Net):

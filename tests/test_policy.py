@@ -127,7 +127,8 @@ def test_quantizes_nothing():
         ({"match": "@frist", "weight": None}, r"unknown.*did you mean '@first'"),
         ({"match": "x", "weight": 4}, "4 is no spec"),
         ({"match": "x", "weight": {"signed": False}}, "weights are always signed"),
-        ({"match": "x", "weight": {"symmetric": False}}, "LSQ learns symmetric grids"),
+        ({"match": "x", "activation": {"symmetric": False}}, "activations are symmetric"),
+        ({"match": "x", "weight": {"symmetric": False, "zero_point_dtype": "float16"}}, "adapter=qa_lora trains real"),
         ({"match": "x", "activation": {"granularity": "channel"}}, "activations take granularity='tensor'"),
     ],
 )

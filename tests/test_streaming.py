@@ -75,7 +75,7 @@ def convert(source, out, to, shard):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("to", ["compressed-tensors", "gguf"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf", "gptq", "awq", "mlx", "torchao"])
 def test_converting_holds_one_shard_of_the_model(tmp_path, monkeypatch, to):
     if to == "gguf":
         pytest.importorskip("gguf")

@@ -25,8 +25,8 @@ from . import genai
 from . import huggingface as hf
 from .comparison import compare_own
 from .integer_linears import exact, grid, marlin_notes, one_grid, pack_words, tensors, unpack_words, weight_only_layers
-from .native import StoredTensors
 from .shards import ShardWriter
+from .stored_tensors import StoredTensors
 
 METHOD = "awq"
 PARTS = ("qweight", "qzeros", "scales")

@@ -36,8 +36,8 @@ from ..spec import Codebook, QuantSpec
 from . import huggingface as hf
 from .comparison import compare, compare_logits, compare_own, small
 from .integer_linears import grid, largest_size, refuse, tensors, weight_only_layers
-from .native import DTYPES, StoredTensors
 from .shards import ShardWriter
+from .stored_tensors import DTYPES, StoredTensors
 
 METHOD = "bitsandbytes"
 STATE = "weight.quant_state.bitsandbytes__"

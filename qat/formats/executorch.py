@@ -12,38 +12,24 @@ At run time XNNPACK rounds the input of a linear layer without a trained scale t
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters import refuse_beside
 from ..errors import ArtifactError
-from ..layers import FrozenLayer, frozen_layers
-from ..numerics import QuantizedTensor
-from ..packing import pack
+from ..layers import frozen_layers
 from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
-from ..quantizers import DynamicActivation
 from ..spec import Dynamic
+from . import executorch_client
 from .companions import copy_companions
-from .executorch_layers import (
-    FLOAT32,
-    GROUP_MULTIPLE,
-    INT4,
-    INT8,
-    int4_operands,
-    int8_constants,
-    int8_operands,
-    kind,
-    lowered,
-)
+from .executorch_layers import FLOAT32, GROUP_MULTIPLE, INT4, INT8, kind
+from .executorch_program import lower, lowered_layer, quantized_weights
 from .integer_linears import EMBEDDING_FORMATS, exact, other_grid, refuse
+from .model_card import write_card
 from .onnx import example_input
-from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
 
 METHOD = "ExecuTorch"
@@ -71,17 +57,20 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
     frozen = to_model(model, network).float()
     kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
     wrapped = LogitsOnly(frozen).eval()
-    replaced = {layer: _lowered(model, name, layer) for name, layer in frozen_layers(frozen)}
+    replaced = {layer: lowered_layer(model, name, layer) for name, layer in frozen_layers(frozen)}
     for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
         if layer in replaced:
             wrapped.set_submodule(name, replaced[layer])
     longest = _longest(model)
-    program = _lower(wrapped, example, longest, model.source)
+    program = lower(wrapped, example, longest, model.source)
     copy_companions(model, folder)
     with (folder / FILE).open("wb") as stream:
         program.write_to_file(stream)
     what = f"1 to {longest} tokens, without a cache" if longest else f"one input of shape {list(example.shape[1:])}"
-    return [f"{FILE} takes {what}", *_notes(model, kinds)]
+    notes = _notes(model, kinds)
+    run = f"python -c \"from executorch.runtime import Runtime; Runtime.get().load_program('{FILE}')\""
+    write_card(model, folder, METHOD, "; ".join(notes), run)
+    return [f"{FILE} takes {what}", *notes]
 
 
 def read(path: Path) -> QuantizedModel:
@@ -103,21 +92,7 @@ def verify(folder: Path, model: QuantizedModel, network: nn.Module | None = None
         ArtifactError: codes or scales are not in the file, or outputs differ.
     """
     _need()
-    frozen = to_model(model, network).float()
-    kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
-    rows = _compare_file(folder / FILE, model, kinds)
-    for name, layer in frozen_layers(frozen):
-        if model.layers[name].type == "Linear" and not model.layers[name].has_activation_scale:
-            layer.activation_quantizer = DynamicActivation(Dynamic.int8_token)
-    x = example_input(model, 8)
-    with torch.no_grad():
-        rows += _compare_layer(model, frozen, kinds)
-        found = _run(folder / FILE, x)
-        expected = LogitsOnly(frozen)(x)
-    gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the outputs of {folder / FILE}")
-    equal = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    seen = f"differ by at most {gap:.3g} (largest {largest:.3g}); argmax equal in {equal:.2%}"
-    return [*rows, ("ExecuTorch, outputs", seen)]
+    return executorch_client.compare(folder / FILE, model, to_model(model, network).float(), example_input(model, 8))
 
 
 def _problem(layer: QuantizedLayer) -> str | None:
@@ -142,26 +117,12 @@ def _problem(layer: QuantizedLayer) -> str | None:
 
 def _check_scales(model: QuantizedModel) -> None:
     """Raise an ArtifactError for a scale that the program would round; the layer is named."""
-    for name, layer, tensor in _weights(model):
+    for name, layer, tensor in quantized_weights(model):
         if kind(layer) == INT4:
             exact(tensor.scale, torch.bfloat16, name, METHOD)
         elif kind(layer) == INT8:
             factor = model.activation_scale(name).double() if layer.has_activation_scale else 1.0
             exact(tensor.scale.double() * factor, torch.float32, name, METHOD)
-
-
-def _lowered(model: QuantizedModel, name: str, layer: FrozenLayer) -> nn.Module:
-    entry = model.layers[name]
-    tensor = None if entry.weight is None else model.quantized(entry.tied or name)
-    return lowered(layer, entry, tensor, model.activation_scale(name) if entry.has_activation_scale else None)
-
-
-def _weights(model: QuantizedModel) -> Iterator[tuple[str, QuantizedLayer, QuantizedTensor]]:
-    """Yield (name, layer, weight) of each layer with a quantized weight, one at a time."""
-    for name, layer in model.layers.items():
-        if layer.weight is not None:
-            tensor = model.quantized(layer.tied or name)
-            yield name, layer, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, tensor.zero_point)
 
 
 def _notes(model: QuantizedModel, kinds: dict[str, str]) -> list[str]:
@@ -185,99 +146,10 @@ def _notes(model: QuantizedModel, kinds: dict[str, str]) -> list[str]:
     return notes
 
 
-def _lower(network: nn.Module, example: Tensor, longest: int | None, source: str) -> Any:
-    """Return an ExecuTorch program; with ``longest``, for any number of tokens up to it.
-
-    Raises:
-        ArtifactError: torch cannot export the network, or XNNPACK leaves a quantized layer out.
-    """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    shapes = None if longest is None else ({1: torch.export.Dim("tokens", min=2, max=longest)},)
-    try:
-        exported = torch.export.export(network, (example,), dynamic_shapes=shapes)
-        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-    except Exception as error:  # torch.export's and ExecuTorch's own, which share no base
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{source} cannot become an ExecuTorch program: {reason}") from error
-    nodes = [str(node.target) for node in edge.exported_program().graph.nodes]
-    left = [name for name in nodes if any(kind in name for kind in ("quantize_affine", "quantized_decomposed"))]
-    if left:
-        raise ArtifactError(f"XNNPACK does not take {len(left)} operations of quantized layers of {source}")
-    return edge.to_executorch()
-
-
 def _longest(model: QuantizedModel) -> int | None:
     """Return the longest input of a transformers language model; None for another."""
     config = (model.architecture or {}).get("transformers") or {}
     return min(LONGEST, config.get("max_position_embeddings") or LONGEST) if "vocab_size" in config else None
-
-
-def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> list[tuple[str, str]]:
-    """Look for every integer layer's packed codes and scales.
-
-    Raises:
-        ArtifactError: some are not there; the layers are named.
-    """
-    total, count, missing = 0, 0, []
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for name, layer, tensor in _weights(model):
-            if kinds[name] == FLOAT32:
-                continue
-            scale = model.activation_scale(name) if layer.has_activation_scale else None
-            constants = () if scale is None else int8_constants(layer.activation)
-            four = kinds[name] == INT4
-            parts = _int4_parts(tensor, constants) if four else _int8_parts(tensor, constants, scale)
-            if any(content.find(part.contiguous().view(torch.uint8).numpy().tobytes()) < 0 for part in parts):
-                missing.append(name)
-            total, count = total + tensor.codes.numel(), count + 1
-    if missing:
-        raise ArtifactError(f"{file} lacks the codes or scales of {', '.join(missing)}")
-    return [("codes and scales in the file", f"{count} layers, {total:,} codes, equal in every bit")]
-
-
-def _int4_parts(tensor: QuantizedTensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    codes, scale = int4_operands(tensor, constants)
-    return pack(codes, 4), scale.bfloat16()
-
-
-def _int8_parts(tensor: QuantizedTensor, constants: tuple[float, ...], scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    codes, scales = int8_operands(tensor, constants, scale)
-    return codes if codes.dim() == 2 else codes.permute(0, 2, 3, 1), scales
-
-
-def _compare_layer(model: QuantizedModel, frozen: nn.Module, kinds: dict[str, str]) -> list[tuple[str, str]]:
-    """Run the first integer layer alone in ExecuTorch, on random inputs.
-
-    Raises:
-        ArtifactError: it differs from our layer by more than the order of summation explains.
-    """
-    for name, layer in frozen_layers(frozen):
-        if kinds[name] != FLOAT32:
-            size = (64, layer.in_features) if model.layers[name].type == "Linear" else (1, layer.in_channels, 16, 16)
-            x = torch.randn(size, generator=torch.Generator().manual_seed(0))
-            program = bytes(_lower(_lowered(model, name, layer).eval(), x, None, name).buffer)
-            gap, largest = _gap(_run(program, x, batched=True), layer(x), TOLERANCE, f"the outputs of {name!r} alone")
-            return [(f"ExecuTorch, {name}", f"differs by at most {gap:.3g} (largest {largest:.3g}) on {list(x.shape)}")]
-    return []
-
-
-def _run(program: Path | bytes, x: Tensor, batched: bool = False) -> Tensor:
-    """Return what ExecuTorch's runtime makes of x, one row at a time unless the program takes the batch."""
-    from executorch.runtime import Runtime
-
-    method = Runtime.get().load_program(program).load_method("forward")
-    return torch.cat([method.execute([part])[0].clone() for part in ([x] if batched else x.split(1))])
-
-
-def _gap(found: Tensor, expected: Tensor, tolerance: float, what: str) -> tuple[float, float]:
-    if found.shape != expected.shape:
-        raise ArtifactError(f"{what} have the shape {list(found.shape)}, not {list(expected.shape)}")
-    gap, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not gap <= tolerance * largest:
-        raise ArtifactError(f"{what} differ by {gap:g} (largest {largest:g})")
-    return gap, largest
 
 
 def _need() -> None:

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
+import numpy
+import torch
 from torch import Tensor
 
+from ..errors import ArtifactError
 from ..packing import unpack
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
-from .comparison import compare
+from .comparison import compare, compare_logits, small
+from .onnx_client import TOLERANCE, session
 
 CLIENT = "onnxruntime-genai"
+# Without these its builder would round the head, the embedding, and the inputs of all products.
+OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
 
 
 def notes(skipped: list[str]) -> list[str]:
@@ -28,15 +38,15 @@ def notes(skipped: list[str]) -> list[str]:
         skipped: layers that are not quantized in a quantized block, for which the loader fails.
     """
     if not skipped:
-        exclude = "--extra_options accuracy_level=1 nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
-        return [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {exclude}"]
+        told = f"--extra_options {' '.join(OPTIONS)}"
+        return [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {told}"]
     more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     named = ", ".join(skipped[:3]) + more
     return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({named}): use --to onnx there"]
 
 
 def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tuple[str, str]]:
-    """Return the rows of a table: every code and weight that the loader makes of a "gptq" or "awq" folder.
+    """Return the rows of a table: every code and weight that the loader makes of a "gptq" or "awq" folder, and logits.
 
     Raises:
         ArtifactError: anything differs.
@@ -48,6 +58,7 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
     config, quantization, _ = hf.read_folder(folder, method)
     heads, head = config.get("num_attention_heads") or 1, config.get("head_dim")
     head = head or (config.get("hidden_size") or 0) // heads
+    cache = (config.get("num_key_value_heads") or heads, head)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             loaded = QuantModel.from_pretrained(
@@ -55,7 +66,7 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
                 input_path=str(folder),
                 quant_attrs={"config": quantization, "use_g_idx": False},
                 q_size=heads * head,
-                kv_size=(config.get("num_key_value_heads") or heads) * head,
+                kv_size=cache[0] * head,
                 intermediate_size=config.get("intermediate_size"),
                 num_layers=config.get("num_hidden_layers"),
             )
@@ -71,4 +82,42 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
         codes = codes.int() - zero_points.int().repeat_interleave(half * 2, 1)
         return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
 
-    return compare(model, one, CLIENT)
+    rows = compare(model, one, CLIENT)
+    if not small(model):
+        return [*rows, (f"logits, {CLIENT}", "not compared: this is no small language model")]
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            run = build(folder, Path(made), *cache)
+        except ArtifactError as error:  # it wants a tokenizer, and knows fewer architectures than its loader
+            return [*rows, (f"logits, {CLIENT}", f"not compared: {error}")]
+        return [*rows, compare_logits(model, run, CLIENT, TOLERANCE)]
+
+
+def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor], Tensor]:
+    """Let the builder make an ONNX model of a "gptq" or "awq" folder; return what runs it: tokens (B, T) -> logits.
+
+    Args:
+        folder: the export.
+        made: where to.
+        heads: of keys and values.
+        size: of one of them.
+
+    Raises:
+        ArtifactError: it cannot.
+    """
+    command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(made)]
+    command += ["-c", str(made), "-p", "int4", "-e", "cpu", "--extra_options", *OPTIONS]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ArtifactError(f"its builder fails: {(run.stderr.strip() or 'without a word').splitlines()[-1]}")
+    client = session(made / "model.onnx")
+
+    def logits(tokens: Tensor) -> Tensor:
+        feeds = {"input_ids": tokens.numpy(), "attention_mask": numpy.ones(tokens.shape, numpy.int64)}
+        for value in client.get_inputs():
+            if value.name.startswith("past_key_values"):  # an empty cache
+                feeds[value.name] = numpy.zeros((len(tokens), heads, 0, size), numpy.float32)
+        wanted = {value.name: feeds[value.name] for value in client.get_inputs()}
+        return torch.from_numpy(client.run(["logits"], wanted)[0])
+
+    return logits

@@ -21,6 +21,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from ..spec import Dynamic
 from . import gguf_blocks, gguf_client
+from .companions import copy_companions
 from .gguf_names import (
     ARCHITECTURES,
     ROPE_FREQUENCIES,
@@ -31,6 +32,7 @@ from .gguf_names import (
     row_order,
 )
 from .gguf_vocab import add_vocabulary
+from .model_card import write_card
 
 FILE = "model.gguf"
 QUANTIZED = tuple(gguf_blocks.BYTES)
@@ -81,7 +83,10 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         tensor = tensor.to(_DTYPES[formats[name]]).contiguous()
         writer.write_tensor_data(tensor.view(torch.uint8).numpy())
     writer.close()
-    return [*_notes(model, config, kinds), *([placeholder] if placeholder else [])]
+    copy_companions(model, folder)
+    notes = _notes(model, config, kinds)
+    write_card(model, folder, "GGUF", notes[1], f"llama-cli -m {FILE}")
+    return [*notes, *([placeholder] if placeholder else [])]
 
 
 def read(path: Path) -> QuantizedModel:

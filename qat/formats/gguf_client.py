@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
+from ..layers import frozen_layers
 from ..quantized_model import QuantizedModel, shares_embedding, to_model
 from ..quantizers import DynamicActivation
+from ..spec import Dynamic
 from .gguf_names import ARCHITECTURES, ROPE_FREQUENCIES, gguf_names, row_order
 
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
@@ -142,12 +144,15 @@ def compare_tensors(file: Path, model: QuantizedModel, config: dict[str, Any]) -
 
 
 def compare_outputs(file: Path, model: QuantizedModel, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Run transformers and llama.cpp on the file, against the frozen model in float32.
+    """Run transformers and llama.cpp on the file, against the frozen model in float32; llama.cpp's rounding simulated.
 
     Raises:
         ArtifactError: logits differ in transformers, or the next token in llama.cpp.
     """
     frozen = to_model(model).float()
+    for _, layer in frozen_layers(frozen):
+        if layer.activation_quantizer is None and isinstance(layer, torch.nn.Linear):
+            layer.activation_quantizer = DynamicActivation(Dynamic.q8_0)
     roundings = [module for module in frozen.modules() if isinstance(module, DynamicActivation)]
     length = min(16, config["max_position_embeddings"] - 1)
     tokens = torch.randint(0, config["vocab_size"], (4, length), generator=torch.Generator().manual_seed(0))
@@ -156,7 +161,8 @@ def compare_outputs(file: Path, model: QuantizedModel, config: dict[str, Any]) -
         for module in roundings:
             module.enabled = False  # transformers multiplies in float32
         expected = frozen(tokens).logits
-    return [_run_transformers(file, frozen.config, tokens, expected), _run_llama_cpp(file, tokens, rounded)]
+    row = _run_transformers(file, frozen.config, tokens, expected)
+    return [row, _run_llama_cpp(file, tokens, rounded, expected[:, -1])]
 
 
 def _run_transformers(file: Path, config: Any, tokens: Tensor, expected: Tensor) -> tuple[str, str]:
@@ -174,7 +180,7 @@ def _run_transformers(file: Path, config: Any, tokens: Tensor, expected: Tensor)
     return "transformers, gguf_file=", f"logits differ by at most {gap:g} (largest {largest:g})"
 
 
-def _run_llama_cpp(file: Path, tokens: Tensor, expected: Tensor) -> tuple[str, str]:
+def _run_llama_cpp(file: Path, tokens: Tensor, expected: Tensor, float32: Tensor) -> tuple[str, str]:
     if find_spec("xllamacpp") is None:
         return "llama.cpp", "not installed: pip install xllamacpp"
     # A process of its own: llama.cpp ends the process where it cannot go on.
@@ -184,13 +190,16 @@ def _run_llama_cpp(file: Path, tokens: Tensor, expected: Tensor) -> tuple[str, s
         raise ArtifactError(f"llama.cpp does not run {file}: {run.stderr.strip()[-500:]}")
     answers = next(line for line in run.stdout.splitlines() if line.startswith("found "))
     largest = expected.abs().max()
-    gap, equal = 0.0, 0
-    for logits, (token, log_probability) in zip(expected, json.loads(answers.removeprefix("found ")), strict=True):
+    gaps, equal = [0.0, 0.0], 0
+    found = json.loads(answers.removeprefix("found "))
+    for logits, plain, (token, log_probability) in zip(expected, float32, found, strict=True):
         if logits.max() - logits[token] > MARGIN * largest:
             raise ArtifactError(f"llama.cpp on {file}: next token {token} where the model says {int(logits.argmax())}")
         equal += int(logits.argmax()) == token
-        gap = max(gap, abs(logits.log_softmax(0)[token].item() - log_probability))
-    return "llama.cpp", f"next token equal in {equal} of {len(expected)} texts, its log probability within {gap:.3g}"
+        for index, ours in enumerate((logits, plain)):
+            gaps[index] = max(gaps[index], abs(ours.log_softmax(0)[token].item() - log_probability))
+    seen = f"next token equal in {equal} of {len(expected)} texts, its log probability within {gaps[0]:.3g}"
+    return "llama.cpp", f"{seen} of ours with inputs in q8_0 ({gaps[1]:.3g} of float32)"
 
 
 _LLAMA_CPP = """
@@ -199,6 +208,8 @@ import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = sys.argv[1], 256, 0, False
 params.verbosity = -1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)
 found = []
 for tokens in json.loads(sys.argv[2]):

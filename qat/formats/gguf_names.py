@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM", False),
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"
+OTHERS = "use --to compressed-tensors or onnx"
 
 
 def language_config(architecture: dict[str, Any] | None) -> dict[str, Any]:
@@ -39,12 +40,15 @@ def language_config(architecture: dict[str, Any] | None) -> dict[str, Any]:
     names = config.get("architectures") or [None]
     row = ARCHITECTURES.get(config.get("model_type"))
     if row is None or names[0] != row[1]:
-        raise ArtifactError(f"{names[0]} ({config.get('model_type')}) has no GGUF writer here (known: {known})")
+        raise ArtifactError(
+            f"{names[0]} ({config.get('model_type')}) has no GGUF writer here (known: {known}): {OTHERS}"
+        )
     if config.get("hidden_act", "silu") != "silu":
-        raise ArtifactError(f"llama.cpp runs {names[0]} with silu only, not {config['hidden_act']!r}: use --to onnx")
+        raise ArtifactError(f"llama.cpp runs {names[0]} with silu only, not {config['hidden_act']!r}: {OTHERS}")
     rope = rope_parameters(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ArtifactError(f"rope type {rope['rope_type']!r} has no GGUF writer here (known: default, linear, llama3)")
+        known = "default, linear, llama3"
+        raise ArtifactError(f"rope type {rope['rope_type']!r} has no GGUF writer here (known: {known}): {OTHERS}")
     return config
 
 
@@ -74,7 +78,7 @@ def gguf_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
     found = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
     unknown = sorted(name for name, other in found.items() if other is None)
     if unknown:
-        raise ArtifactError(f"GGUF has no name for {', '.join(unknown)} in a model of type {kind!r}")
+        raise ArtifactError(f"GGUF has no name for {', '.join(unknown)} in a model of type {kind!r}: {OTHERS}")
     return found
 
 

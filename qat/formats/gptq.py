@@ -40,8 +40,8 @@ from .integer_linears import (
     unpack_words,
     weight_only_layers,
 )
-from .native import StoredTensors
 from .shards import ShardWriter
+from .stored_tensors import StoredTensors
 
 METHOD = "gptq"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

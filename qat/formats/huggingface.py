@@ -7,8 +7,6 @@ says how the quantized modules are stored.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +21,9 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from .companions import copy_companions
 from .integer_linears import refuse
-from .native import Selected, StoredTensors
+from .model_card import write_card
 from .shards import INDEX, ShardWriter
+from .stored_tensors import Selected, StoredTensors
 
 CONFIG = "config.json"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -110,7 +109,7 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
     if not generation.exists():
         tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key)}
         generation.write_text(json.dumps({"_from_model_config": True, **tokens}, indent=1), encoding="utf-8")
-    (folder / "README.md").write_text(_card(model, method, run), encoding="utf-8")
+    write_card(model, folder, method, WEIGHTS_ONLY, run)
 
 
 def read_folder(folder: Path, method: str) -> tuple[dict[str, Any], dict[str, Any], StoredTensors]:
@@ -218,20 +217,3 @@ def _missing_ties(architecture: dict[str, Any], dense: Selected) -> dict[str, st
         parameters = dict(build(architecture).named_parameters(remove_duplicate=False))
     stored = {id(parameter): name for name, parameter in parameters.items() if name in dense}
     return {name: stored[id(p)] for name, p in parameters.items() if name not in dense and id(p) in stored}
-
-
-def _card(model: QuantizedModel, method: str, run: str) -> str:
-    config = model.architecture["transformers"]
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
-    base = str(config.get("_name_or_path") or "")
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    counts = Counter(str(layer.weight) for layer in model.layers.values())
-    weights = ", ".join(f"{kind} ({count} layers)" for kind, count in counts.items())
-    header = ["---", *([f"base_model: {base}"] if on_hub else []), "tags:", "- quantization-aware-training", "---"]
-    body = [
-        f"# {base if on_hub else architecture}, {method}",
-        "Trained with its weights quantized: the integers in these files are the ones that the training forward used.",
-        f"- Architecture: {architecture}\n- Quantized weights: {weights}\n- Format: {method}; {WEIGHTS_ONLY}",
-        f"```\n{run}\n```",
-    ]
-    return "\n".join(header) + "\n\n" + "\n\n".join(body) + "\n"

@@ -27,8 +27,8 @@ from ..spec import QuantSpec
 from . import huggingface as hf
 from .comparison import compare, compare_logits, compare_own, small
 from .integer_linears import exact, grid, largest_size, pack_words, refuse, tensors, unpack_words, weight_only_layers
-from .native import StoredTensors
 from .shards import ShardWriter
+from .stored_tensors import StoredTensors
 
 METHOD = "mlx"
 PARTS = ("weight", "scales", "biases")

@@ -14,13 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import __version__
@@ -32,15 +31,11 @@ from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Codebook
 from .companions import copy_companions
 from .shards import ShardWriter
+from .stored_tensors import Selected, StoredTensors
 
 VERSION = 1
 METHOD = "qat"
 CONFIG = "config.json"
-DTYPES = {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16}
-DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
-DTYPES |= {
-    f"{kind[0].upper()}{bits}": getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
-}
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
@@ -150,63 +145,6 @@ def checksum(config: dict[str, Any]) -> str:
     description = {key: value for key, value in config["quantization_config"].items() if key != "checksum"}
     canonical = json.dumps({**config, "quantization_config": description}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of safetensors files, read when asked for.
-
-    The files stay open, so that an artifact which is replaced meanwhile goes on being read whole. They are read and not
-    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory. ``metadata`` is the
-    files' own, merged.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self._files, self.metadata = {}, {}
-        for file in files:
-            with safe_open(file, "pt"):
-                pass  # its header and its length are right
-            stream = file.open("rb")
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-            self.metadata.update(header.pop("__metadata__", {}))
-            self._files.update({name: (stream, 8 + length, entry) for name, entry in header.items()})
-
-    def __getitem__(self, name: str) -> Tensor:
-        stream, start, entry = self._files[name]
-        begin, end = entry["data_offsets"]
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        stream.seek(start + begin)
-        stream.readinto(memoryview(data.numpy()))
-        return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-
-    def header(self, name: str) -> tuple[list[int], str]:
-        """Return a tensor's shape and its dtype as safetensors names it, without reading it."""
-        entry = self._files[name][2]
-        return entry["shape"], entry["dtype"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-class Selected(Mapping[str, Tensor]):
-    """A mapping's view of some of its names."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-        self._tensors, self._names = tensors, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> QuantizedModel:

@@ -24,7 +24,9 @@ from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..spec import Dynamic
 from . import huggingface as hf
 from . import onnx_client
+from .companions import copy_companions
 from .integer_linears import ROUNDS, other_grid, refuse
+from .model_card import write_card
 from .onnx_graph import export, insert_quantized, strip_traces
 from .onnx_weights import decode
 
@@ -80,6 +82,9 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
     strip_traces(ir_model)
     large = sum(value.const_value.nbytes for value in ir_model.graph.initializers.values()) > SINGLE_FILE_BYTES
     onnx_ir.save(ir_model, folder / FILE, external_data=f"{FILE}.data" if large else None)
+    copy_companions(model, folder)
+    run = f"python -c \"import onnxruntime; onnxruntime.InferenceSession('{FILE}')\""
+    write_card(model, folder, "ONNX", _activations(model), run)
     return _notes(model, ir_model.graph)
 
 
@@ -227,6 +232,14 @@ class _Dense(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._aliases) + len(self._scalars)
+
+
+def _activations(model: QuantizedModel) -> str:
+    """Return what happens to the inputs of layers, in the model card's words."""
+    trained = sum(layer.has_activation_scale for layer in model.layers.values())
+    if not trained:
+        return f"{hf.WEIGHTS_ONLY} (onnxruntime and OpenVINO have options that round them too)"
+    return f"the inputs of {trained} layers are rounded with their trained scales"
 
 
 def _notes(model: QuantizedModel, graph: Any) -> list[str]:

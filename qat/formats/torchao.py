@@ -31,8 +31,8 @@ from ..spec import QuantSpec
 from . import huggingface as hf
 from .comparison import compare, compare_logits, compare_own, small
 from .integer_linears import exact, grid, tensors, weight_only_layers
-from .native import StoredTensors
 from .shards import ShardWriter
+from .stored_tensors import StoredTensors
 
 METHOD = "torchao"
 TENSOR = "IntxUnpackedToInt8Tensor"

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
+from ..quantizers import (
+    ActivationLSQ,
+    AsymmetricLSQ,
+    DynamicActivation,
+    FrozenActivation,
+    WeightCodebook,
+    WeightLSQ,
+)
 from .conv import FrozenConv2d, QuantConv2d
 from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
 from .embedding import FrozenEmbedding, QuantEmbedding
@@ -75,7 +82,7 @@ def matrix(layer: nn.Module) -> Tensor:
 
 def make_fake_quant_(
     layer: nn.Module,
-    weight: WeightLSQ | WeightCodebook | None,
+    weight: WeightLSQ | AsymmetricLSQ | WeightCodebook | None,
     activation: ActivationLSQ | DynamicActivation | None,
 ) -> None:
     """Turn a plain layer into its fake-quant twin, in place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, FrozenActivation, WeightCodebook, WeightLSQ
+from ..quantizers import ActivationLSQ, AsymmetricLSQ, FrozenActivation, WeightCodebook, WeightLSQ
 from ..spec import Granularity
 from .linear import match_dtypes, roundings
 from .packed import Frozen
@@ -20,7 +20,7 @@ class QuantConv2d(nn.Conv2d):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | WeightCodebook | None
+    weight_quantizer: WeightLSQ | AsymmetricLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quantizers import ActivationLSQ, DynamicActivation, FrozenActivation, WeightCodebook, WeightLSQ
+from ..quantizers import (
+    ActivationLSQ,
+    AsymmetricLSQ,
+    DynamicActivation,
+    FrozenActivation,
+    WeightCodebook,
+    WeightLSQ,
+)
 from ..quantizers.rounding import Rounding
 from . import cpu_int4
 from .packed import Frozen, PackedWeight
@@ -27,7 +34,7 @@ class QuantLinear(nn.Linear):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | WeightCodebook | None
+    weight_quantizer: WeightLSQ | AsymmetricLSQ | WeightCodebook | None
     activation_quantizer: ActivationLSQ | DynamicActivation | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +97,7 @@ class _FrozenProduct(torch.autograd.Function):
 def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
     """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
 
-    The weight comes back rounded where something other than LSQ does it, such as a codebook.
+    The weight comes back rounded where something other than symmetric LSQ does it, such as a codebook.
     """
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
     x_rounding = None if activation is None else activation.rounding(x)

@@ -1,5 +1,6 @@
 """Quantizers: the learned step size (LSQ) of weights and activations, codebooks, runtimes' rounding of activations."""
 
+from .asymmetric import AsymmetricLSQ
 from .codebook import WeightCodebook
 from .dynamic import DynamicActivation
 from .fixed_dtype import FixedDtype
@@ -8,6 +9,7 @@ from .lsq import ActivationLSQ, ActivationStatistics, FrozenActivation, LearnedS
 __all__ = [
     "ActivationLSQ",
     "ActivationStatistics",
+    "AsymmetricLSQ",
     "DynamicActivation",
     "FixedDtype",
     "FrozenActivation",

@@ -255,6 +255,11 @@ class ActivationLSQ(LearnedStepSize):
             step_size = statistics.least_error_step_size(step_size, self.spec)
         self.set_step_size(step_size)
 
+    def start(self, scale: Tensor, signed: bool) -> None:
+        """Start from a stored scale, as an artifact holds it."""
+        self._set_signed(signed)
+        self.set_step_size(scale)
+
     def _set_signed(self, signed: bool) -> None:
         self.signed.fill_(signed)
         self.spec = replace(self.spec, signed=signed)

@@ -29,7 +29,7 @@ class TrainConfig:
         seed: of everything random.
         name: the run's.
         run_dir: where its config, log and checkpoints go.
-        init_from: a checkpoint whose weights the run starts from.
+        init_from: a checkpoint whose weights the run starts from, or a quantized model in any format, for its codes.
         teacher: a full-precision checkpoint to distil from.
         resume: a checkpoint to go on from; "auto" for the run's own last one, if there is one.
         compile: run the network through ``torch.compile``.

@@ -23,9 +23,12 @@ from ..adapters import save_adapter
 from ..artifact import save
 from ..checkpoint import load_state, read_checkpoint
 from ..errors import CheckpointError, QATError, TrainingError
+from ..formats import format_of, read
 from ..freezing import freeze
 from ..layers import is_frozen, is_prepared
 from ..models import build
+from ..quantized_model import QuantizedModel
+from ..starting import fill, take_codes
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
 from .tasks import Task
@@ -52,8 +55,9 @@ def train(config: DictConfig) -> dict[str, float]:
     _quiet()
     data = make(config.data)
     model = _model(config.model)
-    if config.init_from is not None and resume is None:
-        load_weights(model, config.init_from)
+    codes = None if config.init_from is None or resume is not None else _start(model, config.init_from)
+    if codes is not None and config.adapter:
+        raise TrainingError(f"init_from={config.init_from}: an adapter opens a quantized base with model=hf_frozen")
     if config.gradient_checkpointing:
         _checkpoint_gradients(model)
     if config.adapter:
@@ -68,6 +72,8 @@ def train(config: DictConfig) -> dict[str, float]:
         compile_mode=config.compile_mode if config.compile else None,
         adapter=bool(config.adapter),
     )
+    if codes is not None and is_prepared(model):
+        print(take_codes(model, codes))
     callbacks = [make(callback) for callback in config.callbacks.values() if callback]
     logger = make(config.logger) if config.logger else False
     trainer = make(config.trainer, logger=logger, callbacks=callbacks)
@@ -85,6 +91,15 @@ def train(config: DictConfig) -> dict[str, float]:
     else:
         _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing())
     return metrics
+
+
+def _start(model: nn.Module, path: str) -> QuantizedModel | None:
+    """Fill a model from ``init_from``; return the quantized model whose codes it is to take, if it is one."""
+    if format_of(Path(path)) is None:
+        return load_weights(model, path)
+    source = read(Path(path))
+    fill(model, source)
+    return source
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -1,0 +1,133 @@
+"""A program in ExecuTorch: its packed codes and scales, one layer alone, and the whole model."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+from ..layers import frozen_layers
+from ..numerics import QuantizedTensor
+from ..packing import pack
+from ..quantized_model import QuantizedModel
+from ..quantizers import DynamicActivation
+from ..spec import Dynamic
+from .executorch_layers import FLOAT32, INT4, int4_operands, int8_constants, int8_operands, kind
+from .executorch_program import lower, lowered_layer, quantized_weights
+from .onnx_client import NUDGE, ROUNDING_TOLERANCE, TOLERANCE, nudged, root_mean_square
+from .onnx_graph import LogitsOnly
+
+
+def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+    """Compare a program with a model; return (what, what was seen) rows.
+
+    Args:
+        file: the program.
+        model: what it was made from.
+        frozen: the same as a module in float32, which is changed: its inputs get int8_token's rounding where they have
+            none.
+        x: inputs for the whole model.
+
+    Raises:
+        ArtifactError: codes or scales are not in the file, or outputs differ.
+    """
+    kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
+    rows = _compare_file(file, model, kinds)
+    for name, layer in frozen_layers(frozen):
+        if model.layers[name].type == "Linear" and not model.layers[name].has_activation_scale:
+            layer.activation_quantizer = DynamicActivation(Dynamic.int8_token)
+    with torch.no_grad():
+        rows += _compare_layer(model, frozen, kinds)
+        return rows + compare_outputs(file, LogitsOnly(frozen), x)
+
+
+def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> list[tuple[str, str]]:
+    """Look for every integer layer's packed codes and scales.
+
+    Raises:
+        ArtifactError: some are not there; the layers are named.
+    """
+    total, count, missing = 0, 0, []
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name, layer, tensor in quantized_weights(model):
+            if kinds[name] == FLOAT32:
+                continue
+            scale = model.activation_scale(name) if layer.has_activation_scale else None
+            constants = () if scale is None else int8_constants(layer.activation)
+            four = kinds[name] == INT4
+            parts = _int4_parts(tensor, constants) if four else _int8_parts(tensor, constants, scale)
+            if any(content.find(part.contiguous().view(torch.uint8).numpy().tobytes()) < 0 for part in parts):
+                missing.append(name)
+            total, count = total + tensor.codes.numel(), count + 1
+    if missing:
+        raise ArtifactError(f"{file} lacks the codes or scales of {', '.join(missing)}")
+    return [("codes and scales in the file", f"{count} layers, {total:,} codes, equal in every bit")]
+
+
+def _int4_parts(tensor: QuantizedTensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    codes, scale = int4_operands(tensor, constants)
+    return pack(codes, 4), scale.bfloat16()
+
+
+def _int8_parts(tensor: QuantizedTensor, constants: tuple[float, ...], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes, scales = int8_operands(tensor, constants, scale)
+    return codes if codes.dim() == 2 else codes.permute(0, 2, 3, 1), scales
+
+
+def _compare_layer(model: QuantizedModel, frozen: nn.Module, kinds: dict[str, str]) -> list[tuple[str, str]]:
+    """Run the first integer layer alone in ExecuTorch, on random inputs.
+
+    Raises:
+        ArtifactError: it differs from our layer by more than the order of summation explains.
+    """
+    for name, layer in frozen_layers(frozen):
+        if kinds[name] != FLOAT32:
+            size = (64, layer.in_features) if model.layers[name].type == "Linear" else (1, layer.in_channels, 16, 16)
+            x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+            program = bytes(lower(lowered_layer(model, name, layer).eval(), x, None, name).buffer)
+            gap, largest = _gap(run(program, x, batched=True), layer(x), TOLERANCE, f"the outputs of {name!r} alone")
+            return [(f"ExecuTorch, {name}", f"differs by at most {gap:.3g} (largest {largest:.3g}) on {list(x.shape)}")]
+    return []
+
+
+def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+    """Run the whole program, against our own network with its rounding.
+
+    In a deep network one code that falls to the other side changes all later ones. Where the outputs differ by more
+    than ROUNDING_TOLERANCE, they may differ as much as our own network does from itself, when each of its quantized
+    products is changed by what float32 leaves open; by twice that, as root mean square.
+
+    Raises:
+        ArtifactError: they differ by more.
+    """
+    found, expected = run(file, x), network(x)
+    equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
+    try:
+        gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the outputs of {file}")
+    except ArtifactError:
+        off, own = (root_mean_square(other - expected) for other in (found, nudged(network, x)))
+        if not off <= 2 * own:
+            raise
+        seen = f"differ by {off:.3g} (root mean square), as our own do from themselves by {own:.3g}"
+        return [("ExecuTorch, outputs", f"{seen} when products are changed by {NUDGE:g}; {equal}")]
+    return [("ExecuTorch, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}")]
+
+
+def run(program: Path | bytes, x: Tensor, batched: bool = False) -> Tensor:
+    """Return what ExecuTorch's runtime makes of x, one row at a time unless the program takes the batch."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(program).load_method("forward")
+    return torch.cat([method.execute([part])[0].clone() for part in ([x] if batched else x.split(1))])
+
+
+def _gap(found: Tensor, expected: Tensor, tolerance: float, what: str) -> tuple[float, float]:
+    if found.shape != expected.shape:
+        raise ArtifactError(f"{what} have the shape {list(found.shape)}, not {list(expected.shape)}")
+    gap, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    if not gap <= tolerance * largest:
+        raise ArtifactError(f"{what} differ by {gap:g} (largest {largest:g})")
+    return gap, largest

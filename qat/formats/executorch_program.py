@@ -1,0 +1,53 @@
+"""From a network to an ExecuTorch program: torch.export, then XNNPACK's partitioner and compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+from ..layers import FrozenLayer
+from ..numerics import QuantizedTensor
+from ..quantized_model import QuantizedLayer, QuantizedModel
+from .executorch_layers import lowered
+
+
+def lower(network: nn.Module, example: Tensor, longest: int | None, source: str) -> Any:
+    """Return an ExecuTorch program; with ``longest``, for any number of tokens up to it.
+
+    Raises:
+        ArtifactError: torch cannot export the network, or XNNPACK leaves a quantized layer out.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    shapes = None if longest is None else ({1: torch.export.Dim("tokens", min=2, max=longest)},)
+    try:
+        exported = torch.export.export(network, (example,), dynamic_shapes=shapes)
+        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    except Exception as error:  # torch.export's and ExecuTorch's own, which share no base
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{source} cannot become an ExecuTorch program: {reason}") from error
+    nodes = [str(node.target) for node in edge.exported_program().graph.nodes]
+    left = [name for name in nodes if any(kind in name for kind in ("quantize_affine", "quantized_decomposed"))]
+    if left:
+        raise ArtifactError(f"XNNPACK does not take {len(left)} operations of quantized layers of {source}")
+    return edge.to_executorch()
+
+
+def lowered_layer(model: QuantizedModel, name: str, layer: FrozenLayer) -> nn.Module:
+    """Return the module that a frozen layer becomes."""
+    entry = model.layers[name]
+    tensor = None if entry.weight is None else model.quantized(entry.tied or name)
+    return lowered(layer, entry, tensor, model.activation_scale(name) if entry.has_activation_scale else None)
+
+
+def quantized_weights(model: QuantizedModel) -> Iterator[tuple[str, QuantizedLayer, QuantizedTensor]]:
+    """Yield (name, layer, weight) of each layer with a quantized weight, one at a time."""
+    for name, layer in model.layers.items():
+        if layer.weight is not None:
+            tensor = model.quantized(layer.tied or name)
+            yield name, layer, QuantizedTensor(tensor.codes.cpu(), tensor.scale.cpu(), tensor.spec, tensor.zero_point)
