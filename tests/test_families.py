@@ -125,6 +125,6 @@ def test_gpt2_is_quantized_while_loading(tmp_path):
 def test_inits_that_read_data_refuse_conv1d_before_anything_changes(init):
     model = torch.nn.Sequential(transformers.pytorch_utils.Conv1D(24, 64))
     policy = qat.QuantPolicy(weight=qat.QuantSpec(), init=init)
-    with pytest.raises(qat.QATError, match=rf"init={init} does not read Conv1D layers \('0'\): use init=mse"):
+    with pytest.raises(qat.QATError, match=rf"init={init} does not know Conv1D layers \('0'\): use init=mse"):
         qat.prepare(model, policy, verbose=False)
     assert type(model[0]) is transformers.pytorch_utils.Conv1D

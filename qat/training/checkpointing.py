@@ -63,8 +63,9 @@ class Checkpoints(Checkpoint):
         self._save_if_due(trainer, task)
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
-        """Save the end, which callbacks may have changed after the last step."""
-        self._save(trainer, task, LAST)
+        """Save the last step, if it is not saved yet, or not as it is now."""
+        if trainer.global_step != self._saved_at or task.changed_at_end:
+            self._save(trainer, task, LAST)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far."""

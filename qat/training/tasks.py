@@ -86,6 +86,7 @@ class Task(LightningModule):
         self._loss = training_loss
         self._compiled: list[nn.Module] = []
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
+        self.changed_at_end = False  # a callback changed the network after the last step
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
         """Return the network's logits."""
