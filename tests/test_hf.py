@@ -238,7 +238,7 @@ def test_what_bitsandbytes_wrote_opens_without_it(tmp_path, double):
     assert done.stdout.strip() == "0", done.stderr
 
 
-@pytest.mark.slow  # a quarter of an hour on a busy core: float32 codes are dequantized for every token
+@pytest.mark.slow  # a minute on an idle core, far more on a busy one: codes are dequantized for every token
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, cache):
