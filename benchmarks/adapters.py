@@ -57,16 +57,20 @@ def main() -> None:
         return
     rows = []
     for variant in options.variants:
-        done = subprocess.run([sys.executable, "-m", "benchmarks.adapters", *sys.argv[1:], "--one", variant], text=True,
-                              capture_output=True)  # fmt: skip
-        last = done.stdout.strip().splitlines()[-1:] or ["{}"]
-        row = json.loads(last[0]) if done.returncode == 0 else {"problem": done.stderr.strip().splitlines()[-1]}
-        rows.append({"variant": variant, **row})
+        rows.append({"variant": variant, **measured_alone("benchmarks.adapters", *sys.argv[1:], "--one", variant)})
         print(rows[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "adapters.json").write_text(json.dumps({"command": sys.argv[1:], "rows": rows}, indent=1))
     (options.out / "adapters.md").write_text(table(rows))
     print("\n" + table(rows))
+
+
+def measured_alone(module: str, *arguments: str) -> dict:
+    """Run a benchmark's module in its own process; return its last line, as JSON, or what stopped it."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], text=True, capture_output=True)
+    if done.returncode:
+        return {"problem": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def measure(options: argparse.Namespace) -> dict[str, float | str]:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from .adapters import HEAD, LLAMA_8B, SMALL
+from .adapters import HEAD, LLAMA_8B, SMALL, measured_alone
 
 METHODS = ("gptq", "gptaq", "awq", "signround", "blockwise")
 
@@ -39,19 +38,8 @@ def main() -> None:
         return
     rows = []
     for method in options.methods:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.ptq_memory",
-            method,
-            "--one",
-            *sys.argv[1 + len(options.methods) :],
-        ]
-        done = subprocess.run(command, text=True, capture_output=True)
-        if done.returncode:
-            rows.append({"method": method, "problem": done.stderr.strip().splitlines()[-1]})
-        else:
-            rows.append({"method": method, **json.loads(done.stdout.strip().splitlines()[-1])})
+        arguments = (method, "--one", *sys.argv[1 + len(options.methods) :])
+        rows.append({"method": method, **measured_alone("benchmarks.ptq_memory", *arguments)})
         print(rows[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ptq_memory.json").write_text(json.dumps({"command": sys.argv[1:], "rows": rows}, indent=1))

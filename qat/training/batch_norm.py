@@ -6,12 +6,10 @@ from itertools import islice
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from ..errors import TrainingError
-from .metrics import run
 from .tasks import Task
 
 
@@ -41,16 +39,5 @@ class BatchNormEstimate(Callback):
         loader = trainer.datamodule.train_loader(task.device)
         inputs = (batch[0] for batch in islice(loader, self.batches))
         with trainer.strategy.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            update_bn(inputs, _Runs(task.model))
+            update_bn(inputs, task)
         task.measured_at, task.changed_at_end = None, True
-
-
-class _Runs(nn.Module):
-    """A network that takes a batch's inputs as the task does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return run(self.model, inputs)
