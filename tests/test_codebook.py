@@ -302,6 +302,7 @@ def test_a_custom_codebook_must_be_set_and_fit():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 4))
     qat.prepare(model, qat.QuantPolicy(weight=custom()), verbose=False).to_empty(device="cpu")
+    model[0].weight_quantizer.levels.copy_(torch.arange(4.0))  # what to_empty finds in memory can look like levels
     model.load_state_dict({"0.weight": torch.randn(4, 8), "0.bias": torch.zeros(4)}, strict=False)
     for act in (lambda: model(torch.ones(1, 8)), lambda: qat.freeze(model), lambda: qat.quantized_tensors(model)):
         with pytest.raises(StateError, match=r"the codebook of '0' was never set: .*call set_levels"):

@@ -99,7 +99,7 @@ class WeightCodebook(FixedDtype):
             self.levels = codebook.named_levels(self.spec, self.levels.device)  # which to_empty would leave undefined
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.spec.codebook is Codebook.custom and not self.levels.is_meta:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.spec.codebook is Codebook.custom and prefix + "levels" in state_dict and not self.levels.is_meta:
             self._ready = bool(self.levels[0, 0] < self.levels[0, 1])  # zeros were never set

@@ -111,9 +111,10 @@ class LearnedStepSize(FixedDtype):
         if self.step_size.dtype not in (torch.float32, torch.float64):
             raise StateError(CAST.format(what="step size", name=self.name, dtype=self.step_size.dtype))
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = self.initialised.device.type != "meta" and bool(self.initialised)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "initialised" in state_dict:  # else to_empty may have left anything in the buffer
+            self._ready = self.initialised.device.type != "meta" and bool(self.initialised)
 
 
 class WeightLSQ(LearnedStepSize):
