@@ -7,13 +7,15 @@ model that trained would not be the one that ships. Calling the eager arithmetic
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from . import codebook, numerics
 from .layers import product as products
 from .layers.product import Convolution
-from .quantizers import asymmetric, dynamic
+from .quantizers import asymmetric, dynamic, lsq_plus, minmax, pact
 from .quantizers.rounding import Rounding
 from .spec import Dynamic, QuantSpec
 
@@ -127,56 +129,96 @@ def _(x, rows, groups, levels, scale_levels):
 _codebook.register_autograd(lambda ctx, grad_output: (grad_output, None, None, None, None))
 
 
-def asymmetric_fake_quantize(
-    x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec, grad_scale: float
+def by_rule(
+    rule: ModuleType, x: Tensor, step_size: Tensor, offset: Tensor | None, spec: QuantSpec, grad_scale: float
 ) -> Tensor:
-    """Do what ``quantizers.asymmetric`` does, inside a compiled graph."""
-    return _asymmetric(x, step_size, zero_point, spec.bits, spec.scale_dtype.value, grad_scale)
+    """Do what ``quantizers.rules.fake_quantize`` does, inside a compiled graph."""
+    grid = spec.bits, spec.signed is not False, spec.scale_dtype.value
+    return _by_rule(x, step_size, offset, rule.__name__, *grid, grad_scale)
 
 
-@torch.library.custom_op("qat::asymmetric_fake_quantize", mutates_args=())
-def _asymmetric(
-    x: Tensor, step_size: Tensor, zero_point: Tensor, bits: int, scale_dtype: str, grad_scale: float
+@torch.library.custom_op("qat::fake_quantize_by_rule", mutates_args=())
+def _by_rule(
+    x: Tensor,
+    step_size: Tensor,
+    offset: Tensor | None,
+    rule: str,
+    bits: int,
+    signed: bool,
+    scale_dtype: str,
+    grad_scale: float,
 ) -> Tensor:
-    return asymmetric.fake_quantized(x, step_size, zero_point, _spec(bits, True, scale_dtype)).contiguous()
+    y = _RULES[rule].fake_quantized(x, step_size, offset, _spec(bits, signed, scale_dtype))
+    layout = _layout(x, step_size)
+    return y if y.stride() == layout.stride() else layout.copy_(y)
 
 
-@torch.library.custom_op("qat::asymmetric_fake_quantize_backward", mutates_args=())
-def _asymmetric_backward(
+@torch.library.custom_op("qat::fake_quantize_by_rule_backward", mutates_args=())
+def _by_rule_backward(
     grad_output: Tensor,
     x: Tensor,
     step_size: Tensor,
-    zero_point: Tensor,
+    offset: Tensor | None,
+    rule: str,
     bits: int,
+    signed: bool,
     scale_dtype: str,
     grad_scale: float,
-) -> tuple[Tensor, Tensor]:
-    how = (_spec(bits, True, scale_dtype), grad_scale, (True, True), zero_point)
-    grad_x, grad_step = numerics.fake_quantize_gradients(grad_output, x, step_size, *how)
-    return grad_x.contiguous(), grad_step
+) -> list[Tensor]:
+    spec = _spec(bits, signed, scale_dtype)
+    grad_x, *others = _RULES[rule].gradients(grad_output, x, step_size, offset, spec, grad_scale)
+    layout = _layout(x, step_size)
+    grad_x = grad_x if grad_x.stride() == layout.stride() else layout.copy_(grad_x)
+    return [grad_x, *(grad for grad in others if grad is not None)]
 
 
-@_asymmetric.register_fake
-def _(x, step_size, zero_point, *how):
-    return x.new_empty(x.shape)
+@_by_rule.register_fake
+def _(x, step_size, offset, *how):
+    return _layout(x, step_size)
 
 
-@_asymmetric_backward.register_fake
-def _(grad_output, x, step_size, zero_point, *how):
-    return x.new_empty(x.shape), torch.empty_like(step_size)
+@_by_rule_backward.register_fake
+def _(grad_output, x, step_size, offset, rule, *how):
+    learned = [step_size, offset] if rule == lsq_plus.__name__ else [step_size]
+    return [_layout(x, step_size), *map(torch.empty_like, learned)]
 
 
-def _keep_asymmetric(ctx, inputs, output) -> None:
-    x, step_size, zero_point, *ctx.how = inputs
-    ctx.save_for_backward(x, step_size, zero_point)
+def _keep_by_rule(ctx, inputs, output) -> None:
+    *tensors, ctx.rule = inputs[:4]
+    ctx.save_for_backward(*tensors)
+    ctx.how = inputs[4:]
 
 
-def _asymmetric_gradients(ctx, grad_output: Tensor):
-    grad_x, grad_step = _asymmetric_backward(grad_output, *ctx.saved_tensors, *ctx.how)
-    return grad_x, grad_step, None, None, None, None
+def _by_rule_gradients(ctx, grad_output: Tensor):
+    grads = _by_rule_backward(grad_output, *ctx.saved_tensors, ctx.rule, *ctx.how)
+    return *grads, *(None for _ in range(8 - len(grads)))
 
 
-_asymmetric.register_autograd(_asymmetric_gradients, setup_context=_keep_asymmetric)
+_by_rule.register_autograd(_by_rule_gradients, setup_context=_keep_by_rule)
+_RULES = {rule.__name__: rule for rule in (asymmetric, lsq_plus, pact)}
+
+
+def minmax_fake_quantize(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Do what ``quantizers.minmax.fake_quantize`` does, inside a compiled graph."""
+    group_size = spec.group_size or 0
+    return _minmax(weight, spec.bits, spec.granularity.value, group_size, spec.symmetric, spec.scale_dtype.value)
+
+
+@torch.library.custom_op("qat::minmax_fake_quantize", mutates_args=())
+def _minmax(weight: Tensor, bits: int, granularity: str, group_size: int, symmetric: bool, scale_dtype: str) -> Tensor:
+    where = {"granularity": granularity, "group_size": group_size or None}
+    spec = QuantSpec(bits=bits, **where, signed=True, symmetric=symmetric, scale_dtype=scale_dtype)
+    y = minmax.fake_quantized(weight, spec)
+    layout = torch.empty_like(weight)
+    return y if y.stride() == layout.stride() else layout.copy_(y)
+
+
+@_minmax.register_fake
+def _(weight, *spec):
+    return torch.empty_like(weight)
+
+
+_minmax.register_autograd(lambda ctx, grad_output: (grad_output, *(None,) * 5))
 
 
 def product(

@@ -93,6 +93,7 @@ class QuantizedModel:
         example: shape (without batch), dtype and range of an input, as in ``qat.checkpoint``; None if unknown.
         files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
         adapter: writes peft's folder of the adapter on the model; None if there is none, or one in ``files``.
+        activation_zero_point: layer name -> its input's zero point, int8 (1, 1), where its spec is asymmetric.
     """
 
     architecture: dict[str, Any] | None
@@ -105,6 +106,7 @@ class QuantizedModel:
     example: dict[str, Any] | None = None
     files: Path | None = None
     adapter: Callable[[Path], None] | None = None
+    activation_zero_point: Callable[[str], Tensor] = {}.__getitem__
 
 
 def shares_embedding(model: QuantizedModel, name: str) -> bool:
@@ -152,6 +154,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
         dense,
         tied,
         adapter=adapter,
+        activation_zero_point=lambda name: frozen[name].activation_quantizer.zero_point,
     )
 
 
@@ -185,7 +188,8 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
         if isinstance(entry.activation, Dynamic):
             activation = DynamicActivation(entry.activation)
         elif entry.activation is not None:
-            activation = FrozenActivation(entry.activation, quantized.activation_scale(name))
+            zero_point = None if entry.activation.symmetric else quantized.activation_zero_point(name)
+            activation = FrozenActivation(entry.activation, quantized.activation_scale(name), zero_point)
         make_frozen_(layer, packed[name], activation)
         if isinstance(layer, FrozenEmbedding) and entry.dtype is not None:
             set_dtype_(layer, _DTYPES[entry.dtype], layer.like.device)
