@@ -218,7 +218,9 @@ def _fill(graph: Any, value: Any, make: Callable[[], Tensor]) -> None:
         if made.is_floating_point():
             made = made.float()
         if list(made.shape) != list(shape.numpy()):
-            raise ArtifactError(f"{value.name} is {list(shape.numpy())} in the network and {list(made.shape)} elsewhere")
+            raise ArtifactError(
+                f"{value.name} is {list(shape.numpy())} in the network and {list(made.shape)} elsewhere"
+            )
         return onnx_ir.Tensor(made.numpy().astype(dtype.numpy(), copy=False), dtype=dtype, shape=shape)
 
     value.const_value = onnx_ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=value.name)
