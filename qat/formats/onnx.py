@@ -119,6 +119,7 @@ def read(path: Path) -> QuantizedModel:
         f"the ONNX file {file}",
         about["example"],
         file.parent,
+        activation_zero_point=lambda name: tensors[f"{name}.activation_zero_point"].view(1, 1).to(torch.int8),
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..numerics import fake_quantize
 from ..quantized_model import QuantizedModel
+from ..quantizers import FrozenActivation
 from .float_error import float_error, outputs
 
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
@@ -49,10 +49,13 @@ def compare_layers(file: Path, model: QuantizedModel) -> list[tuple[str, str]]:
                 raise ArtifactError(f"{name} differs in {file}: {off} of {expected.numel()} weights in onnxruntime")
             weights += 1
         if layer.activation is not None:
-            scale, spec = model.activation_scale(name).float(), layer.activation
-            x = _edges(scale.item(), spec.q_n, spec.q_p)
+            spec = layer.activation
+            zero_point = None if spec.symmetric else model.activation_zero_point(name)
+            rounding = FrozenActivation(spec, model.activation_scale(name), zero_point)
+            z = 0 if spec.symmetric else int(zero_point)
+            x = _edges(rounding.scale.item(), spec.q_n + z, spec.q_p - z)
             found = parts.open(f"{name}/activation", x.dtype, 1)(x)
-            if not torch.equal(found, fake_quantize(x, scale, spec)):
+            if not torch.equal(found, rounding(x)):
                 raise ArtifactError(f"the input of {name} is rounded otherwise in {file} by onnxruntime")
             activations += 1
     rows = [("onnxruntime, weights", f"{weights} layers equal q*s in every bit")]

@@ -252,12 +252,12 @@ class _Builder:
         scale = self.model.activation_scale(self.name).float().reshape(())
         step = self._initialiser("activation_scale", "FLOAT", (), lambda: scale, self.name)
         kind = ("UINT" if spec.signed is False else "INT") + ("4" if spec.bits == 4 else "8")
-        zero = self._initialiser(
-            "activation_zero_point", kind, (), lambda: torch.zeros((), dtype=torch.int8), self.name
-        )
+        z = torch.zeros((), dtype=torch.int8)
+        z = z if spec.symmetric else self.model.activation_zero_point(self.name).reshape(())
+        zero = self._initialiser("activation_zero_point", kind, (), lambda: z, self.name)
         if spec.bits not in (4, 8):
-            low = self._initialiser("activation_low", "FLOAT", (), lambda: -spec.q_n * scale, self.name)
-            high = self._initialiser("activation_high", "FLOAT", (), lambda: spec.q_p * scale, self.name)
+            low = self._initialiser("activation_low", "FLOAT", (), lambda: (-spec.q_n - z.float()) * scale, self.name)
+            high = self._initialiser("activation_high", "FLOAT", (), lambda: (spec.q_p - z.float()) * scale, self.name)
             x = self._node("Clip", [x, low, high])
         codes = self._node("QuantizeLinear", [x, step, zero])
         return self._node("DequantizeLinear", [codes, step, zero])
