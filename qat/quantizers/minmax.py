@@ -90,12 +90,15 @@ class _Follows:
     """Moves the range towards that of each training batch, before the batch is rounded.
 
     On several ranks the range is that of all their batches, so every rank has to reach the layer, as with
-    SyncBatchNorm. Activation checkpointing, which runs a layer twice, moves it twice.
+    SyncBatchNorm. Activation checkpointing, which runs a layer twice, moves it twice. What follows is a buffer, so that
+    no optimizer holds it and nothing shards it.
     """
 
     def __init__(self, spec: QuantSpec, device: torch.device, name: str) -> None:
         super().__init__(spec, device, name, Init.minmax)
-        self.requires_grad_(False)
+        for key, parameter in list(self.named_parameters()):
+            delattr(self, key)
+            self.register_buffer(key, parameter.detach())
 
     def passes(self, x: Tensor) -> bool:
         """Return whether x passes through; if not, and in training, follow its range."""
