@@ -1,14 +1,13 @@
 """Starts that read calibration data: against dense float64 algebra, on cases where they must win, and on bad data."""
 
 import json
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import answers
 from torch import nn
 
 import qat
@@ -602,9 +601,7 @@ def test_another_calibration_does_not_take_up_what_is_stored(tmp_path):
 
 
 RANK = """
-import json, os, sys, time, torch, qat
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+import qat.ptq
 def run(init):
     torch.manual_seed(0)
     layers = torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)
@@ -614,29 +611,13 @@ def run(init):
     qat.calibrate(model, [torch.randn(64, 16) * torch.rand(16)], options=qat.ptq.Options(steps=4), verbose=False)
     assert all(layer.weight_quantizer.is_initialised for layer in (model[0], model[2]))
     return [tensor.codes.tolist() for tensor in qat.quantized_tensors(model).values()]
-import qat.ptq
-with open(f"{folder}/part{rank}", "w") as file:
-    json.dump({init: run(init) for init in ("gptq", "awq", "blockwise")}, file)
-os.rename(f"{folder}/part{rank}", f"{folder}/{rank}.json")
-time.sleep(600)  # to be ended from outside: gloo's own teardown fails where a rank is slower than the other
+answer = {init: run(init) for init in ("gptq", "awq", "blockwise")}
 """
 
 
 def test_ranks_get_the_same_codes(tmp_path):
     """From different data on each; every rank ends with those of the first."""
-    commands = [[sys.executable, "-P", "-c", RANK, str(rank), str(tmp_path)] for rank in (0, 1)]
-    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    files = [tmp_path / f"{rank}.json" for rank in (0, 1)]
-    try:
-        while not all(file.exists() for file in files):
-            time.sleep(0.05)
-            for rank in ranks:
-                assert rank.poll() is None, rank.stderr.read()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    one, other = (json.loads(file.read_text()) for file in files)
+    one, other = answers(RANK, tmp_path)
     assert one == other and len(one) == 3
 
 
