@@ -46,8 +46,8 @@ SHAPES = {
         "num_key_value_heads": 8,
     },
 }
-# Imports what the conversion imports, notes the peak so far, converts, and prints both peaks in bytes, and the most that
-# was no page of a file, looked at 20 times a second. Not getrusage: its peak of a new program includes that of the
+# Imports what the conversion imports, notes the peak so far, converts, and prints both peaks in bytes, and the most
+# that was no page of a file, looked at 20 times a second. Not getrusage: its peak of a new program includes that of the
 # process which started it.
 CONVERT = """
 import sys, threading, time
@@ -59,13 +59,13 @@ def memory(what): return 1024 * int(open("/proc/self/status").read().split(what 
 before, own = memory("VmHWM"), [memory("RssAnon")]
 def watch():
     while True:
-        own.append(max(own.pop(), memory("RssAnon")))
+        own[0] = max(own[0], memory("RssAnon"))
         time.sleep(0.05)
 threading.Thread(target=watch, daemon=True).start()
 qat.formats.shards.ShardWriter.__init__.__defaults__ = (int(shard), None)
 qat.formats.onnx.SINGLE_FILE_BYTES = min(qat.formats.onnx.SINGLE_FILE_BYTES, int(shard))
 if qat.convert.main(arguments): sys.exit(1)
-print("peak", before, memory("VmHWM"), max(own))
+print("peak", before, memory("VmHWM"), own[0])
 """
 # torch's exporter imports at its first use.
 IMPORTS = {
