@@ -47,8 +47,20 @@ class Dequantize(NamedTuple):
     """Dequantize the whole weight, then use the library's matmul."""
 
 
+class Int8(NamedTuple):
+    """Constants of ``int8_batch.int8_batch_kernel``."""
+
+    warps: int
+    blocks: int
+    block_m: int
+    span: int
+    ahead: int
+    stages: int
+    early: int
+
+
 Plan = Decode | Batch | Dequantize
-_KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize}
+_KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
 
 # For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
 ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
@@ -59,12 +71,28 @@ MANY_TOKENS = 4096
 
 def choose(tokens: int, outputs: int, inputs: int, device_name: str, capability: int, multiprocessors: int) -> Plan:
     """Return the plan for M tokens on an NVIDIA GPU of compute capability ``capability`` (90 for 9.0)."""
+    listed = _listed(device_name, f"{outputs}x{inputs}", tokens)
+    return heuristic(tokens, outputs, inputs, capability, multiprocessors) if listed is None else listed
+
+
+def choose_int8(tokens: int, outputs: int, inputs: int, device_name: str, multiprocessors: int) -> Int8:
+    """Return the plan for the codes of M tokens on a Hopper GPU; a table lists it under "NxK int8"."""
+    listed = _listed(device_name, int8_name(outputs, inputs), tokens)
+    return int8_heuristic(tokens, outputs, multiprocessors) if listed is None else listed
+
+
+def int8_name(outputs: int, inputs: int) -> str:
+    """Return the name that a table lists plans for int8 codes under."""
+    return f"{outputs}x{inputs} int8"
+
+
+def _listed(device_name: str, name: str, tokens: int) -> Plan | Int8 | None:
     for table in (_user_table(), _shipped_table()):
-        by_tokens = table.get(device_name, {}).get(f"{outputs}x{inputs}", {})
+        by_tokens = table.get(device_name, {}).get(name, {})
         fitting = sorted(int(bound) for bound in by_tokens if int(bound) >= tokens)
         if fitting:
             return plan_from_json(by_tokens[str(fitting[0])])
-    return heuristic(tokens, outputs, inputs, capability, multiprocessors)
+    return None
 
 
 def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> Plan:
@@ -155,12 +183,29 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
     return plans
 
 
-def plan_to_json(plan: Plan) -> list:
-    """Return ["decode" | "batch" | "dequantize", constants...]."""
+def int8_heuristic(tokens: int, outputs: int, multiprocessors: int) -> Int8:
+    """Return a plan from the shape alone: wide blocks, unless they leave multiprocessors without any. Not measured."""
+    programs = -(-outputs // 128) * -(-tokens // 128)
+    if tokens <= 64 or programs <= multiprocessors // 2:
+        return Int8(8, 8, 64, 8, 4, 6, 2)
+    return Int8(8, 8, 128, 8, 2, 4, 2)
+
+
+def int8_candidates(tokens: int) -> list[Int8]:
+    """Return the plans worth timing: by the disassembly, those whose accumulators fit the registers (NOTES.md)."""
+    plans = [Int8(8, 8, 64, 8, 4, 6, 2), Int8(8, 8, 64, 8, 2, 8, 2)]
+    if tokens > 64:
+        plans += [Int8(8, 8, 128, *rest, 2) for rest in ((8, 2, 4), (8, 2, 6), (16, 2, 4), (4, 2, 4))]
+        plans += [Int8(4, 4, 128, 8, 2, 4, 2), Int8(8, 8, 128, 8, 2, 4, 0)]
+    return plans
+
+
+def plan_to_json(plan: Plan | Int8) -> list:
+    """Return ["decode" | "batch" | "dequantize" | "int8", constants...]."""
     return [type(plan).__name__.lower(), *plan]
 
 
-def plan_from_json(values: list) -> Plan:
+def plan_from_json(values: list) -> Plan | Int8:
     """Undo ``plan_to_json``."""
     return _KINDS[values[0]](*values[1:])
 

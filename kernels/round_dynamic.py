@@ -30,10 +30,19 @@ _BLOCK = 32  # of q8_0
 
 
 @triton.jit
-def _clamp(value):
+def clamp_to_int8(value):
     """Clamp to int8 as torch does: a NaN stays one."""
     nan: tl.constexpr = tl.PropagateNan.ALL
     return tl.minimum(tl.maximum(value, -128.0, propagate_nan=nan), 127.0, propagate_nan=nan)
+
+
+@triton.jit
+def int8_token_grid(low, high):
+    """Return (factor, zero point, low * factor, high * factor) of tokens whose values go from low to high, (T, 1)."""
+    factor = tl.where(low == high, 1.0, tl.div_rn(tl.full(low.shape, 255.0, tl.float32), high - low))
+    least, most = low * factor, high * factor
+    zero_point = tl.where((-128.0 + least) + (127.0 + most) > 0.0, -128.0 - least, 127.0 - most)
+    return factor, round_half_even(clamp_to_int8(zero_point)), least, most
 
 
 @triton.jit
@@ -63,12 +72,9 @@ def _round_kernel(
     else:
         low = tl.where(broken, float("nan"), tl.minimum(tl.min(x, 1), 0.0)[:, None])
         high = tl.where(broken, float("nan"), tl.maximum(tl.max(x, 1), 0.0)[:, None])
-        factor = tl.where(low == high, 1.0, tl.div_rn(tl.full((BLOCK_T, 1), 255.0, tl.float32), high - low))
-        least, most = low * factor, high * factor
-        zero_point = tl.where((-128.0 + least) + (127.0 + most) > 0.0, -128.0 - least, 127.0 - most)
-        zero_point = round_half_even(_clamp(zero_point))
+        factor, zero_point, least, most = int8_token_grid(low, high)
         codes = round_half_even(x * factor) + zero_point
-        y = (_clamp(codes) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
+        y = (clamp_to_int8(codes) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
         if grad_x_ptr is not None:
             clipped = (codes < -128.0) | (codes > 127.0)
             if grad_y_ptr is None:

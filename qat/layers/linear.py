@@ -18,7 +18,7 @@ from ..quantizers import (
     WeightLSQ,
 )
 from ..quantizers.rounding import Rounding
-from . import cpu_int4
+from . import cpu_int4, int8_product
 from .packed import Frozen, PackedWeight
 from .product import product
 
@@ -46,7 +46,8 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4 operator where it takes
+    On a GPU, 4-bit weights run in the Triton kernels, with int8 inputs in integers where ``qat.backend`` says so. On a
+    CPU, bf16 inputs run in torch's int4 operator where it takes
     the shape; everything else dequantizes on use.
 
     Attributes:
@@ -60,6 +61,9 @@ class FrozenLinear(Frozen, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
         if self.activation_quantizer is not None:
+            if int8_product.fits(x, self.activation_quantizer, self.packed_weight, self.bias):
+                dtype = compute_dtype(x)
+                return int8_product.int8_linear(x, self.activation_quantizer, self.packed_weight, self.bias, dtype)
             x = self.activation_quantizer(x)
         if self.packed_weight is None:
             return F.linear(x, self.weight, self.bias)
@@ -110,6 +114,12 @@ def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | N
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return x in the compute dtype, autocast's where that is on, and the bias in the same."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(compute_dtype(x))
     return x, None if bias is None else bias.to(x.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of x, or autocast's where that is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

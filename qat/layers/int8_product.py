@@ -1,0 +1,49 @@
+"""The rule by which a frozen layer with int8 inputs multiplies integers, and the product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..quantizers import DynamicActivation, FrozenActivation
+from ..spec import Dynamic
+from .packed import PackedWeight
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fits(
+    x: Tensor, activation: FrozenActivation | DynamicActivation, weight: PackedWeight | None, bias: Tensor | None
+) -> bool:
+    """Return whether ``qat.kernels.int8_linear`` computes the layer.
+
+    That is where ``qat.backend.set_int8_products`` asks for it and x has as many tokens, where the kernels take the
+    weight (``PackedWeight.row_sums``), and where x becomes int8, for each token or by a trained scale. llama.cpp's q8_0
+    has a scale for each 32 inputs, too few for integer sums to pay.
+    """
+    least = backend.int8_products()
+    if least is None or weight is None or weight.row_sums is None or backend.batch_invariant():
+        return False
+    if isinstance(activation, DynamicActivation) and (activation.spec != Dynamic.int8_token or not activation.enabled):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return x.dtype in _FLOATS and backend.has_triton() and x.numel() >= least * weight.columns
+
+
+def int8_linear(
+    x: Tensor,
+    activation: FrozenActivation | DynamicActivation,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the layer's product in ``dtype``, for x (..., K) that is not rounded yet."""
+    from qat.kernels.int8_linear import int8_linear  # loads Triton
+
+    bias = None if bias is None else bias.to(dtype)
+    grid = (None, 8, True)
+    if isinstance(activation, FrozenActivation):
+        grid = activation.scale, activation.spec.bits, activation.spec.signed is not False
+    return int8_linear(x, weight.gpu_operands[torch.float32], weight.row_sums, *grid, bias, dtype)
