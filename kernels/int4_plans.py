@@ -188,7 +188,7 @@ def int8_heuristic(tokens: int, outputs: int, multiprocessors: int) -> Int8:
     programs = -(-outputs // 128) * -(-tokens // 128)
     if tokens <= 64 or programs <= multiprocessors // 2:
         return Int8(8, 8, 64, 8, 4, 6, 2)
-    return Int8(8, 8, 128, 8, 2, 4, 2)
+    return Int8(8, 8, 128, 8, 2, 6, 2)
 
 
 def int8_candidates(tokens: int) -> list[Int8]:

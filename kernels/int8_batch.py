@@ -31,6 +31,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .int4_registers import barrier, let_next_kernel_start, spread, wait_for_previous_kernel
 
+# Of 132 programs with 128 tokens and outputs each, 8 bands of codes and 17 of packed weights are the fewest bytes.
+BAND = gl.constexpr(8)
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
@@ -108,6 +110,7 @@ def int8_batch_kernel(
     EARLY: gl.constexpr,
 ):
     """Compute (BLOCK_M, 16 BLOCKS) of y."""
+    gl.static_assert(SPAN % (2 * PART) == 0 and SPAN % AHEAD == 0 and STAGES > 3)
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
     )
@@ -118,9 +121,14 @@ def int8_batch_kernel(
     if EARLY == 1:
         let_next_kernel_start()
 
+    # Programs that run together share BAND blocks of tokens, and read each other's weights and codes from the L2.
     programs_m = gl.cdiv(M, BLOCK_M)
-    first_m = gl.program_id(0) % programs_m * BLOCK_M
-    block = gl.program_id(0) // programs_m * BLOCKS
+    in_band = BAND * gl.cdiv(row_blocks, BLOCKS)
+    band = gl.program_id(0) // in_band * BAND
+    width = min(programs_m - band, BAND)
+    place = gl.program_id(0) % in_band
+    first_m = (band + place % width) * BLOCK_M
+    block = place // width * BLOCKS
     steps = gl.cdiv(tiles, SPAN) * (SPAN // 2)  # past the last tile, codes are filled with zeros
 
     shared = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], codes_desc.layout)

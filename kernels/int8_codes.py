@@ -11,7 +11,7 @@ Of 64 inputs, input i lies beside input 32 + i: they are the codes 2 i and 2 i +
 ``int4_layout`` then multiply four neighbouring codes, and its high ones four others. Rows are filled up to a multiple
 of 64 with codes of 0, which meet weight 0.
 
-A token that holds a NaN gets the step NaN, so that it is not hidden.
+A token whose codes are not all numbers, as one of its values is NaN or int8_token meets infinity, gets the step NaN.
 
 Bytes moved: x, and one byte a value.
 """
@@ -65,7 +65,7 @@ def int8_codes_reference(x: Tensor, scale: Tensor | None, bits: int = 8, signed:
         spec = QuantSpec(bits=bits, granularity="tensor", signed=signed)
         shift = scale.new_full((tokens, 1), -128.0 if spec.q_p > 127 else 0.0)
         codes, step = numerics.quantize(x, scale, spec) + shift, scale.expand(tokens, 1)
-    step = torch.where(x.isnan().any(1, keepdim=True), torch.nan, step)
+    step = torch.where(codes.isnan().any(1, keepdim=True), torch.nan, step)
     codes = codes.nan_to_num(0.0).to(torch.int8)
     codes = codes.view(tokens, -1, 2, INPUTS // 2).transpose(2, 3).reshape(codes.shape)
     return Codes(codes, step.reshape(-1).contiguous(), shift.reshape(-1).contiguous())
@@ -102,27 +102,27 @@ if triton is not None:
         is_token = (token < T)[:, None]
         even = tl.load(x_ptr + row + k[None, :], mask=is_token & (k < K)[None, :], other=0.0).to(tl.float32)
         odd = tl.load(x_ptr + row + k[None, :] + 32, mask=is_token & (k + 32 < K)[None, :], other=0.0).to(tl.float32)
-        broken = tl.max(((even != even) | (odd != odd)).to(tl.int32), 1)[:, None] > 0
         if scale_ptr is None:
-            low = tl.minimum(tl.minimum(tl.min(even, 1), tl.min(odd, 1)), 0.0)[:, None]
-            high = tl.maximum(tl.maximum(tl.max(even, 1), tl.max(odd, 1)), 0.0)[:, None]
+            low = tl.minimum(tl.min(tl.minimum(even, odd), 1), 0.0)[:, None]
+            high = tl.maximum(tl.max(tl.maximum(even, odd), 1), 0.0)[:, None]
             factor, shift, _, _ = int8_token_grid(low, high)
             step = tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
             even = clamp_to_int8(round_half_even(even * factor) + shift)
             odd = clamp_to_int8(round_half_even(odd * factor) + shift)
         else:
-            scale = tl.maximum(tl.load(scale_ptr).to(tl.float32), _MIN_SCALE)
+            step = tl.maximum(tl.load(scale_ptr).to(tl.float32), _MIN_SCALE)
             scale_dtype: tl.constexpr = scale_ptr.dtype.element_ty
             x_dtype: tl.constexpr = x_ptr.dtype.element_ty
             shift = tl.full((BLOCK_T, 1), -128.0 if HIGH > 127 else 0.0, tl.float32)
-            step = tl.zeros((BLOCK_T, 1), tl.float32) + scale
-            even = round_half_even(clamp(divide(even, scale, scale_dtype, x_dtype), LOW, HIGH)) + shift
-            odd = round_half_even(clamp(divide(odd, scale, scale_dtype, x_dtype), LOW, HIGH)) + shift
-        even = tl.where(even == even, even, 0.0).to(tl.int16)
-        odd = tl.where(odd == odd, odd, 0.0).to(tl.int16)
+            even = round_half_even(clamp(divide(even, step, scale_dtype, x_dtype), LOW, HIGH)) + shift
+            odd = round_half_even(clamp(divide(odd, step, scale_dtype, x_dtype), LOW, HIGH)) + shift
+        total = tl.sum(even + odd, 1)[:, None]
+        step = tl.where(total == total, step, float("nan"))
+        # The integer lies in the low bits of its sum with 1.5 * 2^23; converting takes a slower unit.
+        even = (even + 12582912.0).to(tl.int32, bitcast=True) & 255
+        odd = (odd + 12582912.0).to(tl.int32, bitcast=True) & 255
         place = token.to(tl.int64)[:, None] * PAIRS + pair[None, :]
-        tl.store(pairs_ptr + place, (even & 255) | (odd << 8), mask=is_token & (pair < PAIRS)[None, :])
-        step = tl.where(broken, float("nan"), step)
+        tl.store(pairs_ptr + place, (even | (odd << 8)).to(tl.int16), mask=is_token & (pair < PAIRS)[None, :])
         tl.store(step_ptr + token[:, None], step, mask=is_token)
         tl.store(shift_ptr + token[:, None], shift, mask=is_token)
 

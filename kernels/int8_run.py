@@ -30,18 +30,24 @@ def multiply(
     if not x_MK.shape[0] or not weight.out_features:
         return x_MK.new_empty(x_MK.shape[0], weight.out_features, dtype=dtype)
     codes = int8_codes(x_MK, scale, bits, signed)
-    plan = None
-    if x_MK.device.type == "cuda" and torch.version.cuda is not None:
-        name, capability, multiprocessors = limits(x_MK.device.index)
-        if capability == 90:
-            plan = choose_int8(x_MK.shape[0], weight.out_features, weight.in_features, name, multiprocessors)
-    return run_plan(plan, codes, weight, sums, bias, dtype)
+    return run_plan(plan_for(x_MK.shape[0], weight), codes, weight, sums, bias, dtype)
+
+
+def plan_for(tokens: int, weight: Int4Weight) -> Int8 | None:
+    """Return the plan for M tokens on the weight's device; None for the portable kernel."""
+    device = weight.words.device
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    name, capability, multiprocessors = limits(device.index)
+    if capability != 90:
+        return None
+    return choose_int8(tokens, weight.out_features, weight.in_features, name, multiprocessors)
 
 
 def run_plan(
     plan: Int8 | None, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply by one plan, for the operator and for ``benchmarks.tune``; None is the portable kernel."""
+    """Multiply by one plan, for the operator and for ``benchmarks.tune``."""
     y_MN = sums.new_empty(codes.codes.shape[0], weight.out_features, dtype=dtype)
     if plan is None:
         _portable(codes, weight, sums, bias, y_MN)
@@ -65,8 +71,8 @@ def _batch(plan: Int8, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Ten
     zero_point = weight.words if weight.zero_point is None else weight.zero_point
     described = int8_batch.descriptor(codes.codes, plan.block_m)
     operands = codes.step, codes.shift, weight.words, weight.scale, zero_point, sums, sums if bias is None else bias
-    sizes, group = _sizes(weight), _groups(weight)
-    constants = *group, weight.zero_point is not None, bias is not None, *plan
+    sizes, (group, part) = _sizes(weight), _groups(weight)
+    constants = group, min(part, plan.span // 2), weight.zero_point is not None, bias is not None, *plan
     kinds = weight.scale.dtype, y_MN.dtype, None if bias is None else bias.dtype
     grid = ceil_div(weight.words.shape[0], plan.blocks) * ceil_div(y_MN.shape[0], plan.block_m), 1, 1
     arguments = described, *operands, y_MN, y_MN.shape[0], *sizes, *constants

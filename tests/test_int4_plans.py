@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from qat.kernels import int4_plans
-from qat.kernels.int4_plans import Batch, Decode, Dequantize
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (704, 2112), (151936, 896), (1, 16), (33, 80)]
@@ -65,12 +65,35 @@ def test_every_candidate_runs(shape, capability):
                 assert_runs(plan, tokens, capability)
 
 
+def assert_int8_runs(plan):
+    assert plan.warps in (4, 8) and plan.blocks == plan.warps and plan.early in (0, 1, 2)
+    assert plan.span % 4 == 0 and plan.span % plan.ahead == 0
+    assert plan.stages > 3  # a part of four tiles may keep three slots of codes
+    y = plan.blocks * 16 * plan.block_m * 2
+    assert max(plan.stages * (plan.block_m * 128 + 8), y) <= SHARED_MEMORY[90]
+    # Sums in float32 and twice in int32, beside 63 registers for all else.
+    assert 3 * plan.blocks * 16 * plan.block_m // (32 * plan.warps) <= 255 - 63
+
+
+@given(tokens=st.integers(1, 10000), outputs=st.integers(1, 200000), multiprocessors=st.integers(20, 200))
+def test_int8_plans_run(tokens, outputs, multiprocessors):
+    chosen = int4_plans.int8_heuristic(tokens, outputs, multiprocessors)
+    plans = int4_plans.int8_candidates(tokens)
+    assert len(set(plans)) == len(plans) and chosen in int4_plans.int8_candidates(10000)
+    for plan in (chosen, *plans):
+        assert_int8_runs(plan)
+
+
 def test_every_shipped_plan_runs():
     shipped = json.loads(Path(int4_plans.__file__).with_name("int4_plans.json").read_text())
     plans = [(int(m), plan) for shapes in shipped.values() for by_m in shapes.values() for m, plan in by_m.items()]
     assert len(plans) > 50
-    for tokens, plan in plans:
-        assert_runs(int4_plans.plan_from_json(plan), tokens, 90)
+    for tokens, values in plans:
+        plan = int4_plans.plan_from_json(values)
+        if isinstance(plan, Int8):
+            assert_int8_runs(plan)
+        else:
+            assert_runs(plan, tokens, 90)
 
 
 @dataclass
@@ -96,6 +119,10 @@ def test_the_tuned_table_goes_before_the_shipped_one_and_that_before_the_heurist
     tables.shipped = {"a GPU": {"64x128": {"8": int4_plans.plan_to_json(one), "64": int4_plans.plan_to_json(other)}}}
     assert [choose(m) for m in (1, 8, 9, 64)] == [one, one, other, other]
     assert choose(65) == int4_plans.heuristic(65, 64, 128, 90, 132)
+    int8 = Int8(4, 4, 64, 8, 2, 4, 0)
+    assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int4_plans.int8_heuristic(3, 64, 132)
+    tables.shipped["a GPU"]["64x128 int8"] = {"8": int4_plans.plan_to_json(int8)}
+    assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int8
     tables.user = {"a GPU": {"64x128": {"8": ["dequantize"]}}, "another": {"64x128": {"64": ["dequantize"]}}}
     assert [choose(m) for m in (8, 9)] == [Dequantize(), other]
 
@@ -107,7 +134,9 @@ def test_the_tuned_table_is_read_from_where_it_is_written(tmp_path, monkeypatch)
     assert int4_plans._read(int4_plans.cache_path()) == {"a GPU": {}}
 
 
-@pytest.mark.parametrize("plan", [Decode(1, 2, 3, 4, 5, 6), Batch(1, 2, 3, 4, 5, 6, 7, 8, 9), Dequantize()])
+@pytest.mark.parametrize(
+    "plan", [Decode(1, 2, 3, 4, 5, 6), Batch(1, 2, 3, 4, 5, 6, 7, 8, 9), Dequantize(), Int8(1, 2, 3, 4, 5, 6, 7)]
+)
 def test_plans_as_json(plan):
     again = int4_plans.plan_from_json(json.loads(json.dumps(int4_plans.plan_to_json(plan))))
     assert type(again) is type(plan) and again == plan

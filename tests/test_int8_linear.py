@@ -213,6 +213,9 @@ def test_a_token_does_not_depend_on_the_others_nor_on_the_run():
     for m in (1, 2, 61):
         assert torch.equal(product(x[-m:], weight, "token"), y[-m:])
     assert product(x[3:4], weight, "uint8").isnan().all()
+    x[3, 7] = float("inf")  # which a trained scale clips, and int8 for each token makes NaN of, as in training
+    assert product(x[3:4], weight, "token").isnan().all() and dynamic_codes(x[3:4], Dynamic.int8_token)[0].isnan().any()
+    assert product(x[3:4], weight, "uint8").isfinite().all()
 
 
 def test_inputs_that_do_not_fit_are_refused():
