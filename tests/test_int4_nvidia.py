@@ -116,5 +116,10 @@ def test_int8_compiles(compiled, case):
     assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n(64|128)k32\.s32\.s8\.s8", ptx)
     # Nothing but an unpacking lies between a word and a multiplication: no conversions of single bytes.
     assert "cvt.s8" not in ptx and "prmt" not in ptx and ptx.count("sub.u32 t") == has_zero * ptx.count("0x0f0f0f0f")
+    # The four words that a lane loads are the four registers of its operand, as tests/test_int4_registers.py has them.
+    words = re.search(r"ld\.global\.v4\.b32 \{ (.*?) \}", ptx).group(1).split(", ")
+    operand = re.search(r"wgmma\.mma_async[^;]*\}, \{(%r[^}]*)\}", ptx).group(1).split(",")
+    made_of = {made: word for word, made in re.findall(r"t, (%r\d+)[^{}]*?b32 (%r\d+), t, 0x", ptx)}
+    assert [made_of[register] for register in operand] == words
     assert f"wgmma.wait_group.sync.aligned {2 * min(part, 2)}" in ptx
     assert compiled[case]["shared"] <= 227 * 1024
