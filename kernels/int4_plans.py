@@ -55,7 +55,6 @@ class Int8(NamedTuple):
     block_m: int
     span: int
     ahead: int
-    stages: int
     early: int
 
 
@@ -187,16 +186,20 @@ def int8_heuristic(tokens: int, outputs: int, multiprocessors: int) -> Int8:
     """Return a plan from the shape alone: wide blocks, unless they leave multiprocessors without any. Not measured."""
     programs = -(-outputs // 128) * -(-tokens // 128)
     if tokens <= 64 or programs <= multiprocessors // 2:
-        return Int8(8, 8, 64, 8, 4, 6, 2)
-    return Int8(8, 8, 128, 8, 2, 6, 2)
+        return Int8(8, 8, 64, 8, 4, 2)
+    return Int8(8, 8, 128, 8, 2, 2)
 
 
 def int8_candidates(tokens: int) -> list[Int8]:
     """Return the plans worth timing: by the disassembly, those whose accumulators fit the registers (NOTES.md)."""
-    plans = [Int8(8, 8, 64, 8, 4, 6, 2), Int8(8, 8, 64, 8, 2, 8, 2)]
+    plans = [Int8(8, 8, 64, 8, 4, 2), Int8(8, 8, 64, 16, 4, 2)]
     if tokens > 64:
-        plans += [Int8(8, 8, 128, *rest, 2) for rest in ((8, 2, 4), (8, 2, 6), (16, 2, 4), (4, 2, 4))]
-        plans += [Int8(4, 4, 128, 8, 2, 4, 2), Int8(8, 8, 128, 8, 2, 4, 0)]
+        plans += [
+            Int8(8, 8, 128, 8, 2, 2),
+            Int8(8, 8, 128, 16, 2, 2),
+            Int8(8, 8, 128, 8, 2, 0),
+            Int8(4, 4, 128, 8, 2, 2),
+        ]
     return plans
 
 

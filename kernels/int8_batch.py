@@ -66,14 +66,6 @@ def _unpacked(words, zero, PLANE: gl.constexpr, HAS_ZERO: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(desc, shared, ready, step, steps, m, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
-    """Start the copy of 128 codes a token, unless ``step`` is past the last one."""
-    slot = step % STAGES
-    mbarrier.expect(ready.index(slot), BLOCK_M * 128, pred=step < steps)
-    tma.async_copy_global_to_shared(desc, [m, step * 128], ready.index(slot), shared.index(slot), pred=step < steps)
-
-
-@gluon.jit
 def _add(y, sums, scale, HAS_ZERO: gl.constexpr):
     scale = scale.to(gl.float32)
     if not HAS_ZERO:
@@ -104,19 +96,19 @@ def int8_batch_kernel(
     WARPS: gl.constexpr,  # 4 or 8
     BLOCKS: gl.constexpr,  # WARPS
     BLOCK_M: gl.constexpr,
-    SPAN: gl.constexpr,  # tiles a round; a multiple of 2 PART
-    AHEAD: gl.constexpr,  # tiles that words are loaded ahead; divides SPAN
-    STAGES: gl.constexpr,
+    SPAN: gl.constexpr,  # tiles a round, 8 or more; a multiple of 4 PART
+    AHEAD: gl.constexpr,  # tiles that words are loaded ahead
     EARLY: gl.constexpr,
 ):
     """Compute (BLOCK_M, 16 BLOCKS) of y."""
-    gl.static_assert(SPAN % (2 * PART) == 0 and SPAN % AHEAD == 0 and STAGES > 3)
+    gl.static_assert(SPAN % (4 * PART) == 0 and SPAN >= 8)
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
     )
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     LEAD: gl.constexpr = min(PART, 2)  # tiles of a part that multiply when the part before is added up
-    FETCHED: gl.constexpr = STAGES - (3 if PART == 4 else 2)  # steps of 128 codes that are under way
+    STEPS: gl.constexpr = SPAN // 2  # of 128 codes, each with a slot in shared memory
+    FETCHED: gl.constexpr = STEPS - (3 if PART == 4 else 2)  # of them under way
     word_layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     if EARLY == 1:
         let_next_kernel_start()
@@ -129,12 +121,15 @@ def int8_batch_kernel(
     place = gl.program_id(0) % in_band
     first_m = (band + place % width) * BLOCK_M
     block = place // width * BLOCKS
-    steps = gl.cdiv(tiles, SPAN) * (SPAN // 2)  # past the last tile, codes are filled with zeros
+    steps = gl.cdiv(tiles, SPAN) * STEPS  # past the last tile, codes are filled with zeros
 
-    shared = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, 128], codes_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(ready.index(slot), count=1)
+    # One allocation a slot: the compiler then knows that a copy into one and a product from another need no barrier.
+    slots = ()
+    ready = ()
+    for slot in gl.static_range(STEPS):
+        slots = slots + (gl.allocate_shared_memory(gl.int8, [BLOCK_M, 128], codes_desc.layout),)
+        ready = ready + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+        mbarrier.init(ready[slot], count=1)
     of_block = block + gl.arange(0, BLOCKS, gl.SliceLayout(1, word_layout))
     word = gl.arange(0, 128, gl.SliceLayout(0, word_layout))
     word_ptrs = words_ptr + of_block.to(gl.int64)[:, None] * tiles * 128 + word[None, :]
@@ -154,8 +149,9 @@ def int8_batch_kernel(
     barrier()
     if EARLY > 0:
         wait_for_previous_kernel()
-    for ahead in gl.static_range(FETCHED):
-        _fetch(codes_desc, shared, ready, ahead, steps, first_m, BLOCK_M, STAGES)
+    for slot in gl.static_range(FETCHED):
+        mbarrier.expect(ready[slot], BLOCK_M * 128)
+        tma.async_copy_global_to_shared(codes_desc, [first_m, slot * 128], ready[slot], slots[slot])
 
     y = gl.zeros([16 * BLOCKS, BLOCK_M], gl.float32, mma)
     for first in range(0, tiles, SPAN):
@@ -163,12 +159,19 @@ def int8_batch_kernel(
         odd = warpgroup_mma_init(gl.zeros([16 * BLOCKS, BLOCK_M], gl.int32, mma))
         scale = gl.zeros([16 * BLOCKS], scale_ptr.dtype.element_ty, gl.SliceLayout(1, mma))
         for d in gl.static_range(SPAN):
-            step = first // 2 + d // 2
             if d % 2 == 0:
                 # Past this barrier every warp has multiplied all but the last part: a slot further back is free.
+                step = first // 2 + d // 2 + FETCHED
+                mbarrier.expect(ready[(d // 2 + FETCHED) % STEPS], BLOCK_M * 128, pred=step < steps)
                 barrier()
-                _fetch(codes_desc, shared, ready, step + FETCHED, steps, first_m, BLOCK_M, STAGES)
-                mbarrier.wait(ready.index(step % STAGES), step // STAGES & 1)
+                tma.async_copy_global_to_shared(
+                    codes_desc,
+                    [first_m, step * 128],
+                    ready[(d // 2 + FETCHED) % STEPS],
+                    slots[(d // 2 + FETCHED) % STEPS],
+                    pred=step < steps,
+                )
+                mbarrier.wait(ready[d // 2], first // SPAN & 1)
             if d % PART == 0:
                 group = (first + d) * 64 // GROUP
                 next_scale = gl.load(scale_ptrs + group * 16, mask=row_inside & (group < groups), other=0.0)
@@ -186,7 +189,7 @@ def int8_batch_kernel(
                 zero = spread(zero_bytes, pairs, 1)
             for plane in gl.static_range(2):
                 weights = _unpacked(pairs, zero, plane, HAS_ZERO)
-                codes = shared.index(step % STAGES).slice(d % 2 * 64 + plane * 32, 32, 1).permute([1, 0])
+                codes = slots[d // 2].slice(d % 2 * 64 + plane * 32, 32, 1).permute([1, 0])
                 if d // PART % 2 == 0:
                     even = warpgroup_mma(weights, codes, even, use_acc=d % PART + plane > 0, is_async=True)
                 else:
@@ -208,8 +211,8 @@ def int8_batch_kernel(
         y = _add(y, sums, scale, HAS_ZERO)
     if EARLY == 2:
         let_next_kernel_start()
-    for slot in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(slot))
+    for slot in gl.static_range(STEPS):
+        mbarrier.invalidate(ready[slot])
 
     n_of_y = block * 16 + gl.arange(0, 16 * BLOCKS, gl.SliceLayout(1, mma))
     m_of_y = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))

@@ -72,7 +72,7 @@ def _batch(plan: Int8, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Ten
     described = int8_batch.descriptor(codes.codes, plan.block_m)
     operands = codes.step, codes.shift, weight.words, weight.scale, zero_point, sums, sums if bias is None else bias
     sizes, (group, part) = _sizes(weight), _groups(weight)
-    constants = group, min(part, plan.span // 2), weight.zero_point is not None, bias is not None, *plan
+    constants = group, min(part, plan.span // 4), weight.zero_point is not None, bias is not None, *plan
     kinds = weight.scale.dtype, y_MN.dtype, None if bias is None else bias.dtype
     grid = ceil_div(weight.words.shape[0], plan.blocks) * ceil_div(y_MN.shape[0], plan.block_m), 1, 1
     arguments = described, *operands, y_MN, y_MN.shape[0], *sizes, *constants

@@ -144,7 +144,7 @@ def test_arguments_of_int8_products(kernel, monkeypatch, k, group, part, with_ze
         w = w._replace(zero_point=torch.zeros(w.scale.shape, dtype=torch.int8))
     bias = torch.randn(96).bfloat16() if with_bias else None
     codes, sums = int8_codes(torch.randn(70, k), None), torch.randn(96)
-    for plan in (Int8(8, 8, 64, 8, 4, 6, 2), Int8(4, 4, 128, 4, 2, 4, 0)):
+    for plan in (Int8(8, 8, 64, 16, 4, 2), Int8(4, 4, 128, 8, 2, 0)):
         int8_run.run_plan(plan, codes, w, sums, bias, torch.float16)
         ((grid, arguments, options, _),) = batch.launches[-1:]
         named = dict(zip(INT8_NAMES, arguments, strict=True))
@@ -161,7 +161,7 @@ def test_arguments_of_int8_products(kernel, monkeypatch, k, group, part, with_ze
         assert (named["HAS_ZERO"], named["HAS_BIAS"], named["PART"]) == (
             with_zero,
             with_bias,
-            min(part, plan.span // 2),
+            min(part, plan.span // 4),
         )
         assert named["GROUP"] == group if group < k else named["GROUP"] >= k
         assert all(t.data_ptr() % 16 == 0 for t in codes)
