@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     ahead: int
     split: int
     early: int
+    own: int = 0
 
 
 class Dequantize(NamedTuple):
@@ -177,6 +178,11 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
                     shapes = ((8, 8, 2, 1, 4, 2), (8, 8, 4, 1, 4, 2))
                 for warps, blocks, ahead, step, stages, in_flight in shapes:
                     plans.append(Batch(warps, blocks, block_m, ahead, step, stages, in_flight, split, early))
+                own = {128: (8, 2, 4, 2), 256: (4, 1, 4, 2)}.get(block_m, (8, 2, 4, 4))
+                plans.append(Batch(8, 8, block_m, *own, split, early, 1))
+                if block_m <= 32:
+                    plans.append(Batch(8, 8, block_m, 16, 4, 4, 4, split, early, 1))
+                    plans.append(Batch(4, 8, block_m, 8, 2, 4, 2, split, early, 1))
     if tokens >= 64 or not plans:
         plans.append(Dequantize())
     return plans

@@ -46,7 +46,7 @@ def int4_case(kind, capability, dtype, has_zero, has_levels):
         constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
         found = compile(decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
     else:
-        plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
+        plan = Batch(8, 8, 16, 8, 2, 4, 4, 2, 2, 1) if kind == "own" else Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
         constants = common | {name.upper(): value for name, value in plan._asdict().items()}
         x = f"tensordesc<{dtype}[16, 64],{SWIZZLED!r}>"
         pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
@@ -77,6 +77,7 @@ CASES = [
     ("decode", 90, "bf16", False, True),
     ("batch", 90, "fp16", True, False),
     ("batch", 90, "fp16", False, True),
+    ("own", 90, "bf16", False, False),
 ]
 # The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
 INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 4, True), ("int8", 5, "bf16", 1, False)]
@@ -102,11 +103,14 @@ def test_compiles(compiled, case):
     found = compiled[case]
     ptx = found["ptx"]
     assert "v4.b32" in ptx  # weights come 16 bytes at a time
-    assert ("wgmma.mma_async" if kind == "batch" else "mma.sync") in ptx
+    assert ("mma.sync" if kind == "decode" else "wgmma.mma_async") in ptx
     assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
-    assert ("cp.async.bulk.tensor" if kind == "batch" else "ldmatrix") in ptx
+    assert ("ldmatrix" if kind == "decode" else "cp.async.bulk.tensor") in ptx
     assert ("shfl.sync.idx" in ptx) == has_levels
     assert found["shared"] <= 99 * 1024
+    if kind == "own":  # one barrier for each two tiles of four multiplications
+        multiplications = [match.start() for match in re.finditer("wgmma.mma_async", ptx)]
+        assert ptx[multiplications[7] : multiplications[-1]].count("bar.sync") == len(multiplications) // 8 - 1
 
 
 @pytest.mark.parametrize("case", INT8_CASES, ids=str)

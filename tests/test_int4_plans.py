@@ -30,9 +30,10 @@ def assert_runs(plan, tokens, capability):
         assert plan.tiles % plan.step == 0 and plan.stages >= 3
         # A slot of x is filled again two steps on, when at most AHEAD multiplications of 4 a tile are unfinished.
         assert plan.ahead <= 4 * plan.step
+        assert plan.own in (0, 1) and (not plan.own or plan.tiles % (plan.step * plan.stages) == 0)
         x = plan.stages * plan.step * plan.block_m * 64 * 2
         y = plan.blocks * 16 * plan.block_m * (2 if plan.split == 1 else 4)
-        assert max(x + 8 * plan.stages, y) <= SHARED_MEMORY[capability]
+        assert max(x + 8 * plan.stages * plan.step, y) <= SHARED_MEMORY[capability]
         accumulators = plan.blocks * 16 * plan.block_m // (32 * plan.warps)
         assert accumulators <= 128
 

@@ -122,7 +122,7 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     monkeypatch.setattr(int4_run.int4_portable, "sum_parts_kernel", sums)
     x = torch.randn(70, 128).bfloat16()
     for split in (1, 2):
-        plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2)
+        plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2, split - 1)
         int4_run.run_plan(plan, x, w, bias)
         check_arguments(BATCH_NAMES, batch.launches[-1], w, x, bias, plan)
         assert batch.launches[-1][0] == (2, split, 1)
