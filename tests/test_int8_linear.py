@@ -333,6 +333,58 @@ def test_where_layers_keep_their_present_path(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("activation", ["int8_token", {"bits": 8, "granularity": "tensor", "signed": False}], ids=str)
+def test_a_compiled_model_is_one_graph(activation):
+    """For each choice, and another when it changes."""
+    _, shipped, x = frozen(activation, dtype=torch.bfloat16)
+    compiled = torch.compile(shipped, fullgraph=True, backend="aot_eager")
+    outputs = []
+    with torch.no_grad():
+        for tokens in (5, None):
+            set_int8_products(tokens)
+            outputs.append(shipped(x))
+            assert torch.equal(compiled(x), outputs[-1])
+    assert not torch.equal(*outputs)
+
+
+def test_the_summary_says_which_layers_multiply_integers():
+    def lines(model):
+        return [
+            line for line in qat.summary(model).splitlines() if "multiply integers" in line or line.startswith("  not")
+        ]
+
+    fits, halves, blocks, wide = (
+        frozen(*arguments, **options)[1]
+        for arguments, options in (
+            (("int8_token",), {}),
+            (("int8_token", 32), {}),
+            (("q8_0",), {}),
+            (("int8_token",), {"bits": 8}),
+        )
+    )
+    model = nn.Sequential(fits[0], nn.ReLU(), halves[0], blocks[0], wide[0])
+    assert not lines(model)
+    set_int8_products(64)
+    assert lines(model) == [
+        "from 64 tokens on, 1 of 4 layers with int8 inputs multiply integers",
+        "  not 2: groups of 32: a multiple of 64 would",
+        "  not 3: q8_0 has a scale for each 32 inputs",
+        "  not 4: its weight is int8 g64",
+    ]
+    assert not lines(frozen(None)[1])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it is laid out by itself")
+def test_the_summary_of_a_model_that_is_on_a_cpu():
+    set_int8_products(64)
+    model = qat.freeze(
+        qat.prepare(
+            nn.Sequential(nn.Linear(64, 32)), qat.QuantPolicy(weight=QuantSpec(), activation="int8_token"), False
+        )
+    )
+    assert "0 of 1 layers" in qat.summary(model) and "not 0: its weight is not on a GPU" in qat.summary(model)
+
+
 def test_autocast_and_moves(monkeypatch):
     """Codes come from x as it arrives; the result has autocast's dtype; sums follow the weight to another state."""
     _, shipped, x = frozen("int8_token")

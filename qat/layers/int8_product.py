@@ -29,7 +29,20 @@ def fits(
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return x.dtype in _FLOATS and backend.has_triton() and x.numel() >= least * weight.columns
+    return x.dtype in _FLOATS and x.numel() >= least * weight.columns
+
+
+def obstacle(activation: FrozenActivation | DynamicActivation, weight: PackedWeight) -> str | None:
+    """Return why a layer will not multiply integers, however many tokens it gets; None if it may."""
+    if activation.spec is Dynamic.q8_0:
+        return "q8_0 has a scale for each 32 inputs"
+    if weight.spec.bits != 4 or not weight.spec.holds_integers:
+        return f"its weight is {weight.spec}"
+    if weight.spec.group_size is not None and weight.spec.group_size % 64:
+        return f"groups of {weight.spec.group_size}: a multiple of 64 would"
+    if weight.row_sums is None:
+        return "its weight is not on a GPU, or has too many inputs"
+    return None
 
 
 def int8_linear(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..backend import has_triton
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
@@ -177,7 +178,7 @@ class PackedWeight(FixedDtype):
             from qat.kernels.int8_linear import row_sums, takes
 
             weight = self.gpu_operands[torch.float32]
-            self.row_sums = row_sums(weight) if takes(weight) else None
+            self.row_sums = row_sums(weight) if takes(weight) and has_triton() else None
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
