@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .errors import StateError
 from .layers import FrozenLinear, is_frozen
-from .spec import Codebook
+from .quantizers import DynamicActivation
+from .spec import Codebook, Dynamic
 
 # As transformers and others call the layers that a module gives the same input.
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -27,6 +28,7 @@ def fuse_projections(model: nn.Module, verbose: bool = True) -> nn.Module:
 
     Groups are found by the names of their layers. A group whose layers turn out to be called with different inputs runs
     one by one again. The weights are those of the single layers to the bit; sums may be added up in another order.
+    Inputs that are rounded by their own values are rounded once for the group.
 
     Args:
         model: frozen or loaded.
@@ -66,6 +68,16 @@ class FusedProjections:
         self.weights: dict[torch.dtype, object] = {}
         self.x: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
+        self.unrounded: Tensor | None = None
+        self.rounding: Tensor | None = None
+
+    def rounded(self, layer: FrozenLinear, x: Tensor) -> Tensor:
+        """Return x as its runtime rounds it: for the first layer anew, for the others what it made of this x."""
+        if not self.together:
+            return layer.activation_quantizer(x)
+        if layer is self.layers[0] or self.unrounded is not x:
+            self.unrounded, self.rounding = x, layer.activation_quantizer(x)
+        return self.rounding
 
     def __call__(self, layer: FrozenLinear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's product, (..., N): a view of the group's result."""
@@ -81,9 +93,9 @@ class FusedProjections:
             if self.x is x:
                 part = self.parts.pop(index)
                 if not self.parts:
-                    self.x = None
+                    self.x = self.unrounded = self.rounding = None
                 return part
-            self.together, self.parts, self.x = False, {}, None
+            self.together, self.parts, self.x, self.unrounded, self.rounding = False, {}, None, None, None
             warnings.warn(f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=3)
         return int4_linear(x, layer.packed_weight.gpu_operands[x.dtype], bias)
 
@@ -133,7 +145,7 @@ def _obstacle(layers: list[FrozenLinear]) -> str | None:
         return "its layers share a weight"
     if first.packed_weight.spec.bits != 4 or first.packed_weight.spec.codebook not in (None, Codebook.nf4):
         return "not 4 bits on an even grid or NF4"
-    if any(layer.activation_quantizer is not None for layer in layers):
+    if len({_rounding(layer) for layer in layers}) > 1:
         return "each layer rounds its input by itself"
     if any((layer.bias is None) != (first.bias is None) for layer in layers):
         return "some layers have a bias and some have none"
@@ -142,3 +154,11 @@ def _obstacle(layers: list[FrozenLinear]) -> str | None:
     if any(layer.out_features % ROWS for layer in layers[:-1]):
         return f"its layers have outputs that {ROWS} does not divide"
     return None
+
+
+def _rounding(layer: FrozenLinear) -> Dynamic | int | None:
+    """Return what layers have in common that round one input to the same values; None for no rounding."""
+    activation = layer.activation_quantizer
+    if activation is None or (isinstance(activation, DynamicActivation) and activation.enabled):
+        return None if activation is None else activation.spec
+    return id(layer)

@@ -64,7 +64,7 @@ class FrozenLinear(Frozen, nn.Linear):
             if int8_product.fits(x, self.activation_quantizer, self.packed_weight, self.bias):
                 dtype = compute_dtype(x)
                 return int8_product.int8_linear(x, self.activation_quantizer, self.packed_weight, self.bias, dtype)
-            x = self.activation_quantizer(x)
+            x = self.activation_quantizer(x) if self.fused is None else self.fused.rounded(self, x)
         if self.packed_weight is None:
             return F.linear(x, self.weight, self.bias)
         x, bias = match_dtypes(x, self.bias)
