@@ -1,8 +1,8 @@
-"""Measure which int4 kernel is fastest on this GPU: python -m benchmarks.tune [--int8] [--shapes 4096x4096 ...]
+"""Measure which int4 kernel is fastest on this GPU: python -m benchmarks.tune [--what int8] [--shapes NxK ...]
 
-With --int8, of those that multiply with int8 codes of x. Writes the table that ``qat.kernels.int4_plans`` looks into
+What x is, --what says: bfloat16, float16, or int8 codes. Writes the table that ``qat.kernels.int4_plans`` looks into
 first (its ``cache_path()``, unless --out names a file). Kernels are compiled by all processor cores beforehand; the
-timing is that of benchmarks/timing.py, in bf16, without the rounding of x.
+timing is that of benchmarks/timing.py, without the rounding of x to codes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def runner(x: Tensor, weight: Int4Weight, int8: bool) -> Callable[[Plan, Int4Wei
 
 def compile_plan(case: tuple) -> str | None:
     """Run one plan on its shape once, which leaves the kernel in Triton's cache; return what went wrong."""
-    plan, tokens, outputs, inputs = case
+    plan, tokens, outputs, inputs, dtype = case
     try:
-        problem = Problem.random(outputs, inputs, torch.bfloat16, rotated=False)
-        x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+        problem = Problem.random(outputs, inputs, dtype, rotated=False)
+        x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
         runner(x, problem.weights[0], isinstance(plan, int4_plans.Int8))(plan, problem.weights[0])
         torch.cuda.synchronize()
     except Exception as error:
@@ -60,11 +60,11 @@ def compile_plan(case: tuple) -> str | None:
     return None
 
 
-def compile_all(plans: dict[tuple[int, int, int], list[Plan]]) -> list[str]:
+def compile_all(plans: dict[tuple[int, int, int], list[Plan]], dtype: torch.dtype) -> list[str]:
     """Compile the kernels of all plans, given by (tokens, outputs, inputs); return a line a failure, and the time."""
     # A kernel depends on the shape through what divides it alone: one small weight compiles for many.
     inputs = {k: 4096 if k % 4096 == 0 else k for _, _, k in plans}
-    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k]) for (m, _, k), ps in plans.items() for plan in ps}
+    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k], dtype) for (m, _, k), ps in plans.items() for plan in ps}
     start = time.time()
     with multiprocessing.get_context("spawn").Pool() as pool:
         lines = [line for line in pool.imap_unordered(compile_plan, cases.values()) if line]
@@ -72,21 +72,22 @@ def compile_all(plans: dict[tuple[int, int, int], list[Plan]]) -> list[str]:
     return lines
 
 
-def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], int8: bool = False) -> tuple[dict, list[str]]:
+def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bfloat16") -> tuple[dict, list[str]]:
     """Return the table for this device, and a line a measurement."""
     name, *limits = device()
+    int8, dtype = what == "int8", torch.float16 if what == "float16" else torch.bfloat16
     plans: dict[tuple[int, int, int], list[Plan]] = {
         (m, n, k): int4_plans.int8_candidates(m) if int8 else int4_plans.candidates(m, n, k, *limits)
         for n, k in shapes
         for m in tokens
     }
-    lines = compile_all(plans)
+    lines = compile_all(plans, dtype)
     table: dict[str, dict] = {}
     for n, k in shapes:
-        problem = Problem.random(n, k, torch.bfloat16)
+        problem = Problem.random(n, k, dtype)
         dense = problem.dense().double() if n * k <= 2**26 else None
         for m in tokens:
-            x = (torch.randn(m, k, device="cuda") * 0.1).bfloat16()
+            x = (torch.randn(m, k, device="cuda") * 0.1).to(dtype)
             run = runner(x, problem.weights[0], int8)
             rounded = round_dynamic(x.float(), Dynamic.int8_token) if int8 else x
             exact = None if dense is None else rounded.double() @ dense.T
@@ -113,8 +114,7 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], int8: bool = Fa
                 + f"  (heuristic {by_heuristic} {chosen})"
             )
             if times:
-                key = int4_plans.int8_name(n, k) if int8 else f"{n}x{k}"
-                table.setdefault(key, {})[str(m)] = int4_plans.plan_to_json(times[0][1])
+                table.setdefault(int4_plans.plan_name(n, k, what), {})[str(m)] = int4_plans.plan_to_json(times[0][1])
     return {name: table}, lines
 
 
@@ -123,14 +123,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", help="NxK; by default those of Llama 8B and 70B")
     parser.add_argument("--tokens", nargs="*", type=int)
-    parser.add_argument("--int8", action="store_true", help="of W4A8 and W4A4, on a Hopper GPU")
+    parser.add_argument("--what", choices=("bfloat16", "float16", "int8"), default="bfloat16", help="of x")
     parser.add_argument("--out", type=Path, default=int4_plans.cache_path())
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
     shapes = [*LLAMA_8B.values(), *LLAMA_70B.values()]
     if options.shapes:
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes]
-    table, lines = tune(shapes, tuple(options.tokens or (INT8_TOKENS if options.int8 else TOKENS)), options.int8)
+    tokens = options.tokens or (INT8_TOKENS if options.what == "int8" else TOKENS)
+    table, lines = tune(shapes, tuple(tokens), options.what)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for name, by_shape in table.items():

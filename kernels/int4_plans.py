@@ -2,7 +2,8 @@
 
 There is no search at run time. ``python -m benchmarks.tune`` measures the candidates below on the GPU at hand and
 writes a table to ``cache_path()``, which goes before the one that ships in ``int4_plans.json``. A table is found by
-the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M.
+the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M; what was timed
+with fp16 or int8 codes has that behind the name, "NxK float16", and fp16 takes what bf16 has where it has nothing.
 """
 
 from __future__ import annotations
@@ -69,21 +70,34 @@ ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
 MANY_TOKENS = 4096
 
 
-def choose(tokens: int, outputs: int, inputs: int, device_name: str, capability: int, multiprocessors: int) -> Plan:
-    """Return the plan for M tokens on an NVIDIA GPU of compute capability ``capability`` (90 for 9.0)."""
-    listed = _listed(device_name, f"{outputs}x{inputs}", tokens)
+def choose(
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    device_name: str,
+    capability: int,
+    multiprocessors: int,
+    kind: str = "bfloat16",
+) -> Plan:
+    """Return the plan for M tokens on an NVIDIA GPU of compute capability ``capability`` (90 for 9.0).
+
+    ``kind`` is the dtype of x, bfloat16 or float16.
+    """
+    listed = None
+    for name in dict.fromkeys((plan_name(outputs, inputs, kind), plan_name(outputs, inputs))):
+        listed = _listed(device_name, name, tokens) if listed is None else listed
     return heuristic(tokens, outputs, inputs, capability, multiprocessors) if listed is None else listed
 
 
 def choose_int8(tokens: int, outputs: int, inputs: int, device_name: str, multiprocessors: int) -> Int8:
-    """Return the plan for the codes of M tokens on a Hopper GPU; a table lists it under "NxK int8"."""
-    listed = _listed(device_name, int8_name(outputs, inputs), tokens)
+    """Return the plan for the codes of M tokens on a Hopper GPU."""
+    listed = _listed(device_name, plan_name(outputs, inputs, "int8"), tokens)
     return int8_heuristic(tokens, outputs, multiprocessors) if listed is None else listed
 
 
-def int8_name(outputs: int, inputs: int) -> str:
-    """Return the name that a table lists plans for int8 codes under."""
-    return f"{outputs}x{inputs} int8"
+def plan_name(outputs: int, inputs: int, kind: str = "bfloat16") -> str:
+    """Return the name that a table lists plans under, for bfloat16, float16 or int8."""
+    return f"{outputs}x{inputs}" + ("" if kind == "bfloat16" else f" {kind}")
 
 
 def _listed(device_name: str, name: str, tokens: int) -> Plan | Int8 | None:

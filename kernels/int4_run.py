@@ -39,7 +39,7 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     if suits:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = ANY_TOKENS if one_plan else _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
+        plan = ANY_TOKENS if one_plan else _plan(x_MK, weight.out_features)
         if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
             plan = plan._replace(early=0)
         y_MN = run_plan(plan, x_MK, weight, bias)
@@ -69,7 +69,7 @@ def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
 
 
 _devices: dict[int, tuple[str, int, int]] = {}
-_plans: dict[tuple[int, int, int, int], object] = {}
+_plans: dict[tuple, object] = {}
 _recipes: dict[tuple, tuple] = {}
 _kernels: dict[tuple, tuple] = {}
 
@@ -82,10 +82,12 @@ def limits(index: int) -> tuple[str, int, int]:
     return _devices[index]
 
 
-def _plan(tokens: int, out_features: int, in_features: int, device_index: int):
-    key = tokens, out_features, in_features, device_index
+def _plan(x_MK: Tensor, out_features: int):
+    tokens, in_features = x_MK.shape
+    key = tokens, out_features, in_features, x_MK.device.index, x_MK.dtype
     if key not in _plans:
-        _plans[key] = choose(tokens, out_features, in_features, *limits(device_index))
+        kind = "float16" if x_MK.dtype == torch.float16 else "bfloat16"
+        _plans[key] = choose(tokens, out_features, in_features, *limits(x_MK.device.index), kind)
     return _plans[key]
 
 

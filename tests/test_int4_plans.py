@@ -119,6 +119,9 @@ def test_the_tuned_table_goes_before_the_shipped_one_and_that_before_the_heurist
     tables.shipped = {"a GPU": {"64x128": {"8": int4_plans.plan_to_json(one), "64": int4_plans.plan_to_json(other)}}}
     assert [choose(m) for m in (1, 8, 9, 64)] == [one, one, other, other]
     assert choose(65) == int4_plans.heuristic(65, 64, 128, 90, 132)
+    tables.shipped["a GPU"]["64x128 float16"] = {"3": ["dequantize"]}
+    in_fp16 = [int4_plans.choose(m, 64, 128, "a GPU", 90, 132, "float16") for m in (3, 4)]
+    assert in_fp16 == [Dequantize(), one] and choose(3) == one
     int8 = Int8(4, 4, 64, 8, 2, 0)
     assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int4_plans.int8_heuristic(3, 64, 132)
     tables.shipped["a GPU"]["64x128 int8"] = {"8": int4_plans.plan_to_json(int8)}
