@@ -11,17 +11,17 @@ from torch import nn
 
 from .errors import StateError
 from .layers import is_prepared, quant_layers
-from .quantizers import ActivationLSQ, ActivationStatistics, WeightLSQ
+from .quantizers import ActivationStatistics, LearnedActivation, WeightLSQ
 from .spec import Init
 
 if TYPE_CHECKING:
     from .ptq import Options
 
 
-def activation_quantizers(model: nn.Module) -> list[ActivationLSQ]:
+def activation_quantizers(model: nn.Module) -> list[LearnedActivation]:
     """Return a prepared model's activation quantizers that have a step size."""
     quantizers = (layer.activation_quantizer for _, layer in quant_layers(model))
-    return [quantizer for quantizer in quantizers if isinstance(quantizer, ActivationLSQ)]
+    return [quantizer for quantizer in quantizers if isinstance(quantizer, LearnedActivation)]
 
 
 def calibrate(
@@ -83,7 +83,7 @@ def weights_wait(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _observing(model: nn.Module, quantizers: list[ActivationLSQ]) -> Iterator[None]:
+def _observing(model: nn.Module, quantizers: list[LearnedActivation]) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for quantizer in quantizers:

@@ -44,7 +44,7 @@ def freeze(model: nn.Module) -> nn.Module:
         if isinstance(activation, DynamicActivation):
             activation = DynamicActivation(activation.spec)
         elif activation is not None:
-            activation = FrozenActivation(replace(activation.spec), activation.scale())
+            activation = FrozenActivation(replace(activation.spec), activation.scale(), activation.zero_point())
             if not activation.scale.isfinite().all():
                 raise LayerError(f"{name!r}: the scale of its input holds NaN or infinity")
         frozen.append((layer, weight, activation))

@@ -140,7 +140,8 @@ class QATQuantizer(HfQuantizer):
             if entry.has_activation_scale:
                 device = _device(name, layer.activation_quantizer.scale)
                 scale = self.source.activation_scale(stored)
-                layer.activation_quantizer = FrozenActivation(entry.activation, scale).to(device)
+                zero_point = None if entry.activation.symmetric else self.source.activation_zero_point(stored)
+                layer.activation_quantizer = FrozenActivation(entry.activation, scale, zero_point).to(device)
         model.qat_source = self.source.files
         return model
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional
 
 from .errors import PolicyError, did_you_mean
-from .spec import Dynamic, Init, QuantSpec, as_member
+from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer, as_member
 
 RULE_KEYS = ("match", "weight", "activation")
 FIRST, LAST = "@first", "@last"
@@ -33,6 +33,9 @@ class QuantPolicy:
         dynamic: "int8_token" or "q8_0": the input of every linear layer with a quantized weight is rounded to int8 as
             ExecuTorch or llama.cpp round it at run time. A key of its own, since a typed config node that holds specs
             holds no word.
+        weight_quantizer: "lsq", or "minmax" for step sizes that follow the weight's range at every forward.
+        activation_quantizer: "lsq" (LSQ+ where the activation has ``symmetric=False``), "pact", or "minmax" for a step
+            size that follows the range of the training batches.
 
     Raises:
         PolicyError, SpecError: an unknown key, or a value out of range.
@@ -43,9 +46,19 @@ class QuantPolicy:
     rules: list[Any] = field(default_factory=list)
     init: Init = Init.lsq
     dynamic: Optional[Dynamic] = None  # noqa: UP045
+    weight_quantizer: WeightQuantizer = WeightQuantizer.lsq
+    activation_quantizer: ActivationQuantizer = ActivationQuantizer.lsq
 
     def __post_init__(self) -> None:
         self.init = as_member(Init, "init", self.init)
+        self.weight_quantizer = as_member(WeightQuantizer, "weight_quantizer", self.weight_quantizer)
+        quantizer = as_member(ActivationQuantizer, "activation_quantizer", self.activation_quantizer)
+        self.activation_quantizer = quantizer
+        if self.weight_quantizer is WeightQuantizer.minmax and self.init.reads_data:
+            raise PolicyError(
+                f"init={self.init.value} sets step sizes, which weight_quantizer=minmax takes from the weight at every "
+                "forward: use weight_quantizer=lsq"
+            )
         self.weight = _spec(self.weight, QuantSpec())
         if self.dynamic is not None:
             self.dynamic = as_member(Dynamic, "dynamic", self.dynamic)
@@ -56,6 +69,8 @@ class QuantPolicy:
             self.activation, self.dynamic = None, self.activation
         if self.dynamic is not None and self.weight is None and not self.rules:
             self.specs_of({"activation": self.dynamic})
+        if self.dynamic is None or self.weight is not None:
+            self.specs_of(None)
         for rule in self.rules:
             _check_rule(rule)
             self.specs_of(rule)
@@ -79,9 +94,13 @@ class QuantPolicy:
         for spec in (weight, activation):
             if spec is activation and isinstance(spec, QuantSpec) and spec.codebook is not None:
                 raise PolicyError("activations take no codebook: drop it, or give weights one")
-            if isinstance(spec, QuantSpec) and not spec.symmetric and (spec is activation or spec.zero_point_dtype):
-                what = "activations are symmetric" if spec is activation else "adapter=qa_lora trains real zero points"
-                raise PolicyError(f"{what}: drop symmetric=False")
+            if isinstance(spec, QuantSpec) and spec.zero_point_dtype:
+                raise PolicyError("only adapter=qa_lora trains real zero points: drop zero_point_dtype")
+        if isinstance(activation, QuantSpec) and not activation.symmetric:
+            if activation.signed is False:
+                raise PolicyError("an activation with symmetric=False has its own zero: drop signed=False")
+            if self.activation_quantizer is ActivationQuantizer.pact:
+                raise PolicyError("PACT learns no offset: drop symmetric=False, or use activation_quantizer=lsq")
         return weight, activation
 
     def quantizes_nothing(self) -> bool:
@@ -103,12 +122,14 @@ class QuantPolicy:
             "rules": rules,
             "init": self.init.value,
             "dynamic": plain(self.dynamic),
+            "weight_quantizer": self.weight_quantizer.value,
+            "activation_quantizer": self.activation_quantizer.value,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantPolicy:
         """Build a policy from plain values; PolicyError names an unknown key."""
-        known = ("weight", "activation", "rules", "init", "dynamic")
+        known = [entry.name for entry in fields(cls)]
         for key in values:
             if key not in known:
                 raise PolicyError(f"unknown key {key!r} in the policy{did_you_mean(str(key), known)}")

@@ -29,6 +29,7 @@ from .layers import (
     set_dtype_,
 )
 from .numerics import QuantizedTensor
+from .outline import parameters_on_meta, to_meta_
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec, as_member
 
@@ -93,6 +94,7 @@ class QuantizedModel:
         example: shape (without batch), dtype and range of an input, as in ``qat.checkpoint``; None if unknown.
         files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
         adapter: writes peft's folder of the adapter on the model; None if there is none, or one in ``files``.
+        activation_zero_point: layer name -> its input's zero point, int8 (1, 1), where its spec is asymmetric.
     """
 
     architecture: dict[str, Any] | None
@@ -105,6 +107,7 @@ class QuantizedModel:
     example: dict[str, Any] | None = None
     files: Path | None = None
     adapter: Callable[[Path], None] | None = None
+    activation_zero_point: Callable[[str], Tensor] = {}.__getitem__
 
 
 def shares_embedding(model: QuantizedModel, name: str) -> bool:
@@ -152,6 +155,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
         dense,
         tied,
         adapter=adapter,
+        activation_zero_point=lambda name: frozen[name].activation_quantizer.zero_point,
     )
 
 
@@ -166,12 +170,53 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
         StateError: the given model is prepared or frozen.
         ArtifactError: it does not name its architecture, or does not fit the given model.
     """
+    model = _frozen(quantized, model, lambda name: PackedWeight.from_tensor(quantized.quantized(name)))
+    inside = _quantized_names(model)
+    state = {name: value for name, value in model.state_dict().items() if name in inside}
+    state.update(quantized.dense)
+    state.update({name: quantized.dense[owner] for name, owner in quantized.tied.items()})
+    load_state(model, state, quantized.source, ArtifactError)
+    for _, layer in frozen_layers(model):
+        if layer.packed_weight is None:  # its dtype and device were the untrained weight's
+            set_dtype_(layer, layer.weight.dtype, layer.weight.device)
+    return model.eval()
+
+
+def outline(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Module:
+    """Return what ``to_model`` does without its values: codes, parameters and persistent buffers on the meta device.
+
+    Args:
+        quantized: the model's values; of them only activation scales are asked for.
+        model: an untrained instance of the user's own, swapped in place and emptied.
+
+    Raises:
+        StateError: the given model is prepared or frozen.
+        ArtifactError: it does not name its architecture, or has other layers or names than the given model.
+    """
+
+    def empty(name: str) -> PackedWeight:
+        with torch.device("meta"):
+            return PackedWeight(quantized.layers[name].weight, quantized.layers[name].shape)
+
+    model = _frozen(quantized, model, empty)
+    own = model.state_dict()
+    names = {*_quantized_names(model), *quantized.dense, *quantized.tied}
+    load_state(model, {name: own.get(name, torch.empty(0)) for name in names}, quantized.source, ArtifactError)
+    to_meta_(model, set(own))
+    return model.eval()
+
+
+def _frozen(
+    quantized: QuantizedModel, model: nn.Module | None, packed_weight: Callable[[str], PackedWeight]
+) -> nn.Module:
+    """Return a model with frozen layers; what is not quantized has the values of the given model, or none."""
     if model is None:
         if quantized.architecture is None:
             raise ArtifactError(f"{quantized.source} does not name its architecture: use load(path, model=YourModel())")
         from .models import build
 
-        model = build(quantized.architecture)
+        with parameters_on_meta():
+            model = build(quantized.architecture)
     elif is_prepared(model) or is_frozen(model):
         raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
     packed: dict[str, PackedWeight | None] = {}
@@ -180,21 +225,17 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mo
         if entry.tied is not None:
             packed[name] = packed[entry.tied]
         else:
-            packed[name] = entry.weight and PackedWeight.from_tensor(quantized.quantized(name))
+            packed[name] = entry.weight and packed_weight(name)
         activation = None
         if isinstance(entry.activation, Dynamic):
             activation = DynamicActivation(entry.activation)
         elif entry.activation is not None:
-            activation = FrozenActivation(entry.activation, quantized.activation_scale(name))
+            zero_point = None if entry.activation.symmetric else quantized.activation_zero_point(name)
+            activation = FrozenActivation(entry.activation, quantized.activation_scale(name), zero_point)
         make_frozen_(layer, packed[name], activation)
         if isinstance(layer, FrozenEmbedding) and entry.dtype is not None:
             set_dtype_(layer, _DTYPES[entry.dtype], layer.like.device)
-    inside = _quantized_names(model)
-    state = {name: value for name, value in model.state_dict().items() if name in inside}
-    state.update(quantized.dense)
-    state.update({name: quantized.dense[owner] for name, owner in quantized.tied.items()})
-    load_state(model, state, quantized.source, ArtifactError)
-    return model.eval()
+    return model
 
 
 def _quantized_names(model: nn.Module) -> set[str]:

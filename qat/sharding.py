@@ -41,5 +41,6 @@ def shard_step_sizes(model: nn.Module, **options: Any) -> nn.Module:
     for quantizer in list(model.modules()):
         if isinstance(quantizer, LearnedStepSize):
             fully_shard(quantizer, reshard_after_forward=False, **options)
-            register_fsdp_forward_method(quantizer, "rounding")  # which layers call in place of forward
+            if hasattr(quantizer, "rounding"):  # which layers call in place of forward
+                register_fsdp_forward_method(quantizer, "rounding")
     return model

@@ -77,6 +77,25 @@ class Dynamic(StrEnum):
     q8_0 = "q8_0"
 
 
+class WeightQuantizer(StrEnum):
+    """Where a weight's step sizes come from: LSQ learns them, or each forward takes them from the weight's range."""
+
+    lsq = "lsq"
+    minmax = "minmax"
+
+
+class ActivationQuantizer(StrEnum):
+    """Where an activation's step size comes from.
+
+    LSQ learns it (with ``symmetric=False`` LSQ+, which learns an offset too), PACT learns the clipping bound, and
+    minmax follows the range of the batches that are trained on.
+    """
+
+    lsq = "lsq"
+    pact = "pact"
+    minmax = "minmax"
+
+
 @dataclass
 class QuantSpec:
     """Bits, granularity and scale dtype of a quantized tensor.

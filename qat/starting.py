@@ -19,7 +19,7 @@ from .models import build
 from .numerics import MIN_SCALE
 from .policy import QuantPolicy
 from .quantized_model import QuantizedLayer, QuantizedModel, matching_layer
-from .quantizers import ActivationLSQ, AsymmetricLSQ, LearnedStepSize, WeightCodebook
+from .quantizers import AsymmetricLSQ, LearnedActivation, LearnedStepSize, WeightCodebook, WeightMinMax
 from .surgery import prepare
 
 
@@ -88,8 +88,11 @@ def take_codes(model: nn.Module, quantized: QuantizedModel) -> str:
     layers = dict(quant_layers(model))
     for name, entry in quantized.layers.items():
         layer = layers.get(name)
-        if layer is not None and entry.has_activation_scale and isinstance(layer.activation_quantizer, ActivationLSQ):
-            layer.activation_quantizer.start(quantized.activation_scale(name), entry.activation.signed is not False)
+        activation = None if layer is None else layer.activation_quantizer
+        symmetric = entry.activation.symmetric if entry.has_activation_scale else None
+        if isinstance(activation, LearnedActivation) and activation.spec.symmetric == symmetric:
+            zero_point = None if symmetric else quantized.activation_zero_point(name)
+            activation.start(quantized.activation_scale(name), zero_point, entry.activation.signed is not False)
         if entry.weight is None:
             continue
         if layer is None or layer.weight_quantizer is None:
@@ -112,6 +115,8 @@ def _take(layer: QuantLayer, entry: QuantizedLayer, quantized: QuantizedModel, n
     small = int((tensor.scale < MIN_SCALE).sum())
     if small:
         return f"has {small} scales below 2^-17, which training does not keep: leave it out with weight: null"
+    if isinstance(quantizer, WeightMinMax):
+        return "would take its step sizes from the weight's range: use policy.weight_quantizer=lsq"
     if isinstance(quantizer, WeightCodebook) != (entry.weight.codebook is not None):
         return fix
     if isinstance(quantizer, LearnedStepSize):

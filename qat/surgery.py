@@ -26,9 +26,24 @@ from .layers import (
 from .layers.int8_product import obstacle
 from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
-from .quantizers import ActivationLSQ, AsymmetricLSQ, DynamicActivation, LearnedStepSize, WeightCodebook, WeightLSQ
+from .quantizers import (
+    ActivationLSQ,
+    ActivationLSQPlus,
+    ActivationMinMax,
+    ActivationPACT,
+    ActivationRange,
+    AsymmetricLSQ,
+    DynamicActivation,
+    LearnedActivation,
+    LearnedStepSize,
+    OfWeight,
+    Quantizer,
+    WeightCodebook,
+    WeightLSQ,
+    WeightMinMax,
+)
 from .quantizers.dynamic import BLOCK
-from .spec import Dynamic, Init, QuantSpec
+from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer
 
 
 @dataclass
@@ -68,8 +83,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     decisions = decide(model, policy)
     check_shapes(decisions)
     _check_init(decisions, policy.init)
-    weight_quantizers: dict[int, WeightLSQ | AsymmetricLSQ | WeightCodebook] = {}
-    init = policy.init.of_activations
+    weight_quantizers: dict[int, OfWeight] = {}
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
             continue
@@ -77,27 +91,39 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         if decision.weight is not None:
             weight = weight_quantizers.get(id(layer.weight))
             if weight is None:
-                weight = weight_quantizer(decision, policy.init)
+                weight = weight_quantizer(decision, policy.init, policy.weight_quantizer)
                 weight_quantizers[id(layer.weight)] = weight
         if isinstance(decision.activation, Dynamic):
             activation = DynamicActivation(decision.activation)
         elif decision.activation is not None:
-            activation = ActivationLSQ(decision.activation, layer.weight.device, decision.name, init)
+            activation = activation_quantizer(decision, policy.init, policy.activation_quantizer)
         make_fake_quant_(layer, weight, activation)
     if verbose:
         print(_table(model, decisions))
     return model
 
 
-def weight_quantizer(decision: Decision, init: Init) -> WeightLSQ | AsymmetricLSQ | WeightCodebook:
+def weight_quantizer(decision: Decision, init: Init, kind: WeightQuantizer = WeightQuantizer.lsq) -> OfWeight:
     """Return the quantizer that a decision gives its layer, started from the weight's values."""
     weight = matrix(decision.layer)
     if decision.weight.codebook is not None:
         return WeightCodebook(decision.weight, weight, decision.name)
+    if kind is WeightQuantizer.minmax:
+        return WeightMinMax(decision.weight, decision.name)
     if not decision.weight.symmetric:
         return AsymmetricLSQ(decision.weight, weight, decision.name)
     # Methods that read data are for matrix products.
     return WeightLSQ(decision.weight, weight, decision.name, init.of_activations if _is_embedding(decision) else init)
+
+
+def activation_quantizer(decision: Decision, init: Init, kind: ActivationQuantizer) -> LearnedActivation:
+    """Return the quantizer that a decision gives its layer's input, which waits for ``qat.calibrate``."""
+    spec, device = decision.activation, decision.layer.weight.device
+    if kind is ActivationQuantizer.minmax:
+        return (ActivationMinMax if spec.symmetric else ActivationRange)(spec, device, decision.name)
+    learned = ActivationPACT if kind is ActivationQuantizer.pact else ActivationLSQ
+    learned = learned if spec.symmetric else ActivationLSQPlus
+    return learned(spec, device, decision.name, init.of_activations)
 
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
@@ -273,14 +299,18 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
 
 def _cost(model: nn.Module) -> list[str]:
     """Return a line that says what step sizes take, and what fake quantization runs on."""
-    quantizers = (module for module in model.modules() if isinstance(module, LearnedStepSize))
-    steps = {id(quantizer.step_size): quantizer.step_size for quantizer in quantizers}.values()
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    kinds = sorted({type(quantizer).__name__ for quantizer in quantizers} - {"WeightLSQ", "ActivationLSQ"})
+    lines = [f"with {', '.join(kinds)}, in torch's operators"] if kinds else []
+    learned = (quantizer for quantizer in quantizers if isinstance(quantizer, LearnedStepSize))
+    steps = {id(quantizer.step_size): quantizer.step_size for quantizer in learned}.values()
     if not steps:
-        return []
+        return lines
     count, taken = sum(step.numel() for step in steps), sum(step.numel() * step.element_size() for step in steps)
     return [
+        *lines,
         f"{count:,} step sizes take {taken / 1e6:.2f} MB, their gradients as much and AdamW's state twice as much; "
-        f"fake quantization runs in {backend.path(next(iter(steps)).device)}"
+        f"fake quantization runs in {backend.path(next(iter(steps)).device)}",
     ]
 
 

@@ -32,13 +32,14 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def prepared():
+def prepared(how=""):
     torch.manual_seed(0)
     rules = [
         {"match": "head", "weight": {"granularity": "tensor"}},
         {"match": "blocks.1.*", "weight": {"granularity": "channel"}},
     ]
-    policy = QuantPolicy(weight=QuantSpec(bits=4, group_size=8), activation={"bits": 8}, rules=rules)
+    kind = {"activation_quantizer": "minmax" if "minmax" in how else "lsq"}
+    policy = QuantPolicy(weight=QuantSpec(bits=4, group_size=8), activation={"bits": 8}, rules=rules, **kind)
     return qat.calibrate(qat.prepare(Net(), policy, verbose=False), [torch.randn(8, 16)])
 
 
@@ -51,6 +52,7 @@ def train(model, rank, ranks, dtype=torch.float32):
     """Three steps; each rank sees its part of the batch. Return this part's losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     steps = [p for name, p in model.named_parameters() if name.endswith("step_size")]
+    model.train()
     losses = []
     for batch in batches():
         loss = model(batch.to(dtype).chunk(ranks)[rank]).float().square().mean()
@@ -76,15 +78,15 @@ def work(how, file):
     """What torchrun starts on each rank: train, and let rank 0 save the losses and the whole state."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model, own_groups = prepared(), how == "own groups"
-    wrapped = nn.parallel.DistributedDataParallel(model) if how == "ddp" else sharded(model, own_groups)
+    model, own_groups = prepared(how), how == "own groups"
+    wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in how else sharded(model, own_groups)
     losses = train(wrapped, dist.get_rank(), RANKS)
     dist.all_reduce(losses)
     state = {
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
         for name, tensor in model.state_dict().items()
     }
-    if how != "ddp":  # cast for the forward: the weights, and the step sizes too where they are in the same group
+    if "ddp" not in how:  # cast for the forward: the weights, and the step sizes too where they are in the same group
         cast = sharded(prepared(), own_groups, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         with pytest.raises(StateError, match=r"(weight|step size) of 'blocks\.0\.0' arrives as torch\.bfloat16"):
             cast(batches()[0])
@@ -98,7 +100,7 @@ def work(how, file):
     os._exit(0)  # a rank that takes gloo down after the other one is gone can wait for it forever
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "own groups"])
+@pytest.mark.parametrize("how", ["ddp", "ddp, minmax", "fsdp2", "own groups"])
 def test_two_processes(how, tmp_path):
     """The same losses and parameters as one process with the whole batch; then it freezes."""
     file = tmp_path / "rank0.pt"
@@ -108,7 +110,7 @@ def test_two_processes(how, tmp_path):
     command = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", *place]
     done = subprocess.run([*command, __file__, how, file], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    results, alone = torch.load(file), prepared()
+    results, alone = torch.load(file), prepared(how)
     model = copy.deepcopy(alone)
     model.load_state_dict(results["state"])
     torch.testing.assert_close(results["losses"], train(alone, 0, 1), rtol=1e-4, atol=1e-6)

@@ -260,15 +260,15 @@ MUTANTS = [
     Mutant(
         "fixed Q_P in the inputs' gradient scale",
         LSQ,
-        "math.sqrt(features * self.spec.q_p)",
-        "math.sqrt(features * 7)",
+        "math.sqrt(features(x) * self.spec.q_p)",
+        "math.sqrt(features(x) * 7)",
         lsq.check_unsigned_gradient_scale,
     ),
     Mutant(
         "no Q_P in the gradient scale",
         LSQ,
-        "math.sqrt(features * self.spec.q_p)",
-        "math.sqrt(features)",
+        "math.sqrt(features(x) * self.spec.q_p)",
+        "math.sqrt(features(x))",
         lsq.check_activation_gradient_scale,
     ),
     Mutant(
@@ -449,8 +449,8 @@ MUTANTS = [
     Mutant(
         "inputs follow the policy, not the rule",
         SURGERY,
-        "activation = ActivationLSQ(decision.activation,",
-        "activation = ActivationLSQ(policy.activation,",
+        "activation_quantizer(decision, policy.init,",
+        "activation_quantizer(Decision(decision.name, decision.layer, None, policy.activation), policy.init,",
         surgery.check_rules,
     ),
     Mutant("prepared twice", SURGERY, "if is_prepared(model) or", "if", surgery.check_prepared_twice),
@@ -537,7 +537,7 @@ MUTANTS = [
     Mutant(
         "the input is not quantized in training",
         LINEAR,
-        "x_rounding = None if activation is None else activation.rounding(x)",
+        "x, x_rounding = (x, None) if activation is None else activation.enter(x)",
         "x_rounding = None",
         layers.check_linear_forward,
     ),

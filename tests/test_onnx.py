@@ -159,6 +159,20 @@ def test_a_network_of_the_users_own(tmp_path, bits, activation_bits):
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_inputs_with_an_offset(tmp_path, bits):
+    """LSQ+: the integers, at every edge between two codes, and the outputs."""
+    spec = qat.QuantSpec(bits=bits, granularity="tensor", symmetric=False)
+    model = frozen(Net(), qat.QuantSpec(bits=4), spec, [{"match": "head", "weight": None}])
+    zero_points = {int(model.activation_zero_point(name)) for name in model.layers}
+    assert len(zero_points) > 1 and zero_points != {0}
+    _, rows = written(model, tmp_path, Net())
+    assert "same integers at every edge" in rows["onnxruntime, activations"]
+    x = onnx.example_input(model, 5)
+    assert torch.equal(to_model(onnx.read(tmp_path), Net())(x), to_model(model, Net())(x))
+
+
+@pytest.mark.clients
 @pytest.mark.parametrize("builder", ["cnn", "resnet20"])
 def test_vision_models_with_trained_activations(tmp_path, builder):
     """4 bits, 8 in the first and last layer; onnxruntime's outputs within 1e-5 of the largest, and the same classes."""

@@ -104,6 +104,8 @@ def _problem(layer: QuantizedLayer) -> str | None:
         return other_grid(layer, METHOD)
     if layer.activation is Dynamic.q8_0:
         return f"trained with its input rounded as q8_0, and {METHOD} rounds as int8_token; --to gguf keeps that"
+    if layer.has_activation_scale and not layer.activation.symmetric:
+        return f"trained with an offset of its input, which {METHOD} would drop; --to onnx keeps it"
     if layer.type != "Linear" or layer.has_activation_scale:
         return None  # int8, or else float32
     if not spec.symmetric:

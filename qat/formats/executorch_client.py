@@ -17,7 +17,8 @@ from ..quantizers import DynamicActivation
 from ..spec import Dynamic
 from .executorch_layers import FLOAT32, INT4, int4_operands, int8_constants, int8_operands, kind
 from .executorch_program import lower, lowered_layer, quantized_weights
-from .onnx_client import NUDGE, ROUNDING_TOLERANCE, TOLERANCE, nudged, root_mean_square
+from .float_error import TYPICAL, float_error
+from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
 from .onnx_graph import LogitsOnly
 
 
@@ -97,8 +98,8 @@ def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str
     """Run the whole program, against our own network with its rounding.
 
     In a deep network one code that falls to the other side changes all later ones. Where the outputs differ by more
-    than ROUNDING_TOLERANCE, they may differ as much as our own network does from itself, when each of its quantized
-    products is changed by what float32 leaves open; by twice that, as root mean square.
+    than ROUNDING_TOLERANCE, they may differ from float64's as much as our own do (``float_error``), whose codes fall
+    to the other side as well.
 
     Raises:
         ArtifactError: they differ by more.
@@ -107,12 +108,11 @@ def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
     try:
         gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the outputs of {file}")
-    except ArtifactError:
-        off, own = (root_mean_square(other - expected) for other in (found, nudged(network, x)))
-        if not off <= 2 * own:
-            raise
-        seen = f"differ by {off:.3g} (root mean square), as our own do from themselves by {own:.3g}"
-        return [("ExecuTorch, outputs", f"{seen} when products are changed by {NUDGE:g}; {equal}")]
+    except ArtifactError as problem:
+        error = float_error(found, network, x)
+        if not error.explained(overall=TYPICAL):
+            raise ArtifactError(f"{problem}: {error}") from None
+        return [("ExecuTorch, outputs", f"{error}; {equal}")]
     return [("ExecuTorch, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}")]
 
 

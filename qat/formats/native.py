@@ -5,8 +5,9 @@ and, under "quantization_config", the layers' specs and what is tied. A layer NA
 ``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale``, if asymmetric
 ``NAME.packed_weight.zero_point`` and, of a custom codebook, ``NAME.packed_weight.levels``; of ``nf4_double`` the parts
 ``NAME.packed_weight.scale_codes``, ``_factor``, ``_offset`` and ``_levels`` instead of the scale. One with a quantized
-input stores ``NAME.activation_quantizer.scale``, unless that is rounded as a runtime rounds it, which only the spec
-says. Nothing in it is executable: names are looked up in fixed tables only.
+input stores ``NAME.activation_quantizer.scale`` and, if asymmetric, ``NAME.activation_quantizer.zero_point``, unless it
+is rounded as a runtime rounds it, which only the spec says. Nothing in it is executable: names are looked up in fixed
+tables only.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
                 shards.add(f"{name}.packed_weight.levels", tensor.levels)
         if layer.has_activation_scale:
             shards.add(f"{name}.activation_quantizer.scale", model.activation_scale(name))
+            if not layer.activation.symmetric:
+                shards.add(f"{name}.activation_quantizer.zero_point", model.activation_zero_point(name))
     for name in model.dense:
         shards.add(name, model.dense[name])
     files = {
@@ -124,6 +127,8 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
             codes += here.codes.numel()
         if layer.has_activation_scale:
             pairs.append((model.activation_scale(name), stored.activation_scale(name)))
+            if not layer.activation.symmetric:
+                pairs.append((model.activation_zero_point(name), stored.activation_zero_point(name)))
         if not all(a is b or torch.equal(a.cpu(), b) for a, b in pairs):
             raise ArtifactError(f"{folder} differs from its source in the layer {name!r}")
     for name in model.dense:
@@ -157,7 +162,7 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
             parts = ("packed", "scale", "zero_point", "levels", *(f"scale_{part}" for part in PARTS))
             inside |= {f"{name}.packed_weight.{part}" for part in parts}
         if layer.has_activation_scale:
-            inside.add(f"{name}.activation_quantizer.scale")
+            inside |= {f"{name}.activation_quantizer.{part}" for part in ("scale", "zero_point")}
 
     def quantized(name: str) -> QuantizedTensor:
         def part(of_weight: str) -> Tensor:
@@ -183,6 +188,7 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
         f"the artifact {path}",
         description.get("example"),
         path,
+        activation_zero_point=lambda name: tensors[f"{name}.activation_quantizer.zero_point"],
     )
 
 

@@ -20,14 +20,14 @@ from ..adapters import refuse_beside
 from ..checkpoint import random_input
 from ..errors import ArtifactError
 from ..numerics import scale_dtype
-from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
+from ..quantized_model import QuantizedLayer, QuantizedModel, outline, to_model
 from ..spec import Dynamic
 from . import huggingface as hf
 from . import onnx_client
 from .companions import copy_companions
 from .integer_linears import ROUNDS, other_grid, refuse
 from .model_card import write_card
-from .onnx_graph import export, insert_quantized, strip_traces
+from .onnx_graph import export, fill, insert_quantized, strip_traces
 from .onnx_weights import decode
 
 FILE = "model.onnx"
@@ -67,15 +67,15 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
     import onnx_ir
 
     example = example_input(model)
-    ir_model = export(to_model(model, network).float(), model, example, qdq)
-    aliases, scalars = _locate(ir_model.graph, model)
+    ir_model, values = export(outline(model, network).float(), model, example, qdq)
+    names, scalars = fill(ir_model, values, model)
     insert_quantized(ir_model, model)
     about = {
         "layers": {name: layer.to_dict() for name, layer in model.layers.items()},
         "architecture": model.architecture,
         "example": model.example,
         "tied": model.tied,
-        "dense": aliases,
+        "dense": {name: [stored, False] for name, stored in names.items()},
         "scalars": scalars,
     }
     ir_model.metadata_props[KEY] = json.dumps(about)
@@ -119,6 +119,7 @@ def read(path: Path) -> QuantizedModel:
         f"the ONNX file {file}",
         about["example"],
         file.parent,
+        activation_zero_point=lambda name: tensors[f"{name}.activation_zero_point"].view(1, 1).to(torch.int8),
     )
 
 
@@ -163,39 +164,6 @@ def example_input(model: QuantizedModel, batch: int = 2) -> Tensor:
             'or set example={"shape": [3, 32, 32], "dtype": "float32", "low": 0, "high": 1}'
         )
     return random_input(example, batch)
-
-
-def _locate(graph: Any, model: QuantizedModel) -> tuple[dict[str, list], dict[str, Any]]:
-    """Return {dense tensor: [initialiser, transposed]} and {scalar that the graph has no use for: its value}.
-
-    Raises:
-        ArtifactError: a tensor is in neither.
-    """
-    aliases, scalars, lost = {}, {}, []
-    for name, tensor in model.dense.items():
-        module, _, leaf = name.rpartition(".")
-        stored = f"network.{module}.layer.{leaf}" if module in model.layers else f"network.{name}"
-        if stored in graph.initializers:
-            aliases[name] = [stored, False]
-        elif tensor.dim() == 0:
-            scalars[name] = tensor.item()
-        else:
-            aliases[name] = _find(graph, tensor)
-            lost += [name] if aliases[name] is None else []
-    if lost:
-        raise ArtifactError(f"the forward does not use {', '.join(lost)}: remove these parameters")
-    return aliases, scalars
-
-
-def _find(graph: Any, tensor: Tensor) -> list | None:
-    wanted = tensor.float()
-    for transposed in (False, True) if tensor.dim() == 2 else (False,):
-        values = wanted.t() if transposed else wanted
-        for name, value in graph.initializers.items():
-            alike = value.dtype.name == "FLOAT" and list(value.shape.numpy()) == list(values.shape)
-            if alike and torch.equal(torch.from_numpy(value.const_value.numpy().copy()), values):
-                return [name, transposed]
-    return None
 
 
 class _Initialisers(Mapping[str, Tensor]):

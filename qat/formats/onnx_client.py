@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..layers import frozen_layers
-from ..numerics import fake_quantize
 from ..quantized_model import QuantizedModel
+from ..quantizers import FrozenActivation
+from .float_error import float_error, outputs
 
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 # Where inputs are quantized, a sum at the edge of two integers may fall to either side: one code, not 1e-5.
 ROUNDING_TOLERANCE = 0.05
-NUDGE = 1e-6  # of a product of some hundred terms, summed in float32 in another order
 ROWS = 256  # of the identity matrix at a time
 
 
@@ -38,23 +38,24 @@ def compare_layers(file: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     Raises:
         ArtifactError: names the first layer whose weight or integers differ in any bit.
     """
-    import onnx
-
-    graph = onnx.load(file).graph
+    parts = _Parts(file)
     weights = activations = 0
     for name, layer in model.layers.items():
         if layer.weight is not None:
             expected = model.quantized(layer.tied or name).dequantize(torch.float32)
-            found = _weight(graph, name, layer.shape)
+            found = _weight(parts, name, layer.shape)
             if not torch.equal(found, expected):
                 off = int((found != expected).sum())
                 raise ArtifactError(f"{name} differs in {file}: {off} of {expected.numel()} weights in onnxruntime")
             weights += 1
         if layer.activation is not None:
-            scale, spec = model.activation_scale(name).float(), layer.activation
-            x = _edges(scale.item(), spec.q_n, spec.q_p)
-            found = torch.from_numpy(_run(graph, [f"{name}/activation/"], x.numpy()))
-            if not torch.equal(found, fake_quantize(x, scale, spec)):
+            spec = layer.activation
+            zero_point = None if spec.symmetric else model.activation_zero_point(name)
+            rounding = FrozenActivation(spec, model.activation_scale(name), zero_point)
+            z = 0 if spec.symmetric else int(zero_point)
+            x = _edges(rounding.scale.item(), spec.q_n + z, spec.q_p - z)
+            found = parts.open(f"{name}/activation", x.dtype, 1)(x)
+            if not torch.equal(found, rounding(x)):
                 raise ArtifactError(f"the input of {name} is rounded otherwise in {file} by onnxruntime")
             activations += 1
     rows = [("onnxruntime, weights", f"{weights} layers equal q*s in every bit")]
@@ -67,9 +68,10 @@ def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Ten
     """Run the whole model in onnxruntime, and in OpenVINO where it is installed, against the frozen one in float32.
 
     Raises:
-        ArtifactError: the outputs differ by more than the order of summation explains.
+        ArtifactError: the outputs differ by more than what float32 leaves open (``float_error``).
     """
-    expected = _output(frozen, x)
+    with torch.no_grad():
+        expected = outputs(frozen, x)
     rows = [_compare("onnxruntime", _run_onnxruntime(file, x), expected, frozen, x, model)]
     if find_spec("openvino") is None:
         return [*rows, ("OpenVINO", "not installed: pip install openvino")]
@@ -86,43 +88,11 @@ def _compare(
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
     seen = f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}"
     if not gap <= (ROUNDING_TOLERANCE if rounded else TOLERANCE) * largest:
-        with torch.no_grad():  # in a deep model float32 itself may be further from exact than that
-            own = root_mean_square(_logits(nudged(frozen, x)) - expected)
-        off = root_mean_square(found - expected)
-        if not off <= 2 * own:
-            raise ArtifactError(f"outputs of {runtime} differ by {gap:g} (largest {largest:g})")
-        seen += f"; root mean square {off:.3g}, and {own:.3g} of our own when products are changed by {NUDGE:g}"
+        error = float_error(found, frozen, x)
+        if not error.explained():
+            raise ArtifactError(f"outputs of {runtime} differ by {gap:g} (largest {largest:g}): {error}")
+        seen += f"; {error}"
     return f"{runtime}, outputs", seen
-
-
-def nudged(network: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
-    """Return a frozen network's outputs for x with every quantized layer's outputs changed by about NUDGE of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def nudge(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y * (1 + NUDGE * torch.randn(y.shape, generator=generator))
-
-    hooks = [layer.register_forward_hook(nudge) for _, layer in frozen_layers(network)]
-    try:
-        return network(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def root_mean_square(values: Tensor) -> float:
-    """Return it."""
-    return values.square().mean().sqrt().item()
-
-
-def _output(network: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        output = network(x)
-    return _logits(output)
-
-
-def _logits(output: Any) -> Tensor:
-    return getattr(output, "logits", output)
 
 
 def _run_onnxruntime(file: Path, x: Tensor) -> Tensor:
@@ -139,49 +109,77 @@ def _run_openvino(file: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(compiled([x.numpy()])[0].copy())
 
 
-def _weight(graph: Any, name: str, shape: list[int]) -> Tensor:
+def _weight(parts: _Parts, name: str, shape: list[int]) -> Tensor:
     """Return a layer's weight as onnxruntime computes it."""
-    if any(node.name.startswith(f"{name}/weight/") for node in graph.node):
-        return torch.from_numpy(_run(graph, [f"{name}/weight/"])).view(shape)
-    if any(node.name.startswith(f"{name}/embedding/") for node in graph.node):
-        return torch.from_numpy(_run(graph, [f"{name}/embedding/"], torch.arange(shape[0]).numpy()))
-    columns = []
+    if f"{name}/weight" in parts:
+        return parts.open(f"{name}/weight")().view(shape)
+    if f"{name}/embedding" in parts:
+        return parts.open(f"{name}/embedding", torch.int64, 1)(torch.arange(shape[0]))
+    run, columns = parts.open(f"{name}/linear", torch.float32, 2), []
     for start in range(0, shape[1], ROWS):
         count = min(ROWS, shape[1] - start)
         identity = torch.zeros(count, shape[1])
         identity[torch.arange(count), torch.arange(start, start + count)] = 1
-        columns.append(torch.from_numpy(_run(graph, [f"{name}/linear/"], identity.numpy())))
+        columns.append(run(identity))
     return torch.cat(columns).t()
 
 
-def _run(graph: Any, prefixes: list[str], x: Any = None) -> Any:
-    """Run the first nodes of a layer, up to what they give to the rest of the graph, alone."""
-    from onnx import TensorProto, helper
+class _Parts:
+    """The nodes of a file's quantized layers, each part of which can run alone; tensors are read when it does."""
 
-    nodes, seen = [], set()
-    for node in graph.node:
-        kind = node.name.rpartition("/")[2]
-        if any(node.name == prefix + kind for prefix in prefixes) and kind not in seen:
-            nodes.append(node)
-            seen.add(kind)
-    held = {value.name: value for value in graph.initializer}
-    names = [name for node in nodes for name in node.input]
-    made = {name for node in nodes for name in node.output}
-    inputs = [name for name in dict.fromkeys(names) if name not in held and name not in made]
-    constants = [held[name] for name in dict.fromkeys(names) if name in held]
-    part = helper.make_graph(
-        nodes,
-        "part",
-        [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim)
-            for name in inputs
-        ],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-        constants,
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    serialised = helper.make_model(part, opset_imports=opsets, ir_version=10).SerializeToString()
-    return session(serialised).run(None, dict.fromkeys(inputs, x))[0]
+    def __init__(self, file: Path) -> None:
+        import onnx
+
+        graph = onnx.load(file, load_external_data=False).graph
+        self._folder = str(file.parent)
+        self._held = {value.name: value for value in graph.initializer}
+        self._nodes: dict[str, dict[str, Any]] = {}  # of a module that is used twice, the first of each kind
+        for node in graph.node:
+            part, _, kind = node.name.rpartition("/")
+            self._nodes.setdefault(part, {}).setdefault(kind, node)
+
+    def __contains__(self, part: str) -> bool:
+        return part in self._nodes
+
+    def open(self, part: str, dtype: torch.dtype = torch.float32, axes: int = 0) -> Callable[..., Tensor]:
+        """Return what runs the nodes called PART/KIND, up to what they give to the rest of the graph.
+
+        Args:
+            part: LAYER/ROLE.
+            dtype: of its input, if it has one.
+            axes: how many that has.
+        """
+        from onnx import TensorProto, helper
+
+        nodes = list(self._nodes[part].values())
+        names = dict.fromkeys(name for node in nodes for name in node.input)
+        made = {name for node in nodes for name in node.output}
+        inputs = [name for name in names if name not in self._held and name not in made]
+        kind = TensorProto.INT64 if dtype == torch.int64 else TensorProto.FLOAT
+        graph = helper.make_graph(
+            nodes,
+            "part",
+            [helper.make_tensor_value_info(name, kind, [None] * axes) for name in inputs],
+            [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
+            [self._tensor(name) for name in names if name in self._held],
+        )
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        running = session(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+        return lambda *x: torch.from_numpy(
+            running.run(None, {name: value.numpy() for name, value in zip(inputs, x, strict=True)})[0]
+        )
+
+    def _tensor(self, name: str) -> Any:
+        from onnx import TensorProto
+        from onnx.external_data_helper import load_external_data_for_tensor
+
+        stored = self._held[name]
+        if stored.data_location != TensorProto.EXTERNAL:
+            return stored
+        tensor = TensorProto()
+        tensor.CopyFrom(stored)
+        load_external_data_for_tensor(tensor, self._folder)
+        return tensor
 
 
 def _edges(scale: float, q_n: int, q_p: int) -> Tensor:

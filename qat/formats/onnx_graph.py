@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..layers import FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers
 from ..numerics import QuantizedTensor
+from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
 from .onnx_weights import (
@@ -39,6 +40,7 @@ from .onnx_weights import (
 )
 
 OPSET = 21
+NETWORK = "network."  # where LogitsOnly holds it
 
 
 class Exported(nn.Module):
@@ -84,8 +86,17 @@ class LogitsOnly(nn.Module):
         return getattr(output, "logits", output)
 
 
-def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> Any:
-    """Return an ``onnx_ir.Model`` of a frozen network, which is changed, with placeholders for quantized layers.
+def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> tuple[Any, dict[str, Any]]:
+    """Return an ``onnx_ir.Model`` of a frozen network, with placeholders for quantized layers; and its open values.
+
+    Args:
+        network: an outline in float32 (``qat.quantized_model.outline``), which is changed.
+        model: what it outlines.
+        example: an input.
+        qdq: whether the weights of linear layers are dequantized and then multiplied.
+
+    Returns:
+        The model, and {name of a parameter or buffer in ``network``: its value in the graph, without a tensor}.
 
     Raises:
         ArtifactError: torch cannot export it, or only for the example's own batch or length.
@@ -101,6 +112,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
             wrapped.set_submodule(name, exported[layer])
     if hf.fused_experts(model):
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
+    fake_(wrapped)
     names = {"input_names": ["input_ids" if tokens else "input"], "output_names": ["logits" if tokens else "output"]}
     try:
         program = torch.onnx.export(
@@ -109,7 +121,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=(axes,),
-            optimize=True,
+            optimize=False,
             verbose=False,
             **names,
         )
@@ -117,7 +129,45 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         sizes = " and ".join(axes.values())
         raise ArtifactError(f"torch cannot export {model.source} to ONNX for any {sizes} size: {reason}") from error
-    return program.model
+    graph = program.model.graph
+    unfilled = {name: value for name, value in graph.initializers.items() if _is_fake(value.const_value)}
+    for name, value in unfilled.items():  # as an input, nothing is made of its values
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+    program.optimize()
+    del graph.inputs[1:]
+    return program.model, {name.removeprefix(NETWORK): value for name, value in unfilled.items() if value.uses()}
+
+
+def fill(ir_model: Any, values: dict[str, Any], model: QuantizedModel) -> tuple[dict[str, str], dict[str, Any]]:
+    """Let ``export``'s open values be read from the model when the file is written, one at a time.
+
+    Returns:
+        {dense tensor: its initialiser} and {scalar that the graph has no use for: its value}.
+
+    Raises:
+        ArtifactError: the graph has no use for a tensor.
+    """
+    shared: dict[str, list[str]] = {name: [name] for name in model.dense}
+    for name, owner in model.tied.items():
+        shared[owner].append(name)
+    names, scalars, lost = {}, {}, []
+    for name, others in shared.items():
+        inside = {_exported_name(other, model): other for other in others}
+        found = next((other for other in inside if other in values), None)
+        if found is not None:
+            names[name] = NETWORK + found
+            _fill(ir_model.graph, values.pop(found), lambda name=name: model.dense[name])
+        elif (tensor := model.dense[name]).dim() == 0:
+            scalars[name] = tensor.item()
+        else:
+            lost.append(name)
+    if lost:
+        raise ArtifactError(f"the forward does not use {', '.join(lost)}: remove these parameters")
+    if values:
+        raise ArtifactError(f"{', '.join(values)} have no values in {model.source}: build the network on a real device")
+    return names, scalars
 
 
 def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
@@ -147,6 +197,36 @@ def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
     graph.opset_imports["com.microsoft"] = 1
 
 
+def _is_fake(tensor: Any) -> bool:
+    return isinstance(getattr(tensor, "raw", None), torch._subclasses.FakeTensor)
+
+
+def _exported_name(name: str, model: QuantizedModel) -> str:
+    """Return the name of a tensor in the network whose frozen layers are ``Exported``."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.layer.{leaf}" if module in model.layers else name
+
+
+def _fill(graph: Any, value: Any, make: Callable[[], Tensor]) -> None:
+    """Make a value an initialiser; ``make`` is called when the file is written."""
+    import onnx_ir
+
+    dtype, shape = value.dtype, value.shape
+
+    def tensor() -> Any:
+        made = make().detach().cpu().contiguous()
+        if made.is_floating_point():
+            made = made.float()
+        if list(made.shape) != list(shape.numpy()):
+            raise ArtifactError(
+                f"{value.name} is {list(shape.numpy())} in the network and {list(made.shape)} elsewhere"
+            )
+        return onnx_ir.Tensor(made.numpy().astype(dtype.numpy(), copy=False), dtype=dtype, shape=shape)
+
+    value.const_value = onnx_ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=value.name)
+    graph.register_initializer(value)
+
+
 def strip_traces(ir_model: Any) -> None:
     """Remove what torch's exporter notes of the Python code, its paths included, from every node and value."""
     ir_model.graph.metadata_props.clear()
@@ -172,12 +252,12 @@ class _Builder:
         scale = self.model.activation_scale(self.name).float().reshape(())
         step = self._initialiser("activation_scale", "FLOAT", (), lambda: scale, self.name)
         kind = ("UINT" if spec.signed is False else "INT") + ("4" if spec.bits == 4 else "8")
-        zero = self._initialiser(
-            "activation_zero_point", kind, (), lambda: torch.zeros((), dtype=torch.int8), self.name
-        )
+        z = torch.zeros((), dtype=torch.int8)
+        z = z if spec.symmetric else self.model.activation_zero_point(self.name).reshape(())
+        zero = self._initialiser("activation_zero_point", kind, (), lambda: z, self.name)
         if spec.bits not in (4, 8):
-            low = self._initialiser("activation_low", "FLOAT", (), lambda: -spec.q_n * scale, self.name)
-            high = self._initialiser("activation_high", "FLOAT", (), lambda: spec.q_p * scale, self.name)
+            low = self._initialiser("activation_low", "FLOAT", (), lambda: (-spec.q_n - z.float()) * scale, self.name)
+            high = self._initialiser("activation_high", "FLOAT", (), lambda: (spec.q_p - z.float()) * scale, self.name)
             x = self._node("Clip", [x, low, high])
         codes = self._node("QuantizeLinear", [x, step, zero])
         return self._node("DequantizeLinear", [codes, step, zero])
@@ -241,14 +321,8 @@ class _Builder:
         """Return the value ``OWNER.PART``; ``make`` is called when the file is written."""
         import onnx_ir
 
-        name, dtype = f"{owner or self.owner}.{part}", onnx_ir.DataType[kind]
+        name = f"{owner or self.owner}.{part}"
         if name not in self.graph.initializers:
-            shape = onnx_ir.Shape(shape)
-
-            def tensor() -> Any:
-                return onnx_ir.Tensor(make().contiguous().numpy().astype(dtype.numpy()), dtype=dtype, shape=shape)
-
-            lazy = onnx_ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=name)
-            value = onnx_ir.Value(name=name, type=onnx_ir.TensorType(dtype), shape=shape, const_value=lazy)
-            self.graph.register_initializer(value)
+            kind = onnx_ir.TensorType(onnx_ir.DataType[kind])
+            _fill(self.graph, onnx_ir.Value(name=name, type=kind, shape=onnx_ir.Shape(shape)), make)
         return self.graph.initializers[name]

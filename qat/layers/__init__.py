@@ -9,14 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..quantizers import (
-    ActivationLSQ,
-    AsymmetricLSQ,
-    DynamicActivation,
-    FrozenActivation,
-    WeightCodebook,
-    WeightLSQ,
-)
+from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight
 from .conv import FrozenConv2d, QuantConv2d
 from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
 from .embedding import FrozenEmbedding, QuantEmbedding
@@ -82,8 +75,8 @@ def matrix(layer: nn.Module) -> Tensor:
 
 def make_fake_quant_(
     layer: nn.Module,
-    weight: WeightLSQ | AsymmetricLSQ | WeightCodebook | None,
-    activation: ActivationLSQ | DynamicActivation | None,
+    weight: OfWeight | None,
+    activation: OfInput | None,
 ) -> None:
     """Turn a plain layer into its fake-quant twin, in place."""
     _become(layer, FAKE_QUANT[plain_type(layer)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import ActivationLSQ, AsymmetricLSQ, FrozenActivation, WeightCodebook, WeightLSQ
+from ..quantizers import FrozenActivation, OfInput, OfWeight
 from ..spec import Granularity
 from .linear import match_dtypes, roundings
 from .packed import Frozen
@@ -20,12 +20,12 @@ class QuantConv2d(nn.Conv2d):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | AsymmetricLSQ | WeightCodebook | None
-    activation_quantizer: ActivationLSQ | None
+    weight_quantizer: OfWeight | None
+    activation_quantizer: OfInput | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""
-        x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
+        x, x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
         if x.dim() == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
             return product(x, weight, self.bias, x_rounding, weight_rounding, convolution)

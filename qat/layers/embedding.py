@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics import fake_quantize
-from ..quantizers import WeightLSQ
+from ..quantizers import WeightLSQ, WeightMinMax
 from .packed import Frozen
 
 
@@ -18,7 +18,7 @@ class QuantEmbedding(nn.Embedding):
         activation_quantizer: None: the input is indices.
     """
 
-    weight_quantizer: WeightLSQ
+    weight_quantizer: WeightLSQ | WeightMinMax
     activation_quantizer: None
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -26,9 +26,10 @@ class QuantEmbedding(nn.Embedding):
 
         Quantizing only these rows gives the values and the gradients of looking up in the whole quantized weight.
         """
-        options = (self.padding_idx, None, 2.0, self.scale_grad_by_freq)
+        options, quantizer = (self.padding_idx, None, 2.0, self.scale_grad_by_freq), self.weight_quantizer
+        if isinstance(quantizer, WeightMinMax):  # its range is that of all rows
+            return F.embedding(indices, quantizer(self.weight), *options)
         rows = F.embedding(indices, self.weight, *options, self.sparse)
-        quantizer = self.weight_quantizer
         if not quantizer.enabled:
             return rows
         quantizer.require_initialised()

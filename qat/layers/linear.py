@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quantizers import (
-    ActivationLSQ,
-    AsymmetricLSQ,
-    DynamicActivation,
-    FrozenActivation,
-    WeightCodebook,
-    WeightLSQ,
-)
+from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight, WeightLSQ
 from ..quantizers.rounding import Rounding
 from . import cpu_int4, int8_product
 from .packed import Frozen, PackedWeight
@@ -34,12 +27,12 @@ class QuantLinear(nn.Linear):
         activation_quantizer: None leaves the input alone.
     """
 
-    weight_quantizer: WeightLSQ | AsymmetricLSQ | WeightCodebook | None
-    activation_quantizer: ActivationLSQ | DynamicActivation | None
+    weight_quantizer: OfWeight | None
+    activation_quantizer: OfInput | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
+        x, x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
         return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 
@@ -98,18 +91,18 @@ class _FrozenProduct(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
-    """Return what a fake-quant layer does to its input (None for nothing), its weight, and what it does to that.
+def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Rounding | None, Tensor, Rounding | None]:
+    """Return a fake-quant layer's input, what is done to it (None for nothing), its weight, and what is done to that.
 
-    The weight comes back rounded where something other than symmetric LSQ does it, such as a codebook.
+    Either comes back rounded where its quantizer has gradients of its own, as LSQ+ and a codebook have.
     """
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
-    x_rounding = None if activation is None else activation.rounding(x)
+    x, x_rounding = (x, None) if activation is None else activation.enter(x)
     if quantizer is None:
-        return x_rounding, weight, None
+        return x, x_rounding, weight, None
     if isinstance(quantizer, WeightLSQ):
-        return x_rounding, weight, quantizer.rounding(weight)
-    return x_rounding, quantizer(weight), None
+        return x, x_rounding, weight, quantizer.rounding(weight)
+    return x, x_rounding, quantizer(weight), None
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -61,13 +61,13 @@ def product(
     elif x.dtype != dtype:
         raise LayerError(f"its input is {x.dtype} and its weight {dtype}: cast one of them, or train under autocast")
     if torch.compiler.is_dynamo_compiling():
-        from .. import compiled, traced
+        from .. import compiled_product, traced
 
         if x_rounding is not None and traced.takes(x, x_rounding):
             x, x_rounding = traced.rounded(x, x_rounding, dtype), None
             if weight_rounding is None:
                 return multiply(x, weight.to(dtype), bias, convolution)
-        return compiled.product(x, weight, bias, x_rounding, weight_rounding, convolution, dtype)
+        return compiled_product.product(x, weight, bias, x_rounding, weight_rounding, convolution, dtype)
     if not all(type(part) in (Tensor, torch.nn.Parameter) for part in (x, weight)):  # fake, distributed, functional
         x = x if x_rounding is None else x_rounding(x)
         weight = weight if weight_rounding is None else weight_rounding(weight)

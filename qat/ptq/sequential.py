@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
 from ..layers import QuantLayer, quant_layers
-from ..quantizers import DynamicActivation, LearnedStepSize, WeightLSQ
-from ..quantizers.lsq import several_ranks
+from ..quantizers import LearnedStepSize, Quantizer, WeightLSQ
+from ..quantizers.least_error import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation
 from .error_compensation import fall_back
@@ -190,7 +190,7 @@ def unquantized_copy(module: nn.Module, shared: nn.Module | None = None) -> nn.M
     """Return a copy that computes in full precision; a part of it that does not run may be shared."""
     twin = copy.deepcopy(module, {} if shared is None else {id(shared): shared})
     for part in twin.modules():
-        if isinstance(part, LearnedStepSize | DynamicActivation):
+        if isinstance(part, Quantizer):
             part.enabled = False
     return twin
 

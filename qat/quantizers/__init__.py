@@ -1,19 +1,36 @@
-"""Quantizers: the learned step size (LSQ) of weights and activations, codebooks, runtimes' rounding of activations."""
+"""Quantizers: LSQ, LSQ+, PACT and min-max of weights and activations, codebooks, runtimes' rounding of activations."""
 
 from .asymmetric import AsymmetricLSQ
 from .codebook import WeightCodebook
 from .dynamic import DynamicActivation
 from .fixed_dtype import FixedDtype
-from .lsq import ActivationLSQ, ActivationStatistics, FrozenActivation, LearnedStepSize, WeightLSQ
+from .frozen import FrozenActivation
+from .lsq import ActivationLSQ, ActivationStatistics, LearnedActivation, LearnedStepSize, WeightLSQ
+from .lsq_plus import ActivationLSQPlus
+from .minmax import ActivationMinMax, ActivationRange, WeightMinMax
+from .pact import ActivationPACT
+
+OfWeight = WeightLSQ | AsymmetricLSQ | WeightCodebook | WeightMinMax
+OfInput = LearnedActivation | DynamicActivation
+Quantizer = LearnedStepSize | WeightCodebook | WeightMinMax | DynamicActivation
 
 __all__ = [
     "ActivationLSQ",
+    "ActivationLSQPlus",
+    "ActivationMinMax",
+    "ActivationPACT",
+    "ActivationRange",
     "ActivationStatistics",
     "AsymmetricLSQ",
     "DynamicActivation",
     "FixedDtype",
     "FrozenActivation",
+    "LearnedActivation",
     "LearnedStepSize",
+    "OfInput",
+    "OfWeight",
+    "Quantizer",
     "WeightCodebook",
     "WeightLSQ",
+    "WeightMinMax",
 ]

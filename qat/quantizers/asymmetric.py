@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..numerics import (
     QuantizedTensor,
@@ -19,6 +19,7 @@ from ..numerics import (
     stored_scale,
 )
 from ..spec import Init, QuantSpec
+from . import rules
 from .lsq import LearnedStepSize
 
 
@@ -54,11 +55,8 @@ class AsymmetricLSQ(LearnedStepSize):
             return weight
         self.require_initialised()
         grad_scale = 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
-        if torch.compiler.is_dynamo_compiling():
-            from .. import compiled  # keeps Inductor's own rounding out
-
-            return compiled.asymmetric_fake_quantize(weight, self.step_size, self.zero_point, self.spec, grad_scale)
-        return _FakeQuantize.apply(weight, self.step_size, self.zero_point, self.spec, grad_scale)
+        rule = sys.modules[__name__]
+        return rules.fake_quantize(rule, weight, self.step_size, self.zero_point, self.spec, grad_scale)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
@@ -80,19 +78,9 @@ def fake_quantized(x: Tensor, step_size: Tensor, zero_point: Tensor, spec: Quant
     return dequantize(quantize(x, scale, spec, zero_point), scale, x.dtype, zero_point)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """``numerics.fake_quantize`` with zero points, in the torch reference on every device."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
-        ctx.save_for_backward(x, step_size, zero_point)
-        ctx.spec, ctx.grad_scale = spec, grad_scale
-        return fake_quantized(x, step_size, zero_point, spec)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        x, step_size, zero_point = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        how = (ctx.spec, ctx.grad_scale, wanted, zero_point)
-        return *fake_quantize_gradients(grad_output, x, step_size, *how), None, None, None
+def gradients(
+    grad_output: Tensor, x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec, grad_scale: float
+) -> tuple[Tensor, Tensor, None]:
+    """Return the gradients of x and of the step size; the zero point has none."""
+    how = (spec, grad_scale, (True, True), zero_point)
+    return *fake_quantize_gradients(grad_output, x, step_size, *how), None

@@ -16,15 +16,13 @@ from ..errors import StateError
 from ..numerics import (
     MIN_SCALE,
     QuantizedTensor,
-    fake_quantize,
     quantize_tensor,
-    scale_dtype,
     scale_shape,
     stored_scale,
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
-from .least_error import best_step_size, squared_errors
+from .least_error import best_step_size, several_ranks, squared_errors, sum_over_ranks_
 from .rounding import Rounding
 
 CAST = (
@@ -166,11 +164,6 @@ class WeightLSQ(LearnedStepSize):
         return quantize_tensor(weight, self.scale(), self.spec)
 
 
-def several_ranks() -> bool:
-    """Return whether this process is one of several that train together."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 class ActivationStatistics:
     """Running sums over calibration batches: (sum of magnitudes, count, minimum, maximum), in float64.
 
@@ -200,17 +193,30 @@ class ActivationStatistics:
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.extremes, torch.distributed.ReduceOp.MAX)
 
+    def sampled(self) -> Tensor:
+        """Return the samples of this rank, float32."""
+        return torch.cat(self.sample)
+
     def least_error_step_size(self, largest: Tensor, spec: QuantSpec) -> Tensor:
         """Return the step size (1, 1) of least squared error over the samples of all ranks."""
         largest = largest.to(self.sums.device, torch.float32).reshape(1, 1)
-        errors = squared_errors(torch.cat(self.sample), largest, spec)
-        if several_ranks():
-            torch.distributed.all_reduce(errors)
+        errors = squared_errors(self.sampled(), largest, spec)
+        sum_over_ranks_(errors)
         return best_step_size(errors, largest)
 
 
-class ActivationLSQ(LearnedStepSize):
-    """Fake-quantizes an activation per tensor; signed or unsigned as given, or as calibration finds it."""
+def features(x: Tensor) -> int:
+    """Return LSQ's N for an activation: its elements without the batch axis."""
+    return x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
+
+
+class LearnedActivation(LearnedStepSize):
+    """State shared by the quantizers of activations, which are per tensor; signed or unsigned as given or as found.
+
+    Attributes:
+        observer: takes what passes, during calibration; None outside it.
+        signed: bool buffer, saved.
+    """
 
     fix = "run qat.calibrate(model, batches) (the training command does it), or load a trained checkpoint"
 
@@ -219,25 +225,21 @@ class ActivationLSQ(LearnedStepSize):
         self.observer: ActivationStatistics | None = None
         self.register_buffer("signed", torch.tensor(spec.signed is not False, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
-        rounding = self.rounding(x)
-        return x if rounding is None else rounding(x)
-
-    def rounding(self, x: Tensor) -> Rounding | None:
-        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
+    def passes(self, x: Tensor) -> bool:
+        """Return whether x passes through: observed during calibration, or before a delayed start."""
         if self.observer is not None:
             self.observer.update(x)
-            return None
-        if not self.enabled:
-            return None
-        self.require_initialised()
-        # N of the paper for activations: features, without the batch axis.
-        features = x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
-        return Rounding(self.spec, self.step_size, 1 / math.sqrt(features * self.spec.q_p))
+            return True
+        if self.enabled:
+            self.require_initialised()
+        return not self.enabled
 
-    def initialise(self, statistics: ActivationStatistics) -> None:
-        """Set signedness (where not given) and step size from calibration statistics.
+    def zero_point(self) -> Tensor | None:
+        """Return the code of 0, int8 (1, 1); None where that is 0."""
+        return None
+
+    def observed(self, statistics: ActivationStatistics) -> tuple[float, float, float]:
+        """Return (mean magnitude, -minimum, maximum), the last two at least 0.
 
         Raises:
             StateError: nothing was observed, or NaN or infinity was.
@@ -248,16 +250,25 @@ class ActivationLSQ(LearnedStepSize):
             raise StateError(f"{self.name!r} was never reached during calibration: use batches that run it, or skip it")
         if not all(map(math.isfinite, (total, negative, positive))):
             raise StateError(f"{self.name!r} saw NaN or infinity during calibration: check the data and the model")
+        return total / count, negative, positive
+
+    def initialise(self, statistics: ActivationStatistics) -> None:
+        """Set signedness (where not given) and step size from calibration statistics.
+
+        Raises:
+            StateError: nothing was observed, or NaN or infinity was.
+        """
+        mean, negative, positive = self.observed(statistics)
         self._set_signed(negative > 0 if self.spec.signed is None else self.spec.signed)
         step_size = minmax_step_size(torch.tensor(max(negative, positive)), self.spec)
         if self.init is Init.lsq:
-            step_size = lsq_step_size(torch.tensor(total / count), self.spec)
+            step_size = lsq_step_size(torch.tensor(mean), self.spec)
         elif self.init is Init.mse:
             step_size = statistics.least_error_step_size(step_size, self.spec)
         self.set_step_size(step_size)
 
-    def start(self, scale: Tensor, signed: bool) -> None:
-        """Start from a stored scale, as an artifact holds it."""
+    def start(self, scale: Tensor, zero_point: None, signed: bool) -> None:
+        """Start from a stored scale, as an artifact holds it, and on a grid with an offset from a zero point."""
         self._set_signed(signed)
         self.set_step_size(scale)
 
@@ -271,18 +282,20 @@ class ActivationLSQ(LearnedStepSize):
             self._set_signed(bool(self.signed))
 
 
-class FrozenActivation(FixedDtype):
-    """The frozen twin of ActivationLSQ: the same integers from a scale that no longer learns.
-
-    Attributes:
-        scale: (1, 1) in ``spec.scale_dtype``.
-    """
-
-    def __init__(self, spec: QuantSpec, scale: Tensor | None = None) -> None:
-        super().__init__()
-        self.spec = spec
-        self.register_buffer("scale", torch.empty(1, 1, dtype=scale_dtype(spec)) if scale is None else scale)
+class ActivationLSQ(LearnedActivation):
+    """Fake-quantizes an activation; its step size is learned."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return dequantize(quantize(x)) in the dtype of x."""
-        return fake_quantize(x, self.scale, self.spec)
+        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        rounding = self.rounding(x)
+        return x if rounding is None else rounding(x)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
+        """Return x, and what its layer's product is to do to it."""
+        return x, self.rounding(x)
+
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
+        if self.passes(x):
+            return None
+        return Rounding(self.spec, self.step_size, 1 / math.sqrt(features(x) * self.spec.q_p))

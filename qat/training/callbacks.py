@@ -21,7 +21,7 @@ from ..layers import quant_layers
 from ..memory import estimate
 from ..numerics import stored_scale
 from ..ptq import Options
-from ..quantizers import DynamicActivation, LearnedStepSize, WeightCodebook
+from ..quantizers import LearnedStepSize, Quantizer
 from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
 from .metrics import cross_entropy, logits_of, run
@@ -105,7 +105,7 @@ class FakeQuantStart(Callback):
 def set_fake_quant(task: Task, enabled: bool) -> None:
     """Switch every quantizer of a task's network on or off."""
     for module in task.model.modules():
-        if isinstance(module, LearnedStepSize | WeightCodebook | DynamicActivation):
+        if isinstance(module, Quantizer):
             module.enabled = enabled
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from ..errors import TrainingError
-from ..quantizers import LearnedStepSize
+from ..quantizers import ActivationPACT, LearnedStepSize
 
 
 class Schedule(StrEnum):
@@ -30,19 +30,23 @@ def parameter_groups(model: nn.Module, lr: float, step_size_lr_scale: float) -> 
     """Return the groups that an optimizer takes; every trainable parameter is in exactly one.
 
     Weights (two axes or more) take the optimizer's own weight decay. Biases and norms have none, nor have step sizes,
-    whose learning rate is ``lr * step_size_lr_scale``.
+    whose learning rate is ``lr * step_size_lr_scale``; PACT's, which are its clipping bounds, have both.
     """
-    scales = {id(parameter) for parameter in step_sizes(model)}
+    quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize)]
+    bounds = {id(q.step_size) for q in quantizers if isinstance(q, ActivationPACT)}
+    scales = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()} - bounds
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = [parameter for parameter in trained if id(parameter) not in scales | bounds]
     groups = [
-        {"name": "weights", "params": [p for p in trained if id(p) not in scales and p.dim() > 1]},
-        {"name": "biases", "params": [p for p in trained if id(p) not in scales and p.dim() <= 1], "weight_decay": 0.0},
+        {"name": "weights", "params": [p for p in plain if p.dim() > 1]},
+        {"name": "biases", "params": [p for p in plain if p.dim() <= 1], "weight_decay": 0.0},
         {
             "name": "step_sizes",
             "params": [p for p in trained if id(p) in scales],
             "weight_decay": 0.0,
             "lr": lr * step_size_lr_scale,
         },
+        {"name": "clipping_bounds", "params": [p for p in trained if id(p) in bounds], "lr": lr * step_size_lr_scale},
     ]
     return [group for group in groups if group["params"]]
 

@@ -1,0 +1,114 @@
+"""How far a client's outputs may be from ours where a model is deep: as far as float32 itself is from exact arithmetic.
+
+The measure is a float64 run of the same codes, scales and float tensors. Against it our own float32 outputs have an
+error that depends on the order of the sums, so they are taken several times, with the inputs of each product in another
+order: the same model, the same bits, other roundings. A client's float32 kernels are allowed a small multiple of the
+largest of these. An output that feels an early rounding a thousand times over, as some tokens' do in a deep language
+model, shows that in ours too, while a client that computes something slightly different shows it on every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ORDERS = 4  # beside the plain one
+TYPICAL = 2.0  # times the error that one of our own orders has at the same row
+OVERALL = 5.0  # times the root mean square over all outputs, which one ill-conditioned row decides
+
+
+@dataclass
+class FloatError:
+    """A client's error against float64, in units of our own float32's.
+
+    Attributes:
+        typical: the median over rows (tokens, or images) of the client's error over the largest of ours at that row.
+        overall: the same of the root mean squares over all outputs.
+        found: the client's root mean square.
+    """
+
+    typical: float
+    overall: float
+    found: float
+
+    def explained(self, overall: float = OVERALL) -> bool:
+        """Return whether float32 explains it."""
+        return self.typical <= TYPICAL and self.overall <= overall
+
+    def __str__(self) -> str:
+        """Say it in a table's words."""
+        return (
+            f"its error against float64 is {self.typical:.2g} times our own float32's (median of rows), "
+            f"{self.overall:.2g} times over all ({self.found:.2g}, root mean square)"
+        )
+
+
+@torch.no_grad()
+def float_error(found: Tensor, network: nn.Module, x: Tensor) -> FloatError:
+    """Return a client's error in units of our own.
+
+    Args:
+        found: the client's outputs for x, float32.
+        network: a frozen float32 network; it becomes float64 for a while, which is exact both ways.
+        x: inputs; language models' are int64.
+    """
+    ours = [outputs(network, x)]
+    for seed in range(ORDERS):
+        with _OtherOrder(seed):
+            ours.append(outputs(network, x))
+    with _Float64():
+        exact = outputs(network.double(), x.double() if x.is_floating_point() else x)
+    network.float()
+    errors = [_rows(other - exact) for other in (found, *ours)]
+    own = torch.stack(errors[1:])
+    whole = [rows.square().mean().sqrt() for rows in (errors[0], *own)]
+    return FloatError(
+        typical=_ratio(errors[0], own.amax(0)).median().item(),
+        overall=_ratio(whole[0], torch.stack(whole[1:]).max()).item(),
+        found=whole[0].item(),
+    )
+
+
+def outputs(network: nn.Module, x: Tensor) -> Tensor:
+    """Return a network's outputs; of a language model of transformers its logits."""
+    made = network(x)
+    return getattr(made, "logits", made)
+
+
+def _rows(error: Tensor) -> Tensor:
+    return error.square().mean(-1).sqrt().flatten()
+
+
+def _ratio(error: Tensor, own: Tensor) -> Tensor:
+    """Return error / own, and 1 for 0 / 0."""
+    return torch.where(error == own, 1.0, error / own)
+
+
+class _OtherOrder(TorchFunctionMode):
+    """Gives linear layers and convolutions their input channels, and their weights', in a random order."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        axis = {F.linear: -1, F.conv2d: 1}.get(function)
+        if axis is not None and args[0].shape[axis] == args[1].shape[1]:  # else it is a convolution with groups
+            order = torch.randperm(args[1].shape[1], generator=self._generator)
+            args = (args[0].index_select(axis, order), args[1].index_select(1, order), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+
+class _Float64(TorchFunctionMode):
+    """Keeps float64 where a model says float32, as transformers' norms do."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)

@@ -1,0 +1,110 @@
+"""LSQ+: activations with a learned offset, for inputs that are neither symmetric nor positive, as behind GELU or Swish.
+
+Bhalgat et al. 2020, arXiv:2004.09576, equations 2 to 6: x_hat = clip(round((x - b) / s)) s + b. What differs from the
+paper: the offset b is rounded to a whole number of steps inside the forward (straight through), so that 0 has a code
+z = round(-b / s) - q_n of its own, padding is exact, and integer runtimes run what was trained.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import dequantize, quantize, stored_scale
+from ..spec import Init, QuantSpec
+from . import rules
+from .least_error import least_error_range
+from .lsq import ActivationStatistics, LearnedActivation, features
+from .rounding import Rounding
+
+
+class ActivationLSQPlus(LearnedActivation):
+    """Fake-quantizes an activation per tensor on a signed grid; step size and offset are learned.
+
+    Attributes:
+        offset: float32 parameter (1, 1), in the units of x: the value of the lowest code, at most 0.
+    """
+
+    def __init__(self, spec: QuantSpec, device: torch.device, name: str, init: Init = Init.lsq) -> None:
+        super().__init__(spec, device, name, init)
+        self.offset = nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device=device))
+        self._set_signed(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        if self.passes(x):
+            return x
+        grad_scale = 1 / math.sqrt(features(x) * (self.spec.q_n + self.spec.q_p))
+        return rules.fake_quantize(sys.modules[__name__], x, self.step_size, self.offset, self.spec, grad_scale)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
+        """Return x rounded, which leaves nothing for its layer's product to do."""
+        return self(x), None
+
+    def zero_point(self) -> Tensor:
+        """Return the code of 0, int8 (1, 1)."""
+        return zero_point(self.scale(), self.offset, self.spec).to(torch.int8)
+
+    def initialise(self, statistics: ActivationStatistics) -> None:
+        """Start from the range that was seen, 0 included, or from the range of least squared error.
+
+        Raises:
+            StateError: nothing was observed, or NaN or infinity was.
+        """
+        _, negative, positive = self.observed(statistics)
+        low, high = torch.tensor([[-negative]]), torch.tensor([[positive]])
+        if self.init is Init.mse:
+            low, high = least_error_range(statistics.sampled(), low, high, self.spec)
+        self.set_range(low, high)
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Start from a range (1, 1) that holds 0."""
+        self.offset.copy_(low)
+        self.set_step_size(step_of(low, high, self.spec))
+
+    @torch.no_grad()
+    def start(self, scale: Tensor, zero_point: Tensor, signed: bool = True) -> None:
+        """Start from a stored scale and zero point, as an artifact holds them."""
+        self.set_step_size(scale)
+        self.offset.copy_(-(zero_point.float() + self.spec.q_n) * scale.float())
+
+
+def step_of(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the step size that spans a range."""
+    return (high - low) / (spec.q_n + spec.q_p)
+
+
+def zero_point(scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the code of 0, a whole float32, for a stored scale."""
+    steps = (-offset.detach().float() / scale.float()).round()
+    return (steps - spec.q_n).clamp(-spec.q_n, spec.q_p)
+
+
+def fake_quantized(x: Tensor, step_size: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the fake-quantized x in its own dtype, without gradients."""
+    scale = stored_scale(step_size, spec)
+    zero = zero_point(scale, offset, spec)
+    return dequantize(quantize(x, scale, spec, zero), scale, x.dtype, zero)
+
+
+def gradients(
+    grad_output: Tensor, x: Tensor, step_size: Tensor, offset: Tensor, spec: QuantSpec, grad_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, step size and offset (equations 3, 5 and 6), with LSQ's strict masks."""
+    scale = stored_scale(step_size, spec)
+    working = torch.promote_types(x.dtype, torch.float32)
+    ratio = x.to(working) / scale.to(working).reshape(())
+    zero = zero_point(scale, offset, spec).to(working).reshape(())
+    inside = (ratio > -spec.q_n - zero) & (ratio < spec.q_p - zero)
+    ends = torch.where(ratio >= spec.q_p - zero, float(spec.q_n + spec.q_p), 0.0)  # codes counted from the lowest
+    slope = torch.where(inside, ratio.round() - ratio, ends)
+    grad = grad_output.to(working)
+    grad_step = (grad * slope).sum() * grad_scale
+    grad_offset = grad.masked_fill(inside, 0).sum() * grad_scale
+    grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
+    shaped = [value.to(step_size.dtype).reshape(step_size.shape) for value in (grad_step, grad_offset)]
+    return grad_x, *shaped

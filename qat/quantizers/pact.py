@@ -1,0 +1,53 @@
+"""PACT: activations whose clipping bound is learned, and only by what it clips.
+
+Choi et al. 2018, arXiv:1805.06085, section 3: y = clip(x, 0, a), and dy/da = 1 where x >= a, else 0. The bound is
+a = q_p s, and its parameter here the step size s: with the gradient scale 1 / q_p^2, SGD moves s to where it would move
+a. The paper's L2 penalty on a is the optimizer's weight decay, which falls on these step sizes alone. Inputs that are
+not behind a ReLU are clipped at both ends.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..numerics import stored_scale
+from ..spec import QuantSpec
+from . import rules
+from .lsq import LearnedActivation
+from .rounding import Rounding
+
+
+class ActivationPACT(LearnedActivation):
+    """Fake-quantizes an activation per tensor; its clipping bound is learned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        if self.passes(x):
+            return x
+        return rules.fake_quantize(sys.modules[__name__], x, self.step_size, None, self.spec, 1 / self.spec.q_p**2)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
+        """Return x rounded, which leaves nothing for its layer's product to do."""
+        return self(x), None
+
+
+def fake_quantized(x: Tensor, step_size: Tensor, offset: None, spec: QuantSpec) -> Tensor:
+    """Return the fake-quantized x in its own dtype, without gradients."""
+    return numerics.arithmetic(x, step_size).fake_quantized(x, step_size, spec)
+
+
+def gradients(
+    grad_output: Tensor, x: Tensor, step_size: Tensor, offset: None, spec: QuantSpec, grad_scale: float
+) -> tuple[Tensor, Tensor, None]:
+    """Return the gradients of x and of the step size."""
+    working = torch.promote_types(x.dtype, torch.float32)
+    ratio = x.to(working) / stored_scale(step_size, spec).to(working).reshape(())
+    inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
+    slope = ratio.clamp(-spec.q_n, spec.q_p).masked_fill(inside, 0)
+    grad_step = (grad_output.to(working) * slope).sum() * grad_scale
+    grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
+    return grad_x, grad_step.to(step_size.dtype).reshape(step_size.shape), None

@@ -1,0 +1,52 @@
+"""Fake quantization whose gradients follow a rule of their own, in one place for autograd and for torch.compile.
+
+A rule is a module with two functions, on every device in torch's operators:
+
+    fake_quantized(x, step_size, offset, spec) -> the rounded x in its own dtype
+    gradients(grad_output, x, step_size, offset, spec, grad_scale) -> those of x, step size and offset (or None)
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..spec import QuantSpec
+
+
+def fake_quantize(
+    rule: ModuleType, x: Tensor, step_size: Tensor, offset: Tensor | None, spec: QuantSpec, grad_scale: float
+) -> Tensor:
+    """Return x rounded as the rule says, in its own dtype and shape.
+
+    Args:
+        rule: see above.
+        x: any float dtype and shape.
+        step_size: float32 (rows, groups), before rounding to the stored scale.
+        offset: what the rule makes of it: a zero point, or an offset in the units of x.
+        spec: the grid.
+        grad_scale: what the gradients of step size and offset are multiplied by.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from .. import compiled  # keeps Inductor's own rounding out
+
+        return compiled.by_rule(rule, x, step_size, offset, spec, grad_scale)
+    return _FakeQuantize.apply(rule, x, step_size, offset, spec, grad_scale)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves only its inputs; the backward computes the ratio again."""
+
+    @staticmethod
+    def forward(ctx, rule, x: Tensor, step_size: Tensor, offset: Tensor | None, spec: QuantSpec, grad_scale: float):
+        ctx.save_for_backward(x, step_size, offset)
+        ctx.rule, ctx.spec, ctx.grad_scale = rule, spec, grad_scale
+        return rule.fake_quantized(x, step_size, offset, spec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        return None, *ctx.rule.gradients(grad_output, *ctx.saved_tensors, ctx.spec, ctx.grad_scale), None, None
