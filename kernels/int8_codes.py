@@ -3,9 +3,9 @@
     x_TK ~ (code_TK - shift_T) * step_T
 
 int8_token: code, shift (its zero point) and step = 1 / f of each token as ``qat.quantizers.dynamic`` defines them. A
-trained scale s, of 2 to 8 bits: code = clamp(round(x / s), -q_n, q_p) as in ``qat.numerics.quantize``, step = s and
-shift = 0; where q_p = 255, codes are stored less 128, and shift = -128. So these are the integers of the training
-forward. T tokens of K values; x is bf16, fp16 or fp32, and the arithmetic float32.
+trained scale s, of 2 to 8 bits, with a zero point z or none: code = clamp(round(x / s) + z, -q_n, q_p) as in
+``qat.numerics.quantize``, step = s and shift = z; where q_p = 255, both are stored less 128. So these are the integers
+of the training forward. T tokens of K values; x is bf16, fp16 or fp32, and the arithmetic float32.
 
 Of 64 inputs, input i lies beside input 32 + i: they are the codes 2 i and 2 i + 1. The low nibbles of a word of
 ``int4_layout`` then multiply four neighbouring codes, and its high ones four others. Rows are filled up to a multiple
@@ -54,7 +54,9 @@ class Codes(NamedTuple):
     shift: Tensor
 
 
-def int8_codes_reference(x: Tensor, scale: Tensor | None, bits: int = 8, signed: bool = True) -> Codes:
+def int8_codes_reference(
+    x: Tensor, scale: Tensor | None, bits: int = 8, signed: bool = True, zero_point: Tensor | None = None
+) -> Codes:
     """Return what ``int8_codes`` returns, in torch."""
     x = F.pad(x, (0, -x.shape[1] % INPUTS))
     tokens = x.shape[0]
@@ -63,8 +65,9 @@ def int8_codes_reference(x: Tensor, scale: Tensor | None, bits: int = 8, signed:
     else:
         scale = scale.float().clamp_min(numerics.MIN_SCALE).reshape(1, 1)
         spec = QuantSpec(bits=bits, granularity="tensor", signed=signed)
-        shift = scale.new_full((tokens, 1), -128.0 if spec.q_p > 127 else 0.0)
-        codes, step = numerics.quantize(x, scale, spec) + shift, scale.expand(tokens, 1)
+        codes, step = numerics.quantize(x, scale, spec, zero_point), scale.expand(tokens, 1)
+        less = 128.0 if spec.q_p > 127 else 0.0
+        codes, shift = codes - less, (torch.zeros_like(step) if zero_point is None else zero_point + 0.0 * step) - less
     step = torch.where(codes.isnan().any(1, keepdim=True), torch.nan, step)
     codes = codes.nan_to_num(0.0).to(torch.int8)
     codes = codes.view(tokens, -1, 2, INPUTS // 2).transpose(2, 3).reshape(codes.shape)
@@ -72,7 +75,7 @@ def int8_codes_reference(x: Tensor, scale: Tensor | None, bits: int = 8, signed:
 
 
 if triton is not None:
-    from qat.kernels.fake_quant import clamp, divide
+    from qat.kernels.fake_quant import divide
     from qat.kernels.launching import ceil_div, launch, next_power_of_2
     from qat.kernels.round_dynamic import clamp_to_int8, int8_token_grid
     from qat.kernels.rounding import round_half_even
@@ -80,9 +83,16 @@ if triton is not None:
     _MIN_SCALE = tl.constexpr(numerics.MIN_SCALE)
 
     @triton.jit
+    def _clamp(value, low, high):
+        """Clamp as torch does: a NaN stays one."""
+        nan: tl.constexpr = tl.PropagateNan.ALL
+        return tl.minimum(tl.maximum(value, low, propagate_nan=nan), high, propagate_nan=nan)
+
+    @triton.jit
     def _int8_codes_kernel(
         x_ptr,  # (T, K), contiguous
         scale_ptr,  # (1,), or None for int8_token
+        zero_ptr,  # (1,) int8, or None
         pairs_ptr,  # (T, PAIRS) int16: codes 2 i and 2 i + 1
         step_ptr,  # (T,)
         shift_ptr,  # (T,)
@@ -113,9 +123,10 @@ if triton is not None:
             step = tl.maximum(tl.load(scale_ptr).to(tl.float32), _MIN_SCALE)
             scale_dtype: tl.constexpr = scale_ptr.dtype.element_ty
             x_dtype: tl.constexpr = x_ptr.dtype.element_ty
-            shift = tl.full((BLOCK_T, 1), -128.0 if HIGH > 127 else 0.0, tl.float32)
-            even = round_half_even(clamp(divide(even, step, scale_dtype, x_dtype), LOW, HIGH)) + shift
-            odd = round_half_even(clamp(divide(odd, step, scale_dtype, x_dtype), LOW, HIGH)) + shift
+            zero = 0.0 if zero_ptr is None else tl.load(zero_ptr).to(tl.float32)
+            shift = zero + tl.full((BLOCK_T, 1), -128.0 if HIGH > 127 else 0.0, tl.float32)
+            even = round_half_even(_clamp(divide(even, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
+            odd = round_half_even(_clamp(divide(odd, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
         total = tl.sum(even + odd, 1)[:, None]
         step = tl.where(total == total, step, float("nan"))
         # The integer lies in the low bits of its sum with 1.5 * 2^23; converting takes a slower unit.
@@ -127,13 +138,16 @@ if triton is not None:
         tl.store(shift_ptr + token[:, None], shift, mask=is_token)
 
 
-def int8_codes(x: Tensor, scale: Tensor | None, bits: int = 8, signed: bool = True) -> Codes:
+def int8_codes(
+    x: Tensor, scale: Tensor | None, bits: int = 8, signed: bool = True, zero_point: Tensor | None = None
+) -> Codes:
     """Return the codes of x.
 
     Args:
         x: (T, K) bf16, fp16 or fp32, contiguous, K at most MOST_VALUES; on a device that Triton compiles for.
         scale: one value, of a trained step size; None for int8_token.
         bits, signed: the trained grid.
+        zero_point: int8, one value, its code of 0; None for 0.
     """
     tokens, inputs = x.shape
     codes = x.new_empty(tokens, ceil_div(inputs, INPUTS) * INPUTS, dtype=torch.int8)
@@ -146,7 +160,7 @@ def int8_codes(x: Tensor, scale: Tensor | None, bits: int = 8, signed: bool = Tr
     launch(
         _int8_codes_kernel,
         (ceil_div(tokens, block_t),),
-        (x, scale, codes.view(torch.int16), step, shift, tokens, inputs, pairs),
+        (x, scale, zero_point, codes.view(torch.int16), step, shift, tokens, inputs, pairs),
         (float(low), float(high), block_t, block_p),
         num_warps=min(16, max(4, block_t * block_p // 512)),
         enable_fp_fusion=False,  # the reference rounds products and sums one by one

@@ -4,8 +4,8 @@
     sums_N = sum_G scale_NG * sum_{K in G} (weight_NK - zero_NG)
 
 M tokens, N outputs, K inputs in groups G. ``int8_codes`` says what code, step and shift are: int8 chosen for each
-token, or a trained scale of 2 to 8 bits, whose integers go through the same int8 units. Hopper has none for int4: 4-bit
-inputs are no faster than 8-bit ones, and take the same memory here.
+token, or a trained scale of 2 to 8 bits, with a zero point or none, whose integers go through the same int8 units.
+Hopper has none for int4: 4-bit inputs are no faster than 8-bit ones, and take the same memory here.
 
 The integers are those of the training forward. The sum of a part of a group, of at most 256 inputs, is exact in int32
 and below 2^24, so that float32 holds it. Sums of parts, the correction, the step and the bias are float32, and y is
@@ -66,6 +66,7 @@ def int8_linear(
     scale: Tensor | None,
     bits: int = 8,
     signed: bool = True,
+    x_zero_point: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -77,6 +78,7 @@ def int8_linear(
         sums: from ``row_sums``.
         scale: one value, the trained scale of x; None for int8_token.
         bits, signed: the grid of a trained scale, 2 to 8 bits.
+        x_zero_point: int8, one value, that grid's code of 0; None for 0.
         bias: (N,) bf16, fp16 or fp32, or None.
         dtype: of the result; that of x if None.
 
@@ -87,7 +89,7 @@ def int8_linear(
         LayerError: a shape, dtype, weight or device other than these.
     """
     w = weight
-    parts = w.words, w.scale, w.zero_point, sums, scale, bits, signed, bias
+    parts = w.words, w.scale, w.zero_point, sums, scale, bits, signed, x_zero_point, bias
     return torch.ops.qat.int8_linear(x, *parts, w.out_features, w.in_features, w.group_size, dtype or x.dtype)
 
 
@@ -97,11 +99,12 @@ def int8_linear_reference(
     scale: Tensor | None,
     bits: int = 8,
     signed: bool = True,
+    x_zero_point: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return what ``int8_linear`` returns, in float64 before the one rounding to ``dtype``."""
-    codes, step, shift = int8_codes_reference(x.reshape(-1, weight.in_features), scale, bits, signed)
+    codes, step, shift = int8_codes_reference(x.reshape(-1, weight.in_features), scale, bits, signed, x_zero_point)
     codes = codes.view(len(codes), -1, INPUTS // 2, 2).transpose(2, 3).reshape(codes.shape)  # as x has them
     values, weight_scale = _integers(weight)
     codes = (codes[:, : weight.in_features] - shift.double()[:, None]).view(len(codes), *values.shape[1:])
@@ -120,26 +123,56 @@ def _integers(weight: Int4Weight) -> tuple[Tensor, Tensor]:
 _library = torch.library.Library("qat", "FRAGMENT")
 _library.define(
     "int8_linear(Tensor x, Tensor words, Tensor weight_scale, Tensor? zero_point, Tensor sums, Tensor? scale, "
-    "int bits, bool signed, Tensor? bias, int out_features, int in_features, int group_size, ScalarType dtype) "
-    "-> Tensor"
+    "int bits, bool signed, Tensor? x_zero_point, Tensor? bias, int out_features, int in_features, int group_size, "
+    "ScalarType dtype) -> Tensor"
 )
 
 
 @torch.library.impl(_library, "int8_linear", "CompositeExplicitAutograd")
-def _impl(x, words, weight_scale, zero_point, sums, scale, bits, signed, bias, out_features, in_features, group, dtype):
+def _impl(
+    x,
+    words,
+    weight_scale,
+    zero_point,
+    sums,
+    scale,
+    bits,
+    signed,
+    x_zero_point,
+    bias,
+    out_features,
+    in_features,
+    group,
+    dtype,
+):
     weight = Int4Weight(words, weight_scale, zero_point, out_features, in_features, group)
     _check(x, weight, sums, bits, bias, dtype)
     if backend(x.device) == "torch reference":
-        return int8_linear_reference(x, weight, scale, bits, signed, bias, dtype)
+        return int8_linear_reference(x, weight, scale, bits, signed, x_zero_point, bias, dtype)
     x_MK = x.reshape(-1, in_features).contiguous()
     if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % 16):
         bias = bias.clone(memory_format=torch.contiguous_format)
-    y_MN = int8_run.multiply(x_MK, weight, sums, scale, bits, signed, bias, dtype)
+    y_MN = int8_run.multiply(x_MK, weight, sums, (scale, bits, signed, x_zero_point), bias, dtype)
     return y_MN.view(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("qat::int8_linear", lib=_library)
-def _fake(x, words, weight_scale, zero_point, sums, scale, bits, signed, bias, out_features, in_features, group, dtype):
+def _fake(
+    x,
+    words,
+    weight_scale,
+    zero_point,
+    sums,
+    scale,
+    bits,
+    signed,
+    x_zero_point,
+    bias,
+    out_features,
+    in_features,
+    group,
+    dtype,
+):
     _check(x, Int4Weight(words, weight_scale, zero_point, out_features, in_features, group), sums, bits, bias, dtype)
     return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
 

@@ -20,16 +20,14 @@ def multiply(
     x_MK: Tensor,
     weight: Int4Weight,
     sums: Tensor,
-    scale: Tensor | None,
-    bits: int,
-    signed: bool,
+    grid: tuple[Tensor | None, int, bool, Tensor | None],
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Round x, contiguous, and return its product with the weight, (M, N) in ``dtype``."""
+    """Round x, contiguous, to a grid of ``int8_codes``, and return its product with the weight, (M, N) in ``dtype``."""
     if not x_MK.shape[0] or not weight.out_features:
         return x_MK.new_empty(x_MK.shape[0], weight.out_features, dtype=dtype)
-    codes = int8_codes(x_MK, scale, bits, signed)
+    codes = int8_codes(x_MK, *grid)
     return run_plan(plan_for(x_MK.shape[0], weight), codes, weight, sums, bias, dtype)
 
 

@@ -26,14 +26,16 @@ from qat.spec import Dynamic, QuantSpec
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-# A trained scale, bits, signed; no scale is int8 for each token.
+# A trained scale, bits, signed, zero point; no scale is int8 for each token.
 GRIDS = {
-    "token": (None, 8, True),
-    "int8": (0.03, 8, True),
-    "uint8": (0.015, 8, False),
-    "int4": (0.3, 4, True),
-    "uint4": (0.2, 4, False),
-    "int2": (0.7, 2, True),
+    "token": (None, 8, True, None),
+    "int8": (0.03, 8, True, None),
+    "uint8": (0.015, 8, False, None),
+    "int4": (0.3, 4, True, None),
+    "uint4": (0.2, 4, False, None),
+    "int2": (0.7, 2, True, None),
+    "int8 with an offset": (0.02, 8, True, -77),
+    "int4 with an offset": (0.3, 4, True, -5),
 }
 
 
@@ -46,8 +48,11 @@ def restored():
 
 
 def grid_of(name, device=DEVICE):
-    scale, bits, signed = GRIDS[name]
-    return None if scale is None else torch.tensor([[scale]], dtype=torch.bfloat16, device=device), bits, signed
+    scale, bits, signed, zero_point = GRIDS[name]
+    if zero_point is not None:
+        zero_point = torch.tensor([[zero_point]], dtype=torch.int8, device=device)
+    scale = None if scale is None else torch.tensor([[scale]], dtype=torch.bfloat16, device=device)
+    return scale, bits, signed, zero_point
 
 
 def make_weight(n, k, group, with_zero=False, scale_dtype=torch.bfloat16, device=DEVICE):
@@ -63,12 +68,13 @@ def make_weight(n, k, group, with_zero=False, scale_dtype=torch.bfloat16, device
 
 def integers_of(x, name):
     """Return code - zero point (M, K) and the step (M, 1) of training, in float64."""
-    scale, bits, signed = grid_of(name, x.device)
+    scale, bits, signed, zero_point = grid_of(name, x.device)
     if scale is None:
         codes, step, zero_point = dynamic_codes(x, Dynamic.int8_token)
         return (codes - zero_point).double(), step.double()
     spec = QuantSpec(bits=bits, granularity="tensor", signed=signed)
-    return quantize(x, scale, spec).double(), scale.double()
+    less = 0.0 if zero_point is None else zero_point.double()
+    return quantize(x, scale, spec, zero_point).double() - less, scale.double()
 
 
 def assert_exact_but_for_float32_sums(y, x, name, weight, bias=None):
@@ -115,9 +121,7 @@ def test_by_hand():
         weight,
         module.row_sums(weight),
         torch.tensor([[0.25]], device=DEVICE),
-        8,
-        True,
-        torch.tensor([1.0]).to(DEVICE),
+        bias=torch.tensor([1.0]).to(DEVICE),
     )
     assert module.row_sums(weight).tolist() == [-0.5]
     assert y.tolist() == [[0.25 * (2 * (1 - 3) + 0.5 * 28) + 1]]
@@ -231,7 +235,7 @@ def test_inputs_that_do_not_fit_are_refused():
         ((x.double(), weight, sums, None), "float64"),
         ((x, weight, sums, None, 9), "bits=9"),
         ((x, weight, sums[1:], None), "from row_sums"),
-        ((x, weight, sums, None, 8, True, sums[1:]), "bias is"),
+        ((x, weight, sums, None, 8, True, None, sums[1:]), "bias is"),
         ((x, weight, sums.to("meta"), None), "move them to one device"),
     ):
         with pytest.raises(LayerError, match=message):
@@ -242,7 +246,7 @@ def test_opcheck_and_compile():
     weight = make_weight(16, 128, 64, True)[2]
     x, scale = torch.randn(3, 128, device=DEVICE), torch.tensor([[0.1]], device=DEVICE)
     bias, sums = torch.randn(16, device=DEVICE), module.row_sums(weight)
-    parts = weight.words, weight.scale, weight.zero_point, sums, scale, 4, False, bias, 16, 128, 64, torch.float32
+    parts = weight.words, weight.scale, weight.zero_point, sums, scale, 4, False, None, bias, 16, 128, 64, torch.float32
     torch.library.opcheck(torch.ops.qat.int8_linear.default, (x, *parts))
     compiled = torch.compile(lambda x: module.int8_linear(x, weight, sums, None), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), module.int8_linear(x, weight, sums, None))
@@ -276,6 +280,7 @@ ACTIVATIONS = {
     "uint8": {"bits": 8, "granularity": "tensor", "signed": False},
     "int4": {"bits": 4, "granularity": "tensor"},
     "uint4": {"bits": 4, "granularity": "tensor", "signed": False},
+    "int8 with an offset": {"bits": 8, "granularity": "tensor", "symmetric": False},
 }
 
 

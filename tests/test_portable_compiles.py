@@ -52,9 +52,9 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
         pointers = {"x": "bf16", "pairs": "i16", "step": "fp32", "shift": "fp32"}
         constants = {"LOW": -128.0, "HIGH": 127.0, "BLOCK_T": 1, "BLOCK_P": 2048}
         if trained:
-            pointers["scale"] = "bf16"
+            pointers |= {"scale": "bf16", "zero": "i8"}
         else:
-            constants |= none("scale")
+            constants |= none("scale") | none("zero")
         compiled(int8_codes._int8_codes_kernel, target, constants, pointers, "T K PAIRS", enable_fp_fusion=False)
         pointers = {"codes": "i8", "words": "i32", "scale": "bf16", "bias": "bf16", "y": "bf16"}
         pointers |= dict.fromkeys(("step", "shift", "sums"), "fp32") | ({"zero": zero} if zero else {})

@@ -56,7 +56,8 @@ def int8_linear(
     from qat.kernels.int8_linear import int8_linear  # loads Triton
 
     bias = None if bias is None else bias.to(dtype)
-    grid = (None, 8, True)
+    grid = None, 8, True, None
     if isinstance(activation, FrozenActivation):
-        grid = activation.scale, activation.spec.bits, activation.spec.signed is not False
+        spec = activation.spec
+        grid = activation.scale, spec.bits, spec.signed is not False, activation.zero_point
     return int8_linear(x, weight.gpu_operands[torch.float32], weight.row_sums, *grid, bias, dtype)
