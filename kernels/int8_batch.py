@@ -90,25 +90,24 @@ def int8_batch_kernel(
     tiles,
     groups,
     GROUP: gl.constexpr,  # inputs that share a scale
-    PART: gl.constexpr,  # tiles that are summed in integers: 1, 2 or 4; of one group
+    PART: gl.constexpr,  # tiles that are summed in integers: 1 or 2; of one group
     HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     WARPS: gl.constexpr,  # 4 or 8
     BLOCKS: gl.constexpr,  # WARPS
     BLOCK_M: gl.constexpr,
-    SPAN: gl.constexpr,  # tiles a round, 8 or more; a multiple of 4 PART
+    SPAN: gl.constexpr,  # tiles a round; a multiple of 8
     AHEAD: gl.constexpr,  # tiles that words are loaded ahead
     EARLY: gl.constexpr,
 ):
     """Compute (BLOCK_M, 16 BLOCKS) of y."""
-    gl.static_assert(SPAN % (4 * PART) == 0 and SPAN >= 8)
+    gl.static_assert(SPAN % 8 == 0)
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 32]
     )
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    LEAD: gl.constexpr = min(PART, 2)  # tiles of a part that multiply when the part before is added up
     STEPS: gl.constexpr = SPAN // 2  # of 128 codes, each with a slot in shared memory
-    FETCHED: gl.constexpr = STEPS - (3 if PART == 4 else 2)  # of them under way
+    FETCHED: gl.constexpr = STEPS - 2  # of them under way
     word_layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     if EARLY == 1:
         let_next_kernel_start()
@@ -197,15 +196,15 @@ def int8_batch_kernel(
             tile = first + d + AHEAD
             inside = word_inside & (tile < tiles)
             words = words[1:] + (gl.load(word_ptrs + tile * 128, mask=inside, other=0),)
-            if d % PART == LEAD - 1 and d >= PART:
-                if d // PART % 2 == 0:
-                    sums = warpgroup_mma_wait(2 * LEAD, deps=[odd])
-                    odd = warpgroup_mma_init(sums)
-                else:
-                    sums = warpgroup_mma_wait(2 * LEAD, deps=[even])
-                    even = warpgroup_mma_init(sums)
-                y = _add(y, sums, scale, HAS_ZERO)
             if d % PART == PART - 1:
+                if d >= PART:
+                    if d // PART % 2 == 0:
+                        sums = warpgroup_mma_wait(2 * PART, deps=[odd])
+                        odd = warpgroup_mma_init(sums)
+                    else:
+                        sums = warpgroup_mma_wait(2 * PART, deps=[even])
+                        even = warpgroup_mma_init(sums)
+                    y = _add(y, sums, scale, HAS_ZERO)
                 scale = next_scale
         sums, y = warpgroup_mma_wait(0, deps=[odd, y])
         y = _add(y, sums, scale, HAS_ZERO)

@@ -7,7 +7,7 @@ M tokens, N outputs, K inputs in groups G. ``int8_codes`` says what code, step a
 token, or a trained scale of 2 to 8 bits, with a zero point or none, whose integers go through the same int8 units.
 Hopper has none for int4: 4-bit inputs are no faster than 8-bit ones, and take the same memory here.
 
-The integers are those of the training forward. The sum of a part of a group, of at most 256 inputs, is exact in int32
+The integers are those of the training forward. The sum of a part of a group, of 64 or 128 inputs, is exact in int32
 and below 2^24, so that float32 holds it. Sums of parts, the correction, the step and the bias are float32, and y is
 rounded once to its dtype. So y differs from exact arithmetic on the integers and scales by the float32 rounding of as
 many terms as there are parts, and by the rounding of y. Neither inputs nor weights are rounded to 16 bits, as the

@@ -27,7 +27,7 @@ def int8_matmul_kernel(
     tiles,
     groups,
     GROUP: tl.constexpr,  # inputs that share a scale
-    PART: tl.constexpr,  # tiles that are summed in integers: 1, 2 or 4; of one group
+    PART: tl.constexpr,  # tiles that are summed in integers: 1 or 2; of one group
     BLOCK_M: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):

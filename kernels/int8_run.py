@@ -69,8 +69,8 @@ def _batch(plan: Int8, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Ten
     zero_point = weight.words if weight.zero_point is None else weight.zero_point
     described = int8_batch.descriptor(codes.codes, plan.block_m)
     operands = codes.step, codes.shift, weight.words, weight.scale, zero_point, sums, sums if bias is None else bias
-    sizes, (group, part) = _sizes(weight), _groups(weight)
-    constants = group, min(part, plan.span // 4), weight.zero_point is not None, bias is not None, *plan
+    sizes = _sizes(weight)
+    constants = *_groups(weight), weight.zero_point is not None, bias is not None, *plan
     kinds = weight.scale.dtype, y_MN.dtype, None if bias is None else bias.dtype
     grid = ceil_div(weight.words.shape[0], plan.blocks) * ceil_div(y_MN.shape[0], plan.block_m), 1, 1
     arguments = described, *operands, y_MN, y_MN.shape[0], *sizes, *constants
@@ -85,6 +85,5 @@ def _sizes(weight: Int4Weight) -> tuple[int, int, int, int]:
 def _groups(weight: Int4Weight) -> tuple[int, int]:
     """Return the inputs of a group, and how many tiles of one are summed in integers."""
     if weight.group_size == weight.in_features:
-        return WHOLE_ROW, 4
-    tiles = weight.group_size // INPUTS
-    return weight.group_size, next(part for part in (4, 2, 1) if tiles % part == 0)
+        return WHOLE_ROW, 2
+    return weight.group_size, 2 if weight.group_size % (2 * INPUTS) == 0 else 1
