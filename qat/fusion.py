@@ -8,13 +8,14 @@ weights become parts of one, without a copy, and the first of them to be called 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .errors import StateError
 from .layers import FrozenLinear, is_frozen
+from .layers.int8_product import int8_linear
 from .quantizers import DynamicActivation
 from .spec import Codebook, Dynamic
 
@@ -66,6 +67,7 @@ class FusedProjections:
         self.name, self.layers, self.together = name, layers, True
         self.operands: list[dict] = []
         self.weights: dict[torch.dtype, object] = {}
+        self.sums: Tensor | None = None
         self.x: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
         self.unrounded: Tensor | None = None
@@ -79,15 +81,27 @@ class FusedProjections:
             self.unrounded, self.rounding = x, layer.activation_quantizer(x)
         return self.rounding
 
-    def __call__(self, layer: FrozenLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x: Tensor) -> Tensor:
         """Return the layer's product, (..., N): a view of the group's result."""
         from qat.kernels.int4_linear import int4_linear
 
+        return self._part(layer, x, x.dtype, lambda weights, _, bias: int4_linear(x, weights[x.dtype], bias))
+
+    def in_integers(self, layer: FrozenLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the layer's product of integers in ``dtype``, for x that is not rounded yet: a view likewise."""
+
+        def multiply(weights: dict, sums: Tensor, bias: Tensor | None) -> Tensor:
+            return int8_linear(x, layer.activation_quantizer, weights[torch.float32], sums, bias, dtype)
+
+        return self._part(layer, x, dtype, multiply)
+
+    def _part(self, layer: FrozenLinear, x: Tensor, dtype: torch.dtype, multiply: Callable) -> Tensor:
+        """Return what ``multiply`` makes of the layer's weights, row sums and bias, or its part of the group's."""
         index = next(i for i, other in enumerate(self.layers) if other is layer)
         if self.together and index == 0:
             self._join()
-            biases = [None if other.bias is None else other.bias.to(x.dtype) for other in self.layers]
-            y = int4_linear(x, self.weights[x.dtype], None if bias is None else torch.cat(biases))
+            biases = [other.bias.to(dtype) for other in self.layers if other.bias is not None]
+            y = multiply(self.weights, self.sums, torch.cat(biases) if biases else None)
             self.x, self.parts = x, dict(enumerate(y.split([other.out_features for other in self.layers], -1)))
         if index in self.parts:
             if self.x is x:
@@ -96,8 +110,9 @@ class FusedProjections:
                     self.x = self.unrounded = self.rounding = None
                 return part
             self.together, self.parts, self.x, self.unrounded, self.rounding = False, {}, None, None, None
-            warnings.warn(f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=3)
-        return int4_linear(x, layer.packed_weight.gpu_operands[x.dtype], bias)
+            warnings.warn(f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=4)
+        weight, bias = layer.packed_weight, None if layer.bias is None else layer.bias.to(dtype)
+        return multiply(weight.gpu_operands, weight.row_sums, bias)
 
     def _join(self) -> None:
         """Make the layers' weights parts of one, unless they still are."""
@@ -105,6 +120,8 @@ class FusedProjections:
         if len(self.operands) == len(now) and all(a is b for a, b in zip(self.operands, now, strict=True)):
             return
         self.operands, self.weights, joined = now, {}, {}
+        sums = [layer.packed_weight.row_sums for layer in self.layers]
+        self.sums = None if sums[0] is None else torch.cat(sums)
         for dtype in now[0]:
             weights = [operands[dtype] for operands in now]
             starts = [0]

@@ -148,16 +148,27 @@ def test_inputs_are_rounded_once_and_anew_for_each_call(monkeypatch):
     assert torch.equal(y, single(x, other)) and torch.equal(model(x, other), y) and len(rounds) == 5 + 4
 
 
-def test_layers_that_multiply_integers_do_so_one_by_one(products):
-    model = frozen(dynamic="int8_token", granularity="channel")
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_multiply_integers_do_so_as_one(products, monkeypatch, bias):
+    from qat.kernels import int8_linear as module
+
+    seen, plain = [], module.int8_linear
+    monkeypatch.setattr(module, "int8_linear", lambda x, w, *rest: (seen.append(w.out_features), plain(x, w, *rest))[1])
+    model = frozen(bias, dynamic="int8_token", granularity="channel")
     x = torch.randn(2, 64)
     set_int8_products(2)
     try:
         expected = model(x)
+        assert seen == [48, 16, 20, 32, 32]
+        seen.clear()
         qat.fuse_projections(model, verbose=False)
-        assert torch.equal(model(x), expected) and not products
+        assert torch.equal(model(x), expected) and not products and seen == [84, 64]
         assert (model(x[:1]) - expected[:1]).abs().max() < 1e-5 and products == [84, 64]
         assert torch.equal(model(x), expected)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+            assert y.dtype == torch.bfloat16 and (y - expected).abs().max() < 0.01
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
     finally:
         set_int8_products(None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from .. import backend
 from ..quantizers import DynamicActivation, FrozenActivation
 from ..spec import Dynamic
 from .packed import PackedWeight
+
+if TYPE_CHECKING:
+    from qat.kernels.int4_layout import Int4Weight
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -48,16 +53,16 @@ def obstacle(activation: FrozenActivation | DynamicActivation, weight: PackedWei
 def int8_linear(
     x: Tensor,
     activation: FrozenActivation | DynamicActivation,
-    weight: PackedWeight,
+    weight: Int4Weight,
+    sums: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the layer's product in ``dtype``, for x (..., K) that is not rounded yet."""
+    """Return the product in ``dtype`` of x (..., K), not rounded yet, with a weight whose row sums are ``sums``."""
     from qat.kernels.int8_linear import int8_linear  # loads Triton
 
-    bias = None if bias is None else bias.to(dtype)
     grid = None, 8, True, None
     if isinstance(activation, FrozenActivation):
         spec = activation.spec
         grid = activation.scale, spec.bits, spec.signed is not False, activation.zero_point
-    return int8_linear(x, weight.gpu_operands[torch.float32], weight.row_sums, *grid, bias, dtype)
+    return int8_linear(x, weight, sums, *grid, bias, dtype)

@@ -55,8 +55,7 @@ class FrozenLinear(Frozen, nn.Linear):
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
         if self.activation_quantizer is not None:
             if int8_product.fits(x, self.activation_quantizer, self.packed_weight, self.bias):
-                dtype = compute_dtype(x)
-                return int8_product.int8_linear(x, self.activation_quantizer, self.packed_weight, self.bias, dtype)
+                return self._in_integers(x, compute_dtype(x))
             x = self.activation_quantizer(x) if self.fused is None else self.fused.rounded(self, x)
         if self.packed_weight is None:
             return F.linear(x, self.weight, self.bias)
@@ -65,13 +64,20 @@ class FrozenLinear(Frozen, nn.Linear):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
         if x.dtype in self.packed_weight.gpu_operands:
             if self.fused is not None:
-                return self.fused(self, x, bias)
+                return self.fused(self, x)
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             return _FrozenProduct.apply(x, bias, self.packed_weight)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+
+    def _in_integers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.fused is not None:
+            return self.fused.in_integers(self, x, dtype)
+        weight, bias = self.packed_weight, None if self.bias is None else self.bias.to(dtype)
+        operands = weight.gpu_operands[torch.float32], weight.row_sums
+        return int8_product.int8_linear(x, self.activation_quantizer, *operands, bias, dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
