@@ -76,7 +76,7 @@ def int8_codes_reference(
 
 if triton is not None:
     from qat.kernels.fake_quant import divide
-    from qat.kernels.launching import ceil_div, launch, next_power_of_2
+    from qat.kernels.launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
     from qat.kernels.round_dynamic import clamp_to_int8, int8_token_grid
     from qat.kernels.rounding import round_half_even
 
@@ -103,8 +103,10 @@ if triton is not None:
         HIGH: tl.constexpr,
         BLOCK_T: tl.constexpr,
         BLOCK_P: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
         """Round BLOCK_T tokens."""
+        take_turns(EARLY)
         token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
         pair = tl.arange(0, BLOCK_P)
         k = pair // 32 * 64 + pair % 32
@@ -157,12 +159,14 @@ def int8_codes(
     block_p = next_power_of_2(pairs)
     block_t = max(1, TILE // 2 // block_p)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    early = starts_early(x)
     launch(
         _int8_codes_kernel,
         (ceil_div(tokens, block_t),),
         (x, scale, zero_point, codes.view(torch.int16), step, shift, tokens, inputs, pairs),
-        (float(low), float(high), block_t, block_p),
+        (float(low), float(high), block_t, block_p, early),
         num_warps=min(16, max(4, block_t * block_p // 512)),
         enable_fp_fusion=False,  # the reference rounds products and sums one by one
+        **({"launch_pdl": True} if early else {}),
     )
     return Codes(codes, step, shift)

@@ -17,7 +17,7 @@ written, and y where it is wanted again.
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.launching import ceil_div, launch, next_power_of_2
+from qat.kernels.launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
 from qat.kernels.rounding import round_half_even, round_to
 from torch import Tensor
 
@@ -25,6 +25,9 @@ from qat.spec import Dynamic
 
 TILE = 4096  # values a program holds, if a token has no more
 MOST_VALUES = 32768  # of a token: 64 registers a thread in 16 warps
+
+# As many as the int4 kernels read weights early for: they follow, in a frozen layer.
+FEW_TOKENS = 64
 
 _BLOCK = 32  # of q8_0
 
@@ -56,8 +59,10 @@ def _round_kernel(
     Q8_0: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Round BLOCK_T tokens."""
+    take_turns(EARLY)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     place = token.to(tl.int64)[:, None] * K + k[None, :]  # 64 bits: a batch may have more than 2^31 values
@@ -127,11 +132,13 @@ def _launch(x: Tensor, y: Tensor | None, grad_y: Tensor | None, grad_x: Tensor |
     k = _BLOCK if kind == Dynamic.q8_0 else x.shape[-1]
     tokens, block_k = x.numel() // k, next_power_of_2(k)
     block_t = max(1, TILE // block_k)
+    early = tokens <= FEW_TOKENS and grad_x is None and starts_early(x)
     launch(
         _round_kernel,
         (ceil_div(tokens, block_t),),
         (x, y, grad_y, grad_x, tokens, k),
-        (kind == Dynamic.q8_0, block_t, block_k),
+        (kind == Dynamic.q8_0, block_t, block_k, early),
         num_warps=min(16, max(4, block_t * block_k // 1024)),
+        **({"launch_pdl": True} if early else {}),
         enable_fp_fusion=False,  # the reference rounds products and sums one by one
     )

@@ -50,7 +50,7 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
         compiled(int4_portable.matmul_kernel, target, constants, pointers, weight + " M", num_stages=2)
     for trained, zero in ((False, "i8"), (True, None)):
         pointers = {"x": "bf16", "pairs": "i16", "step": "fp32", "shift": "fp32"}
-        constants = {"LOW": -128.0, "HIGH": 127.0, "BLOCK_T": 1, "BLOCK_P": 2048}
+        constants = {"LOW": -128.0, "HIGH": 127.0, "BLOCK_T": 1, "BLOCK_P": 2048, "EARLY": False}
         if trained:
             pointers |= {"scale": "bf16", "zero": "i8"}
         else:
