@@ -75,7 +75,7 @@ class FusedProjections:
 
     def rounded(self, layer: FrozenLinear, x: Tensor) -> Tensor:
         """Return x as its runtime rounds it: for the first layer anew, for the others what it made of this x."""
-        if not self.together:
+        if not self.together or not layer.packed_weight.gpu_operands:
             return layer.activation_quantizer(x)
         if layer is self.layers[0] or self.unrounded is not x:
             self.unrounded, self.rounding = x, layer.activation_quantizer(x)

@@ -387,7 +387,8 @@ def test_the_summary_of_a_model_that_is_on_a_cpu():
             nn.Sequential(nn.Linear(64, 32)), qat.QuantPolicy(weight=QuantSpec(), activation="int8_token"), False
         )
     )
-    assert "0 of 1 layers" in qat.summary(model) and "not 0: its weight is not on a GPU" in qat.summary(model)
+    text = qat.summary(model)
+    assert "0 of 1 layers" in text and "not 0: its weight is not on a GPU with Triton" in text
 
 
 def test_autocast_and_moves(monkeypatch):

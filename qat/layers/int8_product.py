@@ -46,7 +46,7 @@ def obstacle(activation: FrozenActivation | DynamicActivation, weight: PackedWei
     if weight.spec.group_size is not None and weight.spec.group_size % 64:
         return f"groups of {weight.spec.group_size}: a multiple of 64 would"
     if weight.row_sums is None:
-        return "its weight is not on a GPU, or has too many inputs"
+        return "its weight is not on a GPU with Triton, or has more than 32768 inputs"
     return None
 
 

@@ -40,8 +40,7 @@ class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
     On a GPU, 4-bit weights run in the Triton kernels, with int8 inputs in integers where ``qat.backend`` says so. On a
-    CPU, bf16 inputs run in torch's int4 operator where it takes
-    the shape; everything else dequantizes on use.
+    CPU, bf16 inputs run in torch's int4 operator where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         activation_quantizer: None leaves the input alone.
