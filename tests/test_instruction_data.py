@@ -118,9 +118,7 @@ def test_what_is_wrong_is_named(tmp_path):
 
     with pytest.raises(DataError, match=r"x.jsonl:2 is no JSON"):
         load(CHAT, "{")
-    with pytest.raises(
-        DataError, match=r"x.jsonl:1: give messages, conversations, prompt and completion, .* not \['question'\]"
-    ):
+    with pytest.raises(DataError, match=r"x.jsonl:1: give messages, conversations, .* not \['question'\]"):
         load({"question": "who"})
     with pytest.raises(DataError, match="last message is not the assistant's"):
         load({"messages": CHAT["messages"][:1]})
@@ -141,13 +139,13 @@ def test_a_whole_template_may_rewrite_earlier_turns():
 
 
 def test_turns_without_a_template_are_kept_apart():
-    """A prompt is followed by its completion as they are; turns by a blank line; first comes what the tokenizer adds."""
+    """A prompt is followed by its completion as they are; turns by a blank line."""
     from transformers import AddedToken
 
     tokenizer = tiny_tokenizer(None)
     tokenizer.add_tokens(AddedToken("\n\n", normalized=False))
     between = tokenizer.convert_tokens_to_ids("\n\n")
-    tokens, used = encode(CHAT, tokenizer, True, "here:1")
+    tokens, _ = encode(CHAT, tokenizer, True, "here:1")
     assert tokens.count(between) == 3
     asked = encode({"instruction": "who", "output": "it"}, tokenizer, True, "here:1")
     assert asked == ([WORDS.index("who"), between, WORDS.index("it"), 2], [False, False, True, True])
@@ -225,7 +223,7 @@ def test_architectures_that_mix_packed_examples_are_refused(name, apart):
     import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "head_dim": 16}
-    more = {"Llama": {"intermediate_size": 32}, "Gemma3Text": {"intermediate_size": 32}}
+    more = {"Llama": {"intermediate_size": 32}, "Gemma3Text": {"intermediate_size": 32, "num_key_value_heads": 2}}
     more["OPT"] = {"ffn_dim": 32, "word_embed_proj_dim": 32}
     more["Bloom"] = {"n_layer": 2, "n_head": 2}
     config = getattr(transformers, f"{name}Config")(**sizes, **more[name])

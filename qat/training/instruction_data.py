@@ -19,6 +19,7 @@ from .conversations import messages_of, read_lines
 from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
 from .metrics import IGNORED, logits_of, run
+from .tokenizer import load_tokenizer
 
 Example = tuple[list[int], list[bool]]  # tokens, and which of them the loss is of
 
@@ -79,7 +80,7 @@ class InstructionData(InMemoryData):
     ) -> None:
         super().__init__()
         self.seq_len, self.batch_size, self.eval_batch_size, self.seed = seq_len, batch_size, eval_batch_size, seed
-        self.pack, self.tokenizer = pack, _tokenizer(tokenizer)
+        self.pack, self.tokenizer = pack, load_tokenizer(tokenizer)
 
         def read(path: str) -> list[Example]:
             found = (encode(line, self.tokenizer, completion_only, where) for where, line in read_lines(path))
@@ -120,7 +121,7 @@ def encode(line: dict[str, Any], tokenizer: Any, completion_only: bool, where: s
     completion without one, as they are. The tokenizer's own first token comes first, and its end of text last.
 
     Raises:
-        DataError: another form, what the chat template refuses, or one that writes a turn otherwise once another follows.
+        DataError: another form, or a chat template that refuses it or writes a turn otherwise once another follows.
     """
     messages = messages_of(line, where)
     if tokenizer.chat_template is None:
@@ -184,8 +185,9 @@ def require_apart(model: nn.Module, device: torch.device | str) -> None:
         for module, training in modes.items():
             module.training = training
     if slope[:, :4].any():
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise DataError(
-            f"{type(model).__name__} lets packed examples attend to one another: data.pack=false puts one in each row"
+            f"{type(base).__name__} lets packed examples attend to one another: data.pack=false puts one in each row"
         )
 
 
@@ -249,14 +251,3 @@ def _template(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, wher
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
-    except ImportError:
-        raise DataError(f"data.tokenizer={name} needs transformers: pip install 'qat-lsq[hf]'") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={name} cannot be loaded: {str(error).splitlines()[0]}") from None
