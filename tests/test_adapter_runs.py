@@ -27,6 +27,8 @@ from qat.convert import main as convert
 from qat.errors import CheckpointError, DataError, PolicyError, TrainingError
 from qat.evaluate import main
 from qat.train import register
+from qat.training.evaluation import evaluate
+from qat.training.instruction_data import InstructionData
 from qat.training.run import train
 
 pytest.importorskip("peft")
@@ -125,6 +127,26 @@ def test_joint_lora_ships_the_codes_it_trained(folder):
     start, end = (qat.quantized_tensors(qat.load(f"runs/{name}/artifact")) for name in ("start", "joint_lora"))
     assert any(not torch.equal(start[name].codes, end[name].codes) for name in start)
     assert not (folder / "runs/joint_lora/artifact/adapter").exists()
+
+
+@pytest.mark.parametrize("experiment", ["loftq", "qa_lora"])
+def test_other_adapters_ship_what_they_trained(folder, experiment):
+    """From a base in train mode, in which alone transformers checkpoints gradients."""
+    common = [f"experiment={experiment}", "model.pretrained_model_name_or_path=model"]
+    modes = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: modes.append(module.training) if torch.is_grad_enabled() else None
+    )
+    try:
+        after = run(*common)
+    finally:
+        hook.remove()
+    assert sum(modes) > len(modes) / 2  # the check of packed rows and qat.load run in eval mode
+    shipped = qat.load(f"runs/{experiment}/artifact")
+    if experiment == "loftq":
+        shipped = load_adapter(shipped, f"runs/{experiment}/artifact/adapter")
+    data = InstructionData("train.jsonl", "model", seq_len=64, batch_size=2)
+    assert evaluate(shipped, data)["loss"] == pytest.approx(after["loss"], rel=1e-5)
 
 
 def test_a_full_run_keeps_its_tokenizer_for_what_ships(folder):

@@ -62,7 +62,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.gradient_checkpointing:
         _checkpoint_gradients(model)
     if config.adapter:
-        model = make(config.adapter, model=model, policy=policy)
+        model = make(config.adapter, model=model, policy=policy).train()  # a base that it froze is in eval mode
     task = make(
         config.task,
         model=model,
