@@ -103,14 +103,18 @@ def main() -> None:
             shutil.rmtree(out)
 
 
-class Zeros(Mapping[str, Tensor]):
-    """Tensors that are made when asked for."""
+class Random(Mapping[str, Tensor]):
+    """Tensors that are made when asked for: matrices of noise, vectors of ones; the same each time."""
 
     def __init__(self, shapes: dict[str, list[int]]) -> None:
         self.shapes = shapes
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.zeros(self.shapes[name], dtype=torch.bfloat16)
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(len(name))
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -139,7 +143,7 @@ def random_llama(sizes: dict[str, int], codebook: str | None = None) -> Quantize
         scale = torch.full((rows, inputs // 32), 0.01, dtype=scale_dtype(spec))
         return QuantizedTensor(codes, scale, spec, None, levels)
 
-    return QuantizedModel({"transformers": config.to_dict()}, layers, quantized, {}.__getitem__, Zeros(shapes))
+    return QuantizedModel({"transformers": config.to_dict()}, layers, quantized, {}.__getitem__, Random(shapes))
 
 
 def convert(source: Path, out: Path, to: str, shard: int, *options: str) -> tuple[int, int, int]:
