@@ -124,7 +124,11 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
         expected = json.loads((folder / BASE).read_text(encoding="utf-8")).get("sha256")
     here = fingerprint(model)
     if expected != here and not any_base:
-        there = "in full precision or by another package" if expected is None else f"on codes {expected[:12]}"
+        there = (
+            "on a base it does not name (peft alone saved it, as HF's Trainer does)"
+            if expected is None
+            else f"on codes {expected[:12]}"
+        )
         raise ArtifactError(
             f"the adapter {folder} was trained {there}, and this base has codes {str(here)[:12]}: "
             "open the base that it was trained on; any_base=True (--any-base) takes it all the same"

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     except (QATError, HydraException, OmegaConfBaseException) as error:
         fail(explain(error, CONFIG, options.overrides))
     for name, value in metrics.items():
-        print(f"{name} {value:.4f}")
+        print(f"{name} {value:.4f}" if abs(value) >= 0.01 else f"{name} {value:.3g}")  # a small divergence is no zero
     if options.json is not None:
         options.json.write_text(json.dumps(metrics) + "\n")
 

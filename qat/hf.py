@@ -12,6 +12,7 @@ Layers are read by ``qat.formats``, everything else by transformers itself, with
 
 from __future__ import annotations
 
+import pickle
 import re
 from functools import wraps
 from pathlib import Path
@@ -170,7 +171,12 @@ def from_pretrained(
     if policy is not None:
         options["quantization_config"] = QATConfig(policy)
     with patch.dict(AUTO_QUANTIZATION_CONFIG_MAPPING, dict.fromkeys(METHODS, QATConfig)):
-        return auto_class.from_pretrained(name, **options)
+        try:
+            return auto_class.from_pretrained(name, **options)
+        except pickle.UnpicklingError:
+            raise ArtifactError(
+                f"{name} holds a pickle with more than tensors, which is never executed: take a copy in safetensors"
+            ) from None
 
 
 class _Quantize(ConversionOps):

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,3 +260,26 @@ def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, cache):
     text = opened.generate(**tokens, **options)
     assert text.shape[1] == tokens["input_ids"].shape[1] + 200
     assert torch.equal(text, expected)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("policy", [None, {"weight": {"group_size": 64}, "rules": HEAD}])
+def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, policy):
+    monkeypatch.chdir(tmp_path)
+    llama().config.save_pretrained(tmp_path / "m")
+    torch.save({"lm_head.weight": Hostile()}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ArtifactError, match="a pickle with more than tensors, which is never executed"):
+        qat.hf.from_pretrained(tmp_path / "m", policy=policy)
+    assert not Path("executed").exists()
+
+
+def test_several_shards_are_quantized_while_loading(tmp_path):
+    plain = llama()
+    plain.save_pretrained(tmp_path / "m", max_shard_size="500KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 3
+    policy = {"weight": {"group_size": 64}, "rules": HEAD, "init": "minmax"}
+    assert_same(qat.hf.from_pretrained(tmp_path / "m", policy=policy), qat.freeze(prepared(model=plain)))

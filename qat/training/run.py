@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import signal
 import sys
 import warnings
@@ -162,6 +163,11 @@ def make(node: DictConfig, **arguments: Any) -> Any:
     except OSError as error:
         name = next((node[key] for key in ("name", "pretrained_model_name_or_path") if key in node), "")
         raise TrainingError(f"{node._target_}({name}): {str(error).splitlines()[0]}") from error
+    except pickle.UnpicklingError:
+        raise TrainingError(
+            f"{node._target_}: the weights are a pickle with more than tensors, which is never executed: "
+            "take a copy in safetensors"
+        ) from None
     except (TypeError, ValueError) as error:
         raise TrainingError(f"{node._target_}: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
 
