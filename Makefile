@@ -45,11 +45,12 @@ test-executorch:
 .test-executorch: $(VENV)/installed-dev,executorch
 	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_dynamic.py tests/test_client_readers.py $(ARGS)
 
-# For one NVIDIA GPU, about three minutes; peers that are not installed are named.
+# For one NVIDIA GPU, about four minutes; peers that are not installed are named.
 bench-int4: $(VENV)/installed-dev
 	$(PY) -m benchmarks.launch_cost
 	$(PY) -m benchmarks.decode
 	$(PY) -m benchmarks.dequantize
+	$(PY) -m benchmarks.int8_linear --quick
 	$(PY) -m benchmarks.int4_linear --quick --kernels "qat NF4" cuBLAS "dequantize NF4 + cuBLAS" "bnb NF4"
 
 lint: $(VENV)/installed-dev

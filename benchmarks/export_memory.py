@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 import qat
+from qat.codebook import named_levels
 from qat.formats import FORMATS, native, shards
-from qat.numerics import QuantizedTensor
+from qat.numerics import QuantizedTensor, scale_dtype
 from qat.quantized_model import QuantizedLayer, QuantizedModel
 
 SHAPES = {
@@ -45,24 +46,31 @@ SHAPES = {
         "num_key_value_heads": 8,
     },
 }
-# Imports what the conversion imports, notes the peak so far, converts, and prints both peaks in bytes. Not getrusage:
-# its peak of a new program includes that of the process which started it.
+# Imports what the conversion imports, notes the peak so far, converts, and prints both peaks in bytes, and the most
+# that was no page of a file, looked at 20 times a second. Not getrusage: its peak of a new program includes that of the
+# process which started it.
 CONVERT = """
-import sys
+import sys, threading, time
 import qat, qat.convert, qat.formats.gguf, qat.formats.compressed_tensors, qat.formats.onnx
 import transformers, transformers.models.llama.modeling_llama
 shard, imports, *arguments = sys.argv[1:]
 exec(imports)
-def peak(): return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-before = peak()
+def memory(what): return 1024 * int(open("/proc/self/status").read().split(what + ":")[1].split()[0])
+before, own = memory("VmHWM"), [memory("RssAnon")]
+def watch():
+    while True:
+        own[0] = max(own[0], memory("RssAnon"))
+        time.sleep(0.05)
+threading.Thread(target=watch, daemon=True).start()
 qat.formats.shards.ShardWriter.__init__.__defaults__ = (int(shard), None)
 qat.formats.onnx.SINGLE_FILE_BYTES = min(qat.formats.onnx.SINGLE_FILE_BYTES, int(shard))
 if qat.convert.main(arguments): sys.exit(1)
-print("peak", before, peak())
+print("peak", before, memory("VmHWM"), own[0])
 """
 # torch's exporter imports at its first use.
 IMPORTS = {
-    "onnx": "import torch; torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)"
+    "executorch": "import executorch.exir, executorch.backends.xnnpack.partition.xnnpack_partitioner, torchao",
+    "onnx": "import torch; torch.onnx.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),), dynamo=True, verbose=False)",
 }
 
 
@@ -72,6 +80,7 @@ def main() -> None:
     parser.add_argument("formats", nargs="+", choices=FORMATS)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--layers", type=int, help="instead of the shape's")
+    parser.add_argument("--codebook", choices=("nf4",), help="for bitsandbytes")
     parser.add_argument("--shard", type=int, default=shards.SHARD_BYTES)
     parser.add_argument("--keep", type=Path, help="folder of the model, which stays, or lies there already")
     parser.add_argument("--verify", action="store_true", help="compare the export with the model too")
@@ -81,14 +90,14 @@ def main() -> None:
         source = options.keep or Path(made) / "model"
         if not source.exists():
             source.mkdir(parents=True)
-            native.write(random_llama(sizes), source)
+            native.write(random_llama(sizes, options.codebook), source)
         for name in options.formats:
             start, out = time.perf_counter(), Path(made) / name
-            before, peak = convert(source, out, name, options.shard, *(["--verify"] if options.verify else []))
+            before, peak, own = convert(source, out, name, options.shard, *(["--verify"] if options.verify else []))
             print(
                 f"{name}: {folder_bytes(source):,} bytes became {folder_bytes(out):,} in "
                 f"{time.perf_counter() - start:.0f} s; {(peak - before) / 2**30:.2f} GiB of memory beside "
-                f"{before / 2**30:.2f} GiB of imports",
+                f"{before / 2**30:.2f} GiB of imports; {own / 2**30:.2f} GiB at most were no pages of files",
                 flush=True,
             )
             shutil.rmtree(out)
@@ -110,28 +119,31 @@ class Zeros(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def random_llama(sizes: dict[str, int]) -> QuantizedModel:
+def random_llama(sizes: dict[str, int], codebook: str | None = None) -> QuantizedModel:
     """Return a quantized Llama that is never in memory whole: layers have the same random codes, rolled by a number."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
-    spec = qat.QuantSpec(group_size=32)
+    spec = qat.QuantSpec(group_size=32, codebook=codebook)
+    levels = None if codebook is None else named_levels(spec, torch.device("cpu"))
     names = [name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")]
     layers = {name: QuantizedLayer("Linear", shapes.pop(f"{name}.weight"), spec, None) for name in names}
-    drawn = {tuple(layer.shape): torch.randint(-8, 8, layer.shape, dtype=torch.int8) for layer in layers.values()}
+    shapes_of = {tuple(layer.shape) for layer in layers.values()}
+    drawn = {shape: torch.randint(-spec.q_n, spec.q_p + 1, shape, dtype=torch.int8) for shape in shapes_of}
 
     def quantized(name: str) -> QuantizedTensor:
         rows, inputs = layers[name].shape
         codes = drawn[rows, inputs].roll(names.index(name), 0)
-        return QuantizedTensor(codes, torch.full((rows, inputs // 32), 0.01).bfloat16(), spec, None)
+        scale = torch.full((rows, inputs // 32), 0.01, dtype=scale_dtype(spec))
+        return QuantizedTensor(codes, scale, spec, None, levels)
 
     return QuantizedModel({"transformers": config.to_dict()}, layers, quantized, {}.__getitem__, Zeros(shapes))
 
 
-def convert(source: Path, out: Path, to: str, shard: int, *options: str) -> tuple[int, int]:
-    """Convert in a process of its own; return (what it held before, at most) in bytes.
+def convert(source: Path, out: Path, to: str, shard: int, *options: str) -> tuple[int, int, int]:
+    """Convert in a process of its own; return (what it held before, at most, and at most without files) in bytes.
 
     Raises:
         RuntimeError: it fails.

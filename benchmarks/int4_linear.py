@@ -18,22 +18,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Problem
+from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Kernels, Problem
 from benchmarks.timing import copy_ceiling, graph_time, read_ceiling
 
+Regimes = dict[str, tuple[int, ...]]
 REGIMES = {"decode": (1, 2, 4, 8, 16), "small batch": (32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096)}
 QUICK = {"decode": (1, 8, 16), "small batch": (32, 64, 128, 256), "prefill": (1024, 4096)}
 PACKAGES = ("torch", "triton", "humming-kernels", "gemlite", "bitsandbytes")
 
 
-def measure(outputs: int, inputs: int, dtype: torch.dtype, tokens: list[int], names: list[str]) -> list[dict]:
+def measure(
+    outputs: int, inputs: int, dtype: torch.dtype, tokens: list[int], names: list[str], kernels: Kernels = KERNELS
+) -> list[dict]:
     """Return one record a kernel and number of tokens: microseconds, or why there are none."""
     problem = Problem.random(outputs, inputs, dtype)
     records = []
     for name in names:
         known = {"shape": f"{outputs}x{inputs}", "kernel": name, "bytes": problem.weight_bytes(name)}
         try:
-            calls = KERNELS[name](problem)
+            calls = kernels[name](problem)
         except Exception as error:
             records += [known | {"tokens": m, "missing": f"{type(error).__name__}: {error}"[:200]} for m in tokens]
             continue
@@ -121,7 +124,8 @@ def plot(records: list[dict], names: list[str], tokens: tuple[int, ...], title: 
 def report(data: dict, folder: Path) -> str:
     """Write a table and a plot for each regime and dtype below ``folder``; return what is printed."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "int4_linear.json").write_text(json.dumps(data, indent=1))
+    what, stem = data.get("what", "W4A16"), data.get("stem", "int4_linear")
+    (folder / f"{stem}.json").write_text(json.dumps(data, indent=1))
     parts = [data["header"]]
     for dtype, records in data["records"].items():
         for regime, tokens in data["regimes"].items():
@@ -129,12 +133,12 @@ def report(data: dict, folder: Path) -> str:
             names = [n for n in data["names"] if any(r["kernel"] == n and "us" in r for r in chosen)]
             if not names or names[0] != data["names"][0]:
                 continue
-            title = f"W4A16, {regime}, {dtype}, group 128, microseconds"
+            title = f"{what}, {regime}, {dtype}, group 128, microseconds"
             text = table(chosen, names, tokens, data["read_ceiling"]) + "\n\n" + ratios(chosen, names, tokens)
-            stem = f"int4_linear_{regime.replace(' ', '_')}_{dtype}"
-            (folder / f"{stem}.md").write_text(f"# {title}\n\n{data['header']}\n\n{text}\n")
+            name = f"{stem}_{regime.replace(' ', '_')}_{dtype}"
+            (folder / f"{name}.md").write_text(f"# {title}\n\n{data['header']}\n\n{text}\n")
             try:
-                plot(chosen, names, tokens, f"{title} ({data['device']})", folder / f"{stem}.svg")
+                plot(chosen, names, tokens, f"{title} ({data['device']})", folder / f"{name}.svg")
             except ImportError:
                 parts.append("no plot: matplotlib is not installed")
             parts += [f"## {title}", text]
@@ -142,11 +146,18 @@ def report(data: dict, folder: Path) -> str:
     return "\n\n".join(dict.fromkeys(parts))
 
 
-def main() -> None:
+def main(
+    what: str = "W4A16",
+    stem: str = "int4_linear",
+    description: str | None = __doc__,
+    kernels: Kernels = KERNELS,
+    all_regimes: Regimes = REGIMES,
+    few_regimes: Regimes = QUICK,
+) -> None:
     """Read the arguments, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="bf16, the shapes of Llama 8B, fewer numbers of tokens")
-    parser.add_argument("--kernels", nargs="*", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="*", choices=kernels, default=list(kernels))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no further shape after this long")
     parser.add_argument("--draw", type=Path, help="write tables and plots from the JSON file of an earlier run")
@@ -155,7 +166,7 @@ def main() -> None:
         print(report(json.loads(options.draw.read_text()), options.out))
         return
     start = time.time()
-    regimes = QUICK if options.quick else REGIMES
+    regimes = few_regimes if options.quick else all_regimes
     shapes = [*LLAMA_8B.values()] + ([] if options.quick else [*LLAMA_70B.values()])
     dtypes = (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float16)
     tokens = [m for ms in regimes.values() for m in ms]
@@ -168,15 +179,15 @@ def main() -> None:
     ceiling, device = read_ceiling(), torch.cuda.get_device_name()
     header = (
         f"{datetime.date.today()}, {device}, {', '.join(versions)}; read ceiling {ceiling / 1e12:.2f} TB/s, "
-        f"copy {copy_ceiling() / 1e12:.2f} TB/s; python -m benchmarks.int4_linear{' --quick' if options.quick else ''}"
+        f"copy {copy_ceiling() / 1e12:.2f} TB/s; python -m benchmarks.{stem}{' --quick' if options.quick else ''}"
     )
     records: dict[str, list[dict]] = {}
     data = {"header": header, "device": device, "read_ceiling": ceiling, "regimes": regimes, "records": records}
-    data["names"] = options.kernels
+    data |= {"names": options.kernels, "what": what, "stem": stem}
     for dtype in dtypes:
         for outputs, inputs in shapes:
             if time.time() - start < options.seconds:
-                found = measure(outputs, inputs, dtype, tokens, options.kernels)
+                found = measure(outputs, inputs, dtype, tokens, options.kernels, kernels)
                 records.setdefault(str(dtype).removeprefix("torch."), []).extend(found)
                 text = report(data, options.out)
                 torch.cuda.empty_cache()

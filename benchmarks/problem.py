@@ -143,7 +143,8 @@ def bitsandbytes(problem: Problem) -> Calls:
     return [lambda x, t=t: bnb.matmul_4bit(x, t.t(), state) for t in tensors]
 
 
-KERNELS: dict[str, Callable[[Problem], Calls]] = {
+Kernels = dict[str, Callable[[Problem], Calls]]
+KERNELS: Kernels = {
     "qat": ours,
     "cuBLAS": cublas,
     "dequantize + cuBLAS": ours_dequantized,

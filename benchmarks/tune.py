@@ -1,7 +1,8 @@
-"""Measure which int4 kernel is fastest on this GPU: python -m benchmarks.tune [--shapes 4096x4096 ...] [--out FILE]
+"""Measure which int4 kernel is fastest on this GPU: python -m benchmarks.tune [--what int8] [--shapes NxK ...]
 
-Writes the table that ``qat.kernels.int4_plans`` looks into first (its ``cache_path()``, unless --out names a file).
-Kernels are compiled by all processor cores beforehand; the timing is that of benchmarks/timing.py, in bf16.
+What x is, --what says: bfloat16, float16, or int8 codes. Writes the table that ``qat.kernels.int4_plans`` looks into
+first (its ``cache_path()``, unless --out names a file). Kernels are compiled by all processor cores beforehand; the
+timing is that of benchmarks/timing.py, without the rounding of x to codes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,25 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from qat.kernels import int4_plans
+from qat.kernels import int4_plans, int8_run
+from qat.kernels.int4_layout import Int4Weight
 from qat.kernels.int4_run import run_plan
+from qat.kernels.int8_codes import int8_codes
+from qat.kernels.int8_linear import row_sums
+from torch import Tensor
 
 from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem
 from benchmarks.timing import graph_time
+from qat.quantizers.dynamic import round_dynamic
+from qat.spec import Dynamic
 
+Plan = int4_plans.Plan | int4_plans.Int8
+INT8_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -29,24 +39,32 @@ def device() -> tuple[str, int, int]:
     return found.name, found.major * 10 + found.minor, found.multi_processor_count
 
 
+def runner(x: Tensor, weight: Int4Weight, int8: bool) -> Callable[[Plan, Int4Weight], Tensor]:
+    """Return what multiplies x by a plan and a weight that is like ``weight``."""
+    if not int8:
+        return lambda plan, w: run_plan(plan, x, w, None)
+    codes, sums = int8_codes(x, None), row_sums(weight)
+    return lambda plan, w: int8_run.run_plan(plan, codes, w, sums, None, x.dtype)
+
+
 def compile_plan(case: tuple) -> str | None:
     """Run one plan on its shape once, which leaves the kernel in Triton's cache; return what went wrong."""
-    plan, tokens, outputs, inputs = case
+    plan, tokens, outputs, inputs, dtype = case
     try:
-        problem = Problem.random(outputs, inputs, torch.bfloat16, rotated=False)
-        x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-        run_plan(plan, x, problem.weights[0], None)
+        problem = Problem.random(outputs, inputs, dtype, rotated=False)
+        x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
+        runner(x, problem.weights[0], isinstance(plan, int4_plans.Int8))(plan, problem.weights[0])
         torch.cuda.synchronize()
     except Exception as error:
         return f"{plan} {tokens} {outputs}x{inputs}: {error!r}"[:300]
     return None
 
 
-def compile_all(plans: dict[tuple[int, int, int], list[int4_plans.Plan]]) -> list[str]:
+def compile_all(plans: dict[tuple[int, int, int], list[Plan]], dtype: torch.dtype) -> list[str]:
     """Compile the kernels of all plans, given by (tokens, outputs, inputs); return a line a failure, and the time."""
     # A kernel depends on the shape through what divides it alone: one small weight compiles for many.
     inputs = {k: 4096 if k % 4096 == 0 else k for _, _, k in plans}
-    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k]) for (m, _, k), ps in plans.items() for plan in ps}
+    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k], dtype) for (m, _, k), ps in plans.items() for plan in ps}
     start = time.time()
     with multiprocessing.get_context("spawn").Pool() as pool:
         lines = [line for line in pool.imap_unordered(compile_plan, cases.values()) if line]
@@ -54,32 +72,41 @@ def compile_all(plans: dict[tuple[int, int, int], list[int4_plans.Plan]]) -> lis
     return lines
 
 
-def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...] = TOKENS) -> tuple[dict, list[str]]:
+def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bfloat16") -> tuple[dict, list[str]]:
     """Return the table for this device, and a line a measurement."""
     name, *limits = device()
-    plans = {(m, n, k): int4_plans.candidates(m, n, k, *limits) for n, k in shapes for m in tokens}
-    lines = compile_all(plans)
+    int8, dtype = what == "int8", torch.float16 if what == "float16" else torch.bfloat16
+    plans: dict[tuple[int, int, int], list[Plan]] = {
+        (m, n, k): int4_plans.int8_candidates(m) if int8 else int4_plans.candidates(m, n, k, *limits)
+        for n, k in shapes
+        for m in tokens
+    }
+    lines = compile_all(plans, dtype)
     table: dict[str, dict] = {}
     for n, k in shapes:
-        problem = Problem.random(n, k, torch.bfloat16)
+        problem = Problem.random(n, k, dtype)
         dense = problem.dense().double() if n * k <= 2**26 else None
         for m in tokens:
-            x = (torch.randn(m, k, device="cuda") * 0.1).bfloat16()
-            exact = None if dense is None else x.double() @ dense.T
+            x = (torch.randn(m, k, device="cuda") * 0.1).to(dtype)
+            run = runner(x, problem.weights[0], int8)
+            rounded = round_dynamic(x.float(), Dynamic.int8_token) if int8 else x
+            exact = None if dense is None else rounded.double() @ dense.T
             times = []
             for plan in plans[m, n, k]:
                 try:
-                    y = run_plan(plan, x, problem.weights[0], None)
+                    y = run(plan, problem.weights[0])
                     error = 0.0 if exact is None else ((y - exact).norm() / exact.norm()).item()
                     if not error < 4e-3:
                         lines.append(f"WRONG {n}x{k} M={m} {plan}: {error}")
                         continue
-                    calls = [partial(run_plan, plan, x, w, None) for w in problem.weights]
+                    calls = [partial(run, plan, w) for w in problem.weights]
                     times.append((graph_time(calls, milliseconds=1.5, replays=3), plan))
                 except Exception as failure:
                     lines.append(f"FAILED {n}x{k} M={m} {plan}: {failure!r}"[:300])
             times.sort(key=lambda pair: pair[0])
             chosen = int4_plans.heuristic(m, n, k, *limits)
+            if int8:
+                chosen = int4_plans.int8_heuristic(m, n, limits[1])
             by_heuristic = next((t for t, plan in times if plan == chosen), None)
             lines.append(
                 f"{n}x{k} M={m}: "
@@ -87,7 +114,7 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...] = TOKENS) -> tup
                 + f"  (heuristic {by_heuristic} {chosen})"
             )
             if times:
-                table.setdefault(f"{n}x{k}", {})[str(m)] = int4_plans.plan_to_json(times[0][1])
+                table.setdefault(int4_plans.plan_name(n, k, what), {})[str(m)] = int4_plans.plan_to_json(times[0][1])
     return {name: table}, lines
 
 
@@ -95,14 +122,16 @@ def main() -> None:
     """Read the arguments, tune, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", help="NxK; by default those of Llama 8B and 70B")
-    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--tokens", nargs="*", type=int)
+    parser.add_argument("--what", choices=("bfloat16", "float16", "int8"), default="bfloat16", help="of x")
     parser.add_argument("--out", type=Path, default=int4_plans.cache_path())
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
     shapes = [*LLAMA_8B.values(), *LLAMA_70B.values()]
     if options.shapes:
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes]
-    table, lines = tune(shapes, tuple(options.tokens))
+    tokens = options.tokens or (INT8_TOKENS if options.what == "int8" else TOKENS)
+    table, lines = tune(shapes, tuple(tokens), options.what)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for name, by_shape in table.items():

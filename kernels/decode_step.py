@@ -65,15 +65,8 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 if triton is not None:
+    from qat.kernels.launching import starts_early, take_turns
     from qat.kernels.rounding import INTERPRETED, round_to
-
-    @triton.jit
-    def _take_turns(EARLY: tl.constexpr):
-        """Wait for the kernel before, then let the next one start (PTX ISA, griddepcontrol)."""
-        if EARLY:
-            tl.inline_asm_elementwise(
-                "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
-            )
 
     @triton.jit
     def _add_rms_norm_kernel(
@@ -91,7 +84,7 @@ if triton is not None:
         k = tl.arange(0, BLOCK)
         inside = k < K
         weight = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        _take_turns(EARLY)
+        take_turns(EARLY)
         at = tl.program_id(0).to(tl.int64) * K + k
         h = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if update_ptr is not None:
@@ -137,7 +130,7 @@ if triton is not None:
         c2 = tl.load(cosine_ptr + at * D + half + first).to(tl.float32)
         s1 = tl.load(sine_ptr + at * D + first).to(tl.float32)
         s2 = tl.load(sine_ptr + at * D + half + first).to(tl.float32)
-        _take_turns(EARLY)
+        take_turns(EARLY)
         row = qkv_ptr + batch.to(tl.int64) * (heads + 2 * kv_heads) * D
         inside = (query < group)[:, None]
         q_ptrs = row + (head * group + query)[:, None] * D + first[None, :]
@@ -186,7 +179,7 @@ if triton is not None:
         EARLY: tl.constexpr,
     ):
         """Compute BLOCK values of a row."""
-        _take_turns(EARLY)
+        take_turns(EARLY)
         f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         row = tl.program_id(1).to(tl.int64)
         gate = tl.load(gate_up_ptr + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
@@ -275,7 +268,7 @@ def _runs(x: Tensor) -> bool:
 
 
 def _launch(kernel, grid: tuple, arguments: tuple, x: Tensor, warps: int) -> None:
-    early = x.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] >= 9
+    early = starts_early(x)
     options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
     if INTERPRETED.value:
         kernel[grid](*arguments, early, **options)

@@ -41,14 +41,14 @@ def _stored_scale(step_ptr, row, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def _clamp(ratio, low: tl.constexpr, high: tl.constexpr):
+def clamp(ratio, low: tl.constexpr, high: tl.constexpr):
     """Clamp as torch does: a NaN stays one."""
     nan: tl.constexpr = tl.PropagateNan.ALL
     return tl.minimum(tl.maximum(ratio, low, propagate_nan=nan), high, propagate_nan=nan)
 
 
 @triton.jit
-def _divide(x, scale, scale_dtype: tl.constexpr, x_dtype: tl.constexpr):
+def divide(x, scale, scale_dtype: tl.constexpr, x_dtype: tl.constexpr):
     """Return x / scale, rounded correctly wherever that decides a code or a mask.
 
     A division takes some 20 instructions an element, which is more than memory leaves time for. A reciprocal for each
@@ -89,8 +89,8 @@ def _forward_kernel(
     inside = (row < S)[:, None] & (column < B)[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     scale = _stored_scale(step_ptr, row, row < S, SCALE_DTYPE)[:, None]
-    ratio = _divide(x, scale, SCALE_DTYPE, x_ptr.dtype.element_ty)
-    codes = round_half_even(_clamp(ratio, LOW, HIGH))
+    ratio = divide(x, scale, SCALE_DTYPE, x_ptr.dtype.element_ty)
+    codes = round_half_even(clamp(ratio, LOW, HIGH))
     tl.store(y_ptr + place, round_to(codes * scale, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -123,14 +123,14 @@ def _backward_kernel(
         place = row.to(tl.int64)[:, None] * B + column[None, :]
         valid = (row < S)[:, None] & (column < B)[None, :]
         x = tl.load(x_ptr + place, mask=valid, other=0.0).to(tl.float32)
-        ratio = _divide(x, scale, SCALE_DTYPE, x_ptr.dtype.element_ty)
+        ratio = divide(x, scale, SCALE_DTYPE, x_ptr.dtype.element_ty)
         grad_y = tl.load(grad_y_ptr + place, mask=valid, other=0.0)
         inside = (ratio > LOW) & (ratio < HIGH)
         if grad_x_ptr is not None:
             grad_x = tl.where(inside, grad_y.to(tl.float32), 0.0)
             written = valid & ~inside if IN_PLACE else valid
             tl.store(grad_x_ptr + place, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=written)
-        codes = round_half_even(_clamp(ratio, LOW, HIGH))
+        codes = round_half_even(clamp(ratio, LOW, HIGH))
         if y_ptr is not None:
             tl.store(y_ptr + place, round_to(codes * scale, y_ptr.dtype.element_ty), mask=valid)
         if sums_ptr is not None:

@@ -75,12 +75,14 @@ def batch_kernel(
     AHEAD: gl.constexpr,  # multiplications in flight
     SPLIT: gl.constexpr,
     EARLY: gl.constexpr,
+    OWN: gl.constexpr,  # a slot is known at compile time; STEP * STAGES divides TILES
 ):
     """Many tokens, on Hopper: a program computes (BLOCK_M, 16 BLOCKS) of y, or of one of SPLIT parts of the sum over K.
 
     Weights stream into registers TILES tiles ahead and multiply with asynchronous ``wgmma``; the tensor memory
     accelerator brings activations to shared memory, where both warpgroups read them.
     """
+    gl.static_assert(not OWN or TILES % (STEP * STAGES) == 0)
     dtype: gl.constexpr = x_desc.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16]
@@ -98,10 +100,19 @@ def batch_kernel(
     end = start + per_part  # past the last tile, x is filled with zeros
     steps = per_part // STEP
 
-    x_shared = gl.allocate_shared_memory(dtype, [STAGES * STEP, BLOCK_M, 64], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(ready.index(slot), count=1)
+    if OWN:
+        # The compiler then knows slots apart, adds no barriers between their users, and finds their addresses itself.
+        x_tiles = ()
+        tile_ready = ()
+        for slot in gl.static_range(STAGES * STEP):
+            x_tiles = x_tiles + (gl.allocate_shared_memory(dtype, [BLOCK_M, 64], x_desc.layout),)
+            tile_ready = tile_ready + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+            mbarrier.init(tile_ready[slot], count=1)
+    else:
+        x_shared = gl.allocate_shared_memory(dtype, [STAGES * STEP, BLOCK_M, 64], x_desc.layout)
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(STAGES):
+            mbarrier.init(ready.index(slot), count=1)
     of_block = block + gl.arange(0, BLOCKS, gl.SliceLayout(1, word_layout))
     word = gl.arange(0, 128, gl.SliceLayout(0, word_layout))
     word_ptrs = words_ptr + of_block.to(gl.int64)[:, None] * tiles * 128 + word[None, :]
@@ -133,7 +144,14 @@ def batch_kernel(
     if EARLY > 0:
         wait_for_previous_kernel()
     for step in gl.static_range(STAGES - 2):
-        _fetch_x(x_desc, x_shared, ready, step, steps, first_m, start * 64, BLOCK_M, STEP, STAGES)
+        if OWN:
+            for t in gl.static_range(STEP):
+                place = [first_m, (start + step * STEP + t) * 64]
+                slot_ready = tile_ready[step * STEP + t]
+                mbarrier.expect(slot_ready, BLOCK_M * 64 * 2, pred=step < steps)
+                tma.async_copy_global_to_shared(x_desc, place, slot_ready, x_tiles[step * STEP + t], pred=step < steps)
+        else:
+            _fetch_x(x_desc, x_shared, ready, step, steps, first_m, start * 64, BLOCK_M, STEP, STAGES)
 
     acc = warpgroup_mma_init(gl.zeros([16 * BLOCKS, BLOCK_M], gl.float32, mma))
     for first in range(start, end, TILES):
@@ -145,12 +163,35 @@ def batch_kernel(
             step_now = (tile - start) // STEP
             if d % STEP == 0:
                 # Past this barrier every warp has multiplied all but the last step: two steps back, a slot is free.
-                barrier()
-                _fetch_x(
-                    x_desc, x_shared, ready, step_now + STAGES - 2, steps, first_m, start * 64, BLOCK_M, STEP, STAGES
-                )
-                mbarrier.wait(ready.index(step_now % STAGES), step_now // STAGES & 1)
-            x_tile = x_shared.index(step_now % STAGES * STEP + d % STEP)
+                if OWN:
+                    ahead = step_now + STAGES - 2
+                    for t in gl.static_range(STEP):
+                        slot_ready = tile_ready[(d + (STAGES - 2) * STEP + t) % (STAGES * STEP)]
+                        mbarrier.expect(slot_ready, BLOCK_M * 64 * 2, pred=ahead < steps)
+                    barrier()
+                    for t in gl.static_range(STEP):
+                        place = [first_m, (start + ahead * STEP + t) * 64]
+                        slot_ready = tile_ready[(d + (STAGES - 2) * STEP + t) % (STAGES * STEP)]
+                        x_slot = x_tiles[(d + (STAGES - 2) * STEP + t) % (STAGES * STEP)]
+                        tma.async_copy_global_to_shared(x_desc, place, slot_ready, x_slot, pred=ahead < steps)
+                    for t in gl.static_range(STEP):
+                        mbarrier.wait(tile_ready[(d + t) % (STAGES * STEP)], step_now // STAGES & 1)
+                else:
+                    barrier()
+                    _fetch_x(
+                        x_desc,
+                        x_shared,
+                        ready,
+                        step_now + STAGES - 2,
+                        steps,
+                        first_m,
+                        start * 64,
+                        BLOCK_M,
+                        STEP,
+                        STAGES,
+                    )
+                    mbarrier.wait(ready.index(step_now % STAGES), step_now // STAGES & 1)
+            x_tile = x_tiles[d % (STAGES * STEP)] if OWN else x_shared.index(step_now % STAGES * STEP + d % STEP)
             pairs = words[d].reshape([BLOCKS, 8, 4, 2, 2]).permute([0, 4, 1, 3, 2]).reshape([16 * BLOCKS, 8])
             pairs = gl.join(pairs, pairs).reshape([16 * BLOCKS, 16])
             pairs = gl.convert_layout(pairs, left, assert_trivial=True)
@@ -184,8 +225,12 @@ def batch_kernel(
     if EARLY == 2:
         let_next_kernel_start()
     y = warpgroup_mma_wait(0, deps=[acc])
-    for slot in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(slot))
+    if OWN:
+        for slot in gl.static_range(STAGES * STEP):
+            mbarrier.invalidate(tile_ready[slot])
+    else:
+        for slot in gl.static_range(STAGES):
+            mbarrier.invalidate(ready.index(slot))
 
     if HAS_BIAS and SPLIT == 1:
         n_of_y = block * 16 + gl.arange(0, 16 * BLOCKS, gl.SliceLayout(1, mma))

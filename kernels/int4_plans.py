@@ -2,7 +2,8 @@
 
 There is no search at run time. ``python -m benchmarks.tune`` measures the candidates below on the GPU at hand and
 writes a table to ``cache_path()``, which goes before the one that ships in ``int4_plans.json``. A table is found by
-the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M.
+the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M; what was timed
+with fp16 or int8 codes has that behind the name, "NxK float16", and fp16 takes what bf16 has where it has nothing.
 """
 
 from __future__ import annotations
@@ -41,14 +42,26 @@ class Batch(NamedTuple):
     ahead: int
     split: int
     early: int
+    own: int = 0
 
 
 class Dequantize(NamedTuple):
     """Dequantize the whole weight, then use the library's matmul."""
 
 
+class Int8(NamedTuple):
+    """Constants of ``int8_batch.int8_batch_kernel``."""
+
+    warps: int
+    blocks: int
+    block_m: int
+    span: int
+    ahead: int
+    early: int
+
+
 Plan = Decode | Batch | Dequantize
-_KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize}
+_KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
 
 # For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
 ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
@@ -57,14 +70,43 @@ ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
 MANY_TOKENS = 4096
 
 
-def choose(tokens: int, outputs: int, inputs: int, device_name: str, capability: int, multiprocessors: int) -> Plan:
-    """Return the plan for M tokens on an NVIDIA GPU of compute capability ``capability`` (90 for 9.0)."""
+def choose(
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    device_name: str,
+    capability: int,
+    multiprocessors: int,
+    kind: str = "bfloat16",
+) -> Plan:
+    """Return the plan for M tokens on an NVIDIA GPU of compute capability ``capability`` (90 for 9.0).
+
+    ``kind`` is the dtype of x, bfloat16 or float16.
+    """
+    listed = None
+    for name in dict.fromkeys((plan_name(outputs, inputs, kind), plan_name(outputs, inputs))):
+        listed = _listed(device_name, name, tokens) if listed is None else listed
+    return heuristic(tokens, outputs, inputs, capability, multiprocessors) if listed is None else listed
+
+
+def choose_int8(tokens: int, outputs: int, inputs: int, device_name: str, multiprocessors: int) -> Int8:
+    """Return the plan for the codes of M tokens on a Hopper GPU."""
+    listed = _listed(device_name, plan_name(outputs, inputs, "int8"), tokens)
+    return int8_heuristic(tokens, outputs, multiprocessors) if listed is None else listed
+
+
+def plan_name(outputs: int, inputs: int, kind: str = "bfloat16") -> str:
+    """Return the name that a table lists plans under, for bfloat16, float16 or int8."""
+    return f"{outputs}x{inputs}" + ("" if kind == "bfloat16" else f" {kind}")
+
+
+def _listed(device_name: str, name: str, tokens: int) -> Plan | Int8 | None:
     for table in (_user_table(), _shipped_table()):
-        by_tokens = table.get(device_name, {}).get(f"{outputs}x{inputs}", {})
+        by_tokens = table.get(device_name, {}).get(name, {})
         fitting = sorted(int(bound) for bound in by_tokens if int(bound) >= tokens)
         if fitting:
             return plan_from_json(by_tokens[str(fitting[0])])
-    return heuristic(tokens, outputs, inputs, capability, multiprocessors)
+    return None
 
 
 def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> Plan:
@@ -150,17 +192,43 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
                     shapes = ((8, 8, 2, 1, 4, 2), (8, 8, 4, 1, 4, 2))
                 for warps, blocks, ahead, step, stages, in_flight in shapes:
                     plans.append(Batch(warps, blocks, block_m, ahead, step, stages, in_flight, split, early))
+                own = {128: (8, 2, 4, 2), 256: (4, 1, 4, 2)}.get(block_m, (8, 2, 4, 4))
+                plans.append(Batch(8, 8, block_m, *own, split, early, 1))
+                if block_m <= 32:
+                    plans.append(Batch(8, 8, block_m, 16, 4, 4, 4, split, early, 1))
+                    plans.append(Batch(4, 8, block_m, 8, 2, 4, 2, split, early, 1))
     if tokens >= 64 or not plans:
         plans.append(Dequantize())
     return plans
 
 
-def plan_to_json(plan: Plan) -> list:
-    """Return ["decode" | "batch" | "dequantize", constants...]."""
+def int8_heuristic(tokens: int, outputs: int, multiprocessors: int) -> Int8:
+    """Return a plan from the shape alone: wide blocks, unless they leave multiprocessors without any. Not measured."""
+    programs = -(-outputs // 128) * -(-tokens // 128)
+    if tokens <= 64 or programs <= multiprocessors // 2:
+        return Int8(8, 8, 64, 8, 4, 2)
+    return Int8(8, 8, 128, 8, 2, 2)
+
+
+def int8_candidates(tokens: int) -> list[Int8]:
+    """Return the plans worth timing: by the disassembly, those whose accumulators fit the registers (NOTES.md)."""
+    plans = [Int8(8, 8, 64, 8, 4, 2), Int8(8, 8, 64, 16, 4, 2)]
+    if tokens > 64:
+        plans += [
+            Int8(8, 8, 128, 8, 2, 2),
+            Int8(8, 8, 128, 16, 2, 2),
+            Int8(8, 8, 128, 8, 2, 0),
+            Int8(4, 4, 128, 8, 2, 2),
+        ]
+    return plans
+
+
+def plan_to_json(plan: Plan | Int8) -> list:
+    """Return ["decode" | "batch" | "dequantize" | "int8", constants...]."""
     return [type(plan).__name__.lower(), *plan]
 
 
-def plan_from_json(values: list) -> Plan:
+def plan_from_json(values: list) -> Plan | Int8:
     """Undo ``plan_to_json``."""
     return _KINDS[values[0]](*values[1:])
 

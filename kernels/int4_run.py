@@ -34,18 +34,18 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     nested = weight.nest is not None
     weight = _plain(weight)
     one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, weight)
-    if one_plan and not (suits and _device(x_MK.device.index)[1] == 90):
+    if one_plan and not (suits and limits(x_MK.device.index)[1] == 90):
         return _portable(x_MK, weight, bias, PORTABLE_TOKENS)
     if suits:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = ANY_TOKENS if one_plan else _plan(tokens, weight.out_features, x_MK.shape[1], x_MK.device.index)
+        plan = ANY_TOKENS if one_plan else _plan(x_MK, weight.out_features)
         if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
             plan = plan._replace(early=0)
         y_MN = run_plan(plan, x_MK, weight, bias)
         if isinstance(plan, Decode) and not nested and not weight.in_features % ROWS:
-            compiled_for, *launch = _decode_launch(plan, x_MK, weight, bias)
-            _recipes[key] = _kernels[int4_decode.decode_kernel, x_MK.device.index, compiled_for], *launch
+            compiled_for, *rest = _decode_launch(plan, x_MK, weight, bias)
+            _recipes[key] = _kernels[int4_decode.decode_kernel, x_MK.device.index, compiled_for], *rest
         return y_MN
     if tokens <= PORTABLE_TOKENS or INTERPRETED.value:
         block_m = min(PORTABLE_TOKENS, max(16, triton.next_power_of_2(tokens)))
@@ -65,16 +65,16 @@ def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
         return False
     integers = weight.zero_point is None or weight.zero_point.dtype == torch.int8
     suits = weight.levels is not None or (weight.scale.dtype == x.dtype and integers)
-    return suits and _device(x.device.index)[1] >= 80
+    return suits and limits(x.device.index)[1] >= 80
 
 
 _devices: dict[int, tuple[str, int, int]] = {}
-_plans: dict[tuple[int, int, int, int], object] = {}
+_plans: dict[tuple, object] = {}
 _recipes: dict[tuple, tuple] = {}
 _kernels: dict[tuple, tuple] = {}
 
 
-def _device(index: int) -> tuple[str, int, int]:
+def limits(index: int) -> tuple[str, int, int]:
     """Return the name, compute capability and number of multiprocessors of a CUDA device."""
     if index not in _devices:
         found = torch.cuda.get_device_properties(index)
@@ -82,10 +82,12 @@ def _device(index: int) -> tuple[str, int, int]:
     return _devices[index]
 
 
-def _plan(tokens: int, out_features: int, in_features: int, device_index: int):
-    key = tokens, out_features, in_features, device_index
+def _plan(x_MK: Tensor, out_features: int):
+    tokens, in_features = x_MK.shape
+    key = tokens, out_features, in_features, x_MK.device.index, x_MK.dtype
     if key not in _plans:
-        _plans[key] = choose(tokens, out_features, in_features, *_device(device_index))
+        kind = "float16" if x_MK.dtype == torch.float16 else "bfloat16"
+        _plans[key] = choose(tokens, out_features, in_features, *limits(x_MK.device.index), kind)
     return _plans[key]
 
 
@@ -129,7 +131,7 @@ def _again(compiled, grid: tuple, tail: tuple, x_MK: Tensor, weight: Int4Weight,
 def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
     key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
     arguments = x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
-    _launch(int4_decode.decode_kernel, key, grid, arguments, plan.warps, plan.early)
+    launch(int4_decode.decode_kernel, key, grid, arguments, plan.warps, plan.early)
 
 
 def _decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
@@ -154,13 +156,13 @@ def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Te
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     constants = *_constants(weight, bias), *plan
     grid = -(-weight.words.shape[0] // plan.blocks) * -(-tokens // plan.block_m), plan.split, 1
-    _launch(int4_batch.batch_kernel, key, grid, (*arguments, *constants), plan.warps, plan.early)
+    launch(int4_batch.batch_kernel, key, grid, (*arguments, *constants), plan.warps, plan.early)
     if plan.split > 1:
         aligned = y_MN.numel() % 16 == 0, y_MN.numel() == 1
         key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, out_features, aligned, plan.early
         arguments = parts, bias, y_MN, y_MN.numel(), out_features, plan.split, 1024, plan.early > 0
         grid = -(-y_MN.numel() // 1024), 1, 1
-        _launch(int4_portable.sum_parts_kernel, key, grid, arguments, 4, plan.early)
+        launch(int4_portable.sum_parts_kernel, key, grid, arguments, 4, plan.early)
 
 
 def _operands(weight: Int4Weight, bias: Tensor | None, x: Tensor) -> tuple:
@@ -189,7 +191,7 @@ def _kind(weight: Int4Weight, bias: Tensor | None) -> tuple:
     return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size
 
 
-def _launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
+def launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
     """Launch a kernel; after the first time without Triton's own look-up, which takes longer than a small matmul."""
     device = torch.cuda.current_device()
     key = kernel, device, key

@@ -2,6 +2,9 @@
 
 ``kernel[grid](...)`` binds the arguments and works out what to specialize on, every time: more than the kernel takes on
 a small layer. Here a compiled kernel is looked up by what Triton specializes on, and launched as it is.
+
+On Hopper and later a kernel can start before the one ahead of it has ended (programmatic dependent launch): the int4
+kernels then read weights while small kernels before them run, which take turns.
 """
 
 from __future__ import annotations
@@ -9,10 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from qat.kernels.rounding import INTERPRETED
 from torch import Tensor
 
 _compiled: dict[tuple, Any] = {}
+_early: dict[int, bool] = {}
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: tuple, **options) -> None:
@@ -39,6 +45,24 @@ def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: tuple, **
         _compiled[key] = kernel[grid](*arguments, *constants, **options)
     else:
         compiled[grid + (1,) * (3 - len(grid))](*arguments, *constants)
+
+
+@triton.jit
+def take_turns(EARLY: tl.constexpr):
+    """Wait for the kernel before, then let the next one start (PTX ISA, griddepcontrol)."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
+        )
+
+
+def starts_early(x: Tensor) -> bool:
+    """Return whether kernels on the device of x can start early: launch them with ``launch_pdl=True`` then."""
+    if not x.is_cuda or torch.version.cuda is None:
+        return False
+    if x.device.index not in _early:
+        _early[x.device.index] = torch.cuda.get_device_capability(x.device)[0] >= 9
+    return _early[x.device.index]
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -17,7 +17,7 @@ written, and y where it is wanted again.
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.launching import ceil_div, launch, next_power_of_2
+from qat.kernels.launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
 from qat.kernels.rounding import round_half_even, round_to
 from torch import Tensor
 
@@ -26,14 +26,26 @@ from qat.spec import Dynamic
 TILE = 4096  # values a program holds, if a token has no more
 MOST_VALUES = 32768  # of a token: 64 registers a thread in 16 warps
 
+# As many as the int4 kernels read weights early for: they follow, in a frozen layer.
+FEW_TOKENS = 64
+
 _BLOCK = 32  # of q8_0
 
 
 @triton.jit
-def _clamp(value):
+def clamp_to_int8(value):
     """Clamp to int8 as torch does: a NaN stays one."""
     nan: tl.constexpr = tl.PropagateNan.ALL
     return tl.minimum(tl.maximum(value, -128.0, propagate_nan=nan), 127.0, propagate_nan=nan)
+
+
+@triton.jit
+def int8_token_grid(low, high):
+    """Return (factor, zero point, low * factor, high * factor) of tokens whose values go from low to high, (T, 1)."""
+    factor = tl.where(low == high, 1.0, tl.div_rn(tl.full(low.shape, 255.0, tl.float32), high - low))
+    least, most = low * factor, high * factor
+    zero_point = tl.where((-128.0 + least) + (127.0 + most) > 0.0, -128.0 - least, 127.0 - most)
+    return factor, round_half_even(clamp_to_int8(zero_point)), least, most
 
 
 @triton.jit
@@ -47,8 +59,10 @@ def _round_kernel(
     Q8_0: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Round BLOCK_T tokens."""
+    take_turns(EARLY)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     place = token.to(tl.int64)[:, None] * K + k[None, :]  # 64 bits: a batch may have more than 2^31 values
@@ -63,12 +77,9 @@ def _round_kernel(
     else:
         low = tl.where(broken, float("nan"), tl.minimum(tl.min(x, 1), 0.0)[:, None])
         high = tl.where(broken, float("nan"), tl.maximum(tl.max(x, 1), 0.0)[:, None])
-        factor = tl.where(low == high, 1.0, tl.div_rn(tl.full((BLOCK_T, 1), 255.0, tl.float32), high - low))
-        least, most = low * factor, high * factor
-        zero_point = tl.where((-128.0 + least) + (127.0 + most) > 0.0, -128.0 - least, 127.0 - most)
-        zero_point = round_half_even(_clamp(zero_point))
+        factor, zero_point, least, most = int8_token_grid(low, high)
         codes = round_half_even(x * factor) + zero_point
-        y = (_clamp(codes) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
+        y = (clamp_to_int8(codes) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
         if grad_x_ptr is not None:
             clipped = (codes < -128.0) | (codes > 127.0)
             if grad_y_ptr is None:
@@ -121,11 +132,13 @@ def _launch(x: Tensor, y: Tensor | None, grad_y: Tensor | None, grad_x: Tensor |
     k = _BLOCK if kind == Dynamic.q8_0 else x.shape[-1]
     tokens, block_k = x.numel() // k, next_power_of_2(k)
     block_t = max(1, TILE // block_k)
+    early = tokens <= FEW_TOKENS and grad_x is None and starts_early(x)
     launch(
         _round_kernel,
         (ceil_div(tokens, block_t),),
         (x, y, grad_y, grad_x, tokens, k),
-        (kind == Dynamic.q8_0, block_t, block_k),
+        (kind == Dynamic.q8_0, block_t, block_k, early),
         num_warps=min(16, max(4, block_t * block_k // 1024)),
+        **({"launch_pdl": True} if early else {}),
         enable_fp_fusion=False,  # the reference rounds products and sums one by one
     )

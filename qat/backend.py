@@ -5,7 +5,7 @@ reference: a CPU, float64, and tensors that stand for others (fake, functional, 
 Both give the same bits, eager, compiled and captured in a CUDA graph alike.
 
 A frozen layer's kernel is chosen by the number of tokens, and sums in another order then. ``set_batch_invariant`` gives
-that up for results that do not depend on it.
+that up for results that do not depend on it. ``set_int8_products`` lets layers with int8 inputs multiply integers.
 
 Under torch.compile the rounding of inputs is one operator on a GPU, which runs these kernels; ``set_traced_rounding``
 lets Inductor fuse it with what makes the input instead, as it does on a CPU.
@@ -61,6 +61,26 @@ def set_batch_invariant(on: bool) -> None:
     _batch_invariant = on
 
 
+def int8_products() -> int | None:
+    """Return the number of tokens of ``set_int8_products``; None where it is off."""
+    return _int8_products
+
+
+def set_int8_products(tokens: int | None = 512) -> None:
+    """Let frozen 4-bit linear layers on a GPU whose inputs were trained in int8 or less multiply integers.
+
+    From so many tokens on, the layer's integers go through the GPU's int8 units (``qat.kernels.int8_linear``), where no
+    gradient is wanted and ``set_batch_invariant`` is off. With fewer tokens, and with None, the input is rounded and
+    the 16-bit kernels run. Both have the integers that were trained. They differ in what else is rounded: here nothing
+    but the result, there also weights and inputs, to the dtype of x, as in training.
+
+    It is off unless asked for, because these kernels have been compiled for a GPU and run under an interpreter, and not
+    on a GPU: ``pytest -m gpu tests/test_int8_linear.py`` is that run.
+    """
+    global _int8_products
+    _int8_products = tokens
+
+
 def traced_rounding() -> bool:
     """Return whether ``set_traced_rounding`` is on."""
     return _traced_rounding
@@ -77,4 +97,5 @@ def set_traced_rounding(on: bool) -> None:
 
 
 _batch_invariant = False
+_int8_products: int | None = None
 _traced_rounding = False

@@ -8,14 +8,16 @@ weights become parts of one, without a copy, and the first of them to be called 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .errors import StateError
 from .layers import FrozenLinear, is_frozen
-from .spec import Codebook
+from .layers.int8_product import int8_linear
+from .quantizers import DynamicActivation
+from .spec import Codebook, Dynamic
 
 # As transformers and others call the layers that a module gives the same input.
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -27,6 +29,7 @@ def fuse_projections(model: nn.Module, verbose: bool = True) -> nn.Module:
 
     Groups are found by the names of their layers. A group whose layers turn out to be called with different inputs runs
     one by one again. The weights are those of the single layers to the bit; sums may be added up in another order.
+    Inputs that are rounded by their own values are rounded once for the group.
 
     Args:
         model: frozen or loaded.
@@ -64,28 +67,52 @@ class FusedProjections:
         self.name, self.layers, self.together = name, layers, True
         self.operands: list[dict] = []
         self.weights: dict[torch.dtype, object] = {}
+        self.sums: Tensor | None = None
         self.x: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
+        self.unrounded: Tensor | None = None
+        self.rounding: Tensor | None = None
 
-    def __call__(self, layer: FrozenLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    def rounded(self, layer: FrozenLinear, x: Tensor) -> Tensor:
+        """Return x as its runtime rounds it: for the first layer anew, for the others what it made of this x."""
+        if not self.together or not layer.packed_weight.gpu_operands:
+            return layer.activation_quantizer(x)
+        if layer is self.layers[0] or self.unrounded is not x:
+            self.unrounded, self.rounding = x, layer.activation_quantizer(x)
+        return self.rounding
+
+    def __call__(self, layer: FrozenLinear, x: Tensor) -> Tensor:
         """Return the layer's product, (..., N): a view of the group's result."""
         from qat.kernels.int4_linear import int4_linear
 
+        return self._part(layer, x, x.dtype, lambda weights, _, bias: int4_linear(x, weights[x.dtype], bias))
+
+    def in_integers(self, layer: FrozenLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the layer's product of integers in ``dtype``, for x that is not rounded yet: a view likewise."""
+
+        def multiply(weights: dict, sums: Tensor, bias: Tensor | None) -> Tensor:
+            return int8_linear(x, layer.activation_quantizer, weights[torch.float32], sums, bias, dtype)
+
+        return self._part(layer, x, dtype, multiply)
+
+    def _part(self, layer: FrozenLinear, x: Tensor, dtype: torch.dtype, multiply: Callable) -> Tensor:
+        """Return what ``multiply`` makes of the layer's weights, row sums and bias, or its part of the group's."""
         index = next(i for i, other in enumerate(self.layers) if other is layer)
         if self.together and index == 0:
             self._join()
-            biases = [None if other.bias is None else other.bias.to(x.dtype) for other in self.layers]
-            y = int4_linear(x, self.weights[x.dtype], None if bias is None else torch.cat(biases))
+            biases = [other.bias.to(dtype) for other in self.layers if other.bias is not None]
+            y = multiply(self.weights, self.sums, torch.cat(biases) if biases else None)
             self.x, self.parts = x, dict(enumerate(y.split([other.out_features for other in self.layers], -1)))
         if index in self.parts:
             if self.x is x:
                 part = self.parts.pop(index)
                 if not self.parts:
-                    self.x = None
+                    self.x = self.unrounded = self.rounding = None
                 return part
-            self.together, self.parts, self.x = False, {}, None
-            warnings.warn(f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=3)
-        return int4_linear(x, layer.packed_weight.gpu_operands[x.dtype], bias)
+            self.together, self.parts, self.x, self.unrounded, self.rounding = False, {}, None, None, None
+            warnings.warn(f"{self.name} and its neighbours have different inputs: they run one by one", stacklevel=4)
+        weight, bias = layer.packed_weight, None if layer.bias is None else layer.bias.to(dtype)
+        return multiply(weight.gpu_operands, weight.row_sums, bias)
 
     def _join(self) -> None:
         """Make the layers' weights parts of one, unless they still are."""
@@ -93,6 +120,8 @@ class FusedProjections:
         if len(self.operands) == len(now) and all(a is b for a, b in zip(self.operands, now, strict=True)):
             return
         self.operands, self.weights, joined = now, {}, {}
+        sums = [layer.packed_weight.row_sums for layer in self.layers]
+        self.sums = None if sums[0] is None else torch.cat(sums)
         for dtype in now[0]:
             weights = [operands[dtype] for operands in now]
             starts = [0]
@@ -133,7 +162,7 @@ def _obstacle(layers: list[FrozenLinear]) -> str | None:
         return "its layers share a weight"
     if first.packed_weight.spec.bits != 4 or first.packed_weight.spec.codebook not in (None, Codebook.nf4):
         return "not 4 bits on an even grid or NF4"
-    if any(layer.activation_quantizer is not None for layer in layers):
+    if len({_rounding(layer) for layer in layers}) > 1:
         return "each layer rounds its input by itself"
     if any((layer.bias is None) != (first.bias is None) for layer in layers):
         return "some layers have a bias and some have none"
@@ -142,3 +171,11 @@ def _obstacle(layers: list[FrozenLinear]) -> str | None:
     if any(layer.out_features % ROWS for layer in layers[:-1]):
         return f"its layers have outputs that {ROWS} does not divide"
     return None
+
+
+def _rounding(layer: FrozenLinear) -> Dynamic | int | None:
+    """Return what layers have in common that round one input to the same values; None for no rounding."""
+    activation = layer.activation_quantizer
+    if activation is None or (isinstance(activation, DynamicActivation) and activation.enabled):
+        return None if activation is None else activation.spec
+    return id(layer)

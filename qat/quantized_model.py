@@ -161,18 +161,19 @@ def from_model(model: nn.Module) -> QuantizedModel:
     )
 
 
-def to_model(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Module:
+def to_model(quantized: QuantizedModel, model: nn.Module | None = None, codes: bool = True) -> nn.Module:
     """Return a frozen model in eval mode.
 
     Args:
         quantized: the model's values.
         model: an untrained instance of the user's own, swapped in place and filled.
+        codes: False leaves quantized weights on the meta device, for who takes them from ``quantized`` one at a time.
 
     Raises:
         StateError: the given model is prepared or frozen.
         ArtifactError: it does not name its architecture, or does not fit the given model.
     """
-    given, model = model, _frozen(quantized, model, lambda name: PackedWeight.from_tensor(quantized.quantized(name)))
+    given, model = model, _frozen(quantized, model, codes)
     inside = _quantized_names(model)
     state = {name: value for name, value in model.state_dict().items() if name in inside}
     state.update(quantized.dense)
@@ -196,11 +197,7 @@ def outline(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mod
         ArtifactError: it does not name its architecture, or has other layers or names than the given model.
     """
 
-    def empty(name: str) -> PackedWeight:
-        with torch.device("meta"):
-            return PackedWeight(quantized.layers[name].weight, quantized.layers[name].shape)
-
-    model = _frozen(quantized, model, empty)
+    model = _frozen(quantized, model, codes=False)
     own = model.state_dict()
     names = {*_quantized_names(model), *quantized.dense, *quantized.tied}
     load_state(model, {name: own.get(name, torch.empty(0)) for name in names}, quantized.source, ArtifactError)
@@ -208,9 +205,7 @@ def outline(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mod
     return model.eval()
 
 
-def _frozen(
-    quantized: QuantizedModel, model: nn.Module | None, packed_weight: Callable[[str], PackedWeight]
-) -> nn.Module:
+def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> nn.Module:
     """Return a model with frozen layers; what is not quantized has the values of the given model, or none."""
     if model is None:
         if quantized.architecture is None:
@@ -229,7 +224,9 @@ def _frozen(
         if entry.tied is not None:
             packed[name] = packed[entry.tied]
         else:
-            packed[name] = entry.weight and packed_weight(name)
+            packed[name] = entry.weight and (
+                PackedWeight.from_tensor(quantized.quantized(name)) if codes else _without_codes(entry)
+            )
         activation = None
         if isinstance(entry.activation, Dynamic):
             activation = DynamicActivation(entry.activation)
@@ -240,6 +237,11 @@ def _frozen(
         if isinstance(layer, FrozenEmbedding) and entry.dtype is not None:
             set_dtype_(layer, _DTYPES[entry.dtype], layer.like.device)
     return model
+
+
+def _without_codes(entry: QuantizedLayer) -> PackedWeight:
+    with torch.device("meta"):
+        return PackedWeight(entry.weight, entry.shape)
 
 
 def _quantized_names(model: nn.Module) -> set[str]:

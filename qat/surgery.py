@@ -16,6 +16,7 @@ from .layers import (
     FAKE_QUANT,
     Conv1D,
     FrozenLayer,
+    FrozenLinear,
     QuantLayer,
     is_frozen,
     is_prepared,
@@ -23,6 +24,7 @@ from .layers import (
     matrix,
     plain_type,
 )
+from .layers.int8_product import obstacle
 from .numerics import parameter_bits, scale_shape
 from .policy import QuantPolicy, match_rules
 from .quantizers import (
@@ -312,7 +314,7 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
     mean = total_bits / total_weights if total_weights else 0.0
-    lines += _cost(model)
+    lines += _cost(model) + _integer_products(model)
     lines.append(
         f"{quantized} of {len(decisions)} layers have quantized weights; {mean:.2f} bits per weight over all "
         f"{total_weights:,} of them"
@@ -335,6 +337,23 @@ def _cost(model: nn.Module) -> list[str]:
         f"{count:,} step sizes take {taken / 1e6:.2f} MB, their gradients as much and AdamW's state twice as much; "
         f"fake quantization runs in {backend.path(next(iter(steps)).device)}",
     ]
+
+
+def _integer_products(model: nn.Module) -> list[str]:
+    """Return a line that says which frozen layers multiply integers, where ``backend.set_int8_products`` is on."""
+    tokens, found = backend.int8_products(), {}
+    for name, layer in model.named_modules():
+        if (
+            isinstance(layer, FrozenLinear)
+            and layer.packed_weight is not None
+            and layer.activation_quantizer is not None
+        ):
+            found[name] = obstacle(layer.activation_quantizer, layer.packed_weight)
+    if tokens is None or not found:
+        return []
+    fit = sum(reason is None for reason in found.values())
+    reasons = [f"  not {name}: {reason}" for name, reason in found.items() if reason is not None]
+    return [f"from {tokens} tokens on, {fit} of {len(found)} layers with int8 inputs multiply integers", *reasons]
 
 
 def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:

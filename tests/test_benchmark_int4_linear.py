@@ -7,20 +7,31 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+
+from qat.packing import pack
 
 pytest.importorskip("triton")
+from qat.kernels.int4_layout import prepack
+from qat.kernels.int8_linear import int8_linear, row_sums
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    """Import benchmarks.int4_linear without the repository root on sys.path, where ``kernels`` would be found."""
+def benchmarks():
+    """Import benchmarks without the repository root on sys.path, where ``kernels`` would be found."""
     package = types.ModuleType("benchmarks")
     package.__path__ = [str(ROOT / "benchmarks")]
     sys.modules["benchmarks"] = package
-    yield importlib.import_module("benchmarks.int4_linear")
+    yield lambda name: importlib.import_module(f"benchmarks.{name}")
     for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def benchmark(benchmarks):
+    return benchmarks("int4_linear")
 
 
 def record(shape, tokens, kernel, us=None, size=3.0e6):
@@ -68,3 +79,28 @@ def test_report_writes_a_table_and_a_plot_a_regime(benchmark, tmp_path):
         "int4_linear_small_batch_bfloat16.md",
         "int4_linear_small_batch_bfloat16.svg",
     ]
+
+
+def small_problem(benchmarks):
+    codes = torch.randint(-8, 8, (32, 256), dtype=torch.int8)
+    scale = (torch.rand(32, 2) * 0.01 + 0.001).bfloat16()
+    return benchmarks("problem").Problem(codes, scale, [prepack(pack(codes, 4), scale, None, 256, 128)] * 2)
+
+
+def test_what_the_int8_benchmark_calls(benchmarks):
+    """Each makes calls of one kind of product; on a CPU the kernels are interpreted."""
+    module, problem = benchmarks("int8_linear"), small_problem(benchmarks)
+    x = (torch.randn(32, 256) * 0.1).bfloat16()
+    y = {name: [call(x) for call in make(problem)] for name, make in module.KERNELS.items()}
+    exact = x.double() @ (problem.codes * problem.scale.double().repeat_interleave(128, 1)).T
+    for name in ("qat W4A8", "product alone", "qat int8 rounding + W4A16", "qat W4A16", "cuBLAS"):
+        assert len(y[name]) > 1 and all((one - exact).norm() < 0.02 * exact.norm() for one in y[name]), name
+    assert torch.equal(y["qat W4A8"][0], y["product alone"][0])
+    assert ((y["qat W4A4"][0] - exact).norm() < 0.3 * exact.norm()) and y["codes alone"][0].dtype == torch.int8
+    assert torch.equal(y["torch._int_mm"][0].long(), (x * 100).to(torch.int8).long() @ problem.codes.long().T)
+
+
+def test_what_the_tuner_runs(benchmarks):
+    tune, problem, x = benchmarks("tune"), small_problem(benchmarks), torch.randn(4, 256).bfloat16()
+    weight = problem.weights[0]
+    assert torch.equal(tune.runner(x, weight, True)(None, weight), int8_linear(x, weight, row_sums(weight), None))

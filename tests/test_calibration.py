@@ -3,14 +3,11 @@
 ``check_*`` takes the module under test, so that test_mutants.py can show that it fails on a wrong one.
 """
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import answers
 from torch import nn
 
 import qat.calibration
@@ -204,9 +201,6 @@ def test_bf16_models():
 
 
 RANK = """
-import json, sys, torch, qat
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 def run(data):
     torch.manual_seed(0)
     model = qat.prepare(torch.nn.Linear(4, 4), qat.QuantPolicy(activation={"bits": 4}), verbose=False)
@@ -217,30 +211,18 @@ def run(data):
     quantizer = model.activation_quantizer
     return quantizer.step_size.item(), quantizer.spec.signed, bool(quantizer.signed)
 nan = float("nan")
-answers = [
+answer = [
     run([[[1., 2., 3., 4.]], [[0., 0., 5., 6.]]] if rank == 0 else [[[-0.5, 0., 0., 0.5]]]),
     run([[[1., 2., 3., 4.]]] if rank == 0 else []),
     run([[[1., 2., 3., 4.]]] if rank == 0 else [[[nan, 2., 3., 4.]]]),
     run([]),
 ]
-json.dump(answers, open(f"{folder}/{rank}.json", "w"))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
 """
 
 
 def test_ranks_start_from_the_same_scale(tmp_path):
     """Batches, signs, and an absent or bad batch on one rank: both ranks come to the same answer, and none waits."""
-    root = Path(__file__).parents[1]
-    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in (0, 1)]
-    ranks = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for rank in ranks:
-            assert rank.wait(timeout=60) == 0, rank.stderr.read()
-    finally:
-        for rank in ranks:
-            rank.kill()
-    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    one, other = answers(RANK, tmp_path)
     assert one == other
     assert one[0] == [pytest.approx(2 * (22 / 12) / math.sqrt(7)), True, True]
     assert one[1] == [pytest.approx(2 * (10 / 4) / math.sqrt(15)), False, False]

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import qat
+from qat.backend import set_int8_products
 from qat.errors import StateError
 from qat.fusion import FusedProjections
 
@@ -32,9 +33,10 @@ class Attention(nn.Module):
         )
 
 
-def frozen(bias=False, **spec):
+def frozen(bias=False, dynamic=None, **spec):
     """Return a frozen module whose codes lie in the kernels' order, as on a GPU."""
-    policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=32, **spec))
+    spec = spec if "granularity" in spec else {"group_size": 32} | spec
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(**spec), dynamic=dynamic)
     model = qat.freeze(qat.prepare(Attention(bias), policy, verbose=False))
     lay_out(model)
     return model.requires_grad_(False)
@@ -56,7 +58,7 @@ def products(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("spec", [{}, {"codebook": "nf4"}])
+@pytest.mark.parametrize("spec", [{}, {"codebook": "nf4"}, {"dynamic": "int8_token"}, {"dynamic": "q8_0"}])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_product_a_group_and_the_same_values(products, spec, bias, dtype, capsys, monkeypatch):
@@ -125,8 +127,55 @@ def test_a_copy_and_a_moved_model_join_their_own_weights():
     assert not torch.equal(model(x)[:, :48], expected[:, :48]) and torch.equal(model(x)[:, 48:], expected[:, 48:])
 
 
-def test_gradients():
-    model = frozen()
+def test_inputs_are_rounded_once_and_anew_for_each_call(monkeypatch):
+    rounds, plain = [], qat.quantizers.DynamicActivation.forward
+    monkeypatch.setattr(qat.quantizers.DynamicActivation, "forward", lambda self, x: rounds.append(x) or plain(self, x))
+    model = frozen(dynamic="int8_token")
+    single = copy.deepcopy(model)
+    qat.fuse_projections(model, verbose=False)
+    x, other = torch.randn(2, 64), torch.randn(2, 64)
+    for values in (x.clone(), other):
+        expected = single(values)
+        rounds.clear()
+        model.q_proj(x)  # a call that is cut off
+        x.copy_(values)
+        assert torch.equal(model(x), expected) and len(rounds) == 3
+    group = model.q_proj.fused
+    assert group.unrounded is None and group.rounding is None  # nothing is kept alive
+    with pytest.warns(UserWarning, match="different inputs"):
+        y = model(x, other)
+    rounds.clear()
+    assert torch.equal(y, single(x, other)) and torch.equal(model(x, other), y) and len(rounds) == 5 + 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_multiply_integers_do_so_as_one(products, monkeypatch, bias):
+    from qat.kernels import int8_linear as module
+
+    seen, plain = [], module.int8_linear
+    monkeypatch.setattr(module, "int8_linear", lambda x, w, *rest: (seen.append(w.out_features), plain(x, w, *rest))[1])
+    model = frozen(bias, dynamic="int8_token", granularity="channel")
+    x = torch.randn(2, 64)
+    set_int8_products(2)
+    try:
+        expected = model(x)
+        assert seen == [48, 16, 20, 32, 32]
+        seen.clear()
+        qat.fuse_projections(model, verbose=False)
+        assert torch.equal(model(x), expected) and not products and seen == [84, 64]
+        assert (model(x[:1]) - expected[:1]).abs().max() < 1e-5 and products == [84, 64]
+        assert torch.equal(model(x), expected)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+            assert y.dtype == torch.bfloat16 and (y - expected).abs().max() < 0.01
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    finally:
+        set_int8_products(None)
+
+
+@pytest.mark.parametrize("dynamic", [None, "int8_token"])
+def test_gradients(dynamic):
+    model = frozen(dynamic=dynamic)
     x = torch.randn(2, 64, requires_grad=True)
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     qat.fuse_projections(model, verbose=False)
@@ -134,8 +183,9 @@ def test_gradients():
     torch.testing.assert_close(grad, expected)
 
 
-def test_compiles_into_one_graph():
-    model = qat.fuse_projections(frozen(), verbose=False)
+@pytest.mark.parametrize("dynamic", [None, "int8_token"])
+def test_compiles_into_one_graph(dynamic):
+    model = qat.fuse_projections(frozen(dynamic=dynamic), verbose=False)
     x = torch.randn(2, 64)
     expected = model(x)
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
@@ -150,6 +200,11 @@ def test_what_is_not_fused_is_told(capsys):
     )
     qat.fuse_projections(qat.freeze(qat.prepare(Attention(), policy, verbose=False)))
     assert "not gate_proj: its layers differ in their specs" in capsys.readouterr().out
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=32), activation={"bits": 8, "granularity": "tensor"})
+    model = qat.prepare(Attention(), policy, verbose=False)
+    qat.calibrate(model, [torch.randn(4, 64)])
+    qat.fuse_projections(qat.freeze(model))  # whose layers have scales of their own
+    assert capsys.readouterr().out.count("each layer rounds its input by itself") == 2
     with pytest.raises(StateError, match="frozen model"):
         qat.fuse_projections(Attention())
 

@@ -5,6 +5,7 @@ What they compute is tested on a GPU, in tests/test_int4_linear.py.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,22 +18,23 @@ import json, sys
 import triton
 from qat.kernels.int4_batch import SWIZZLED, batch_kernel
 from qat.kernels.int4_decode import decode_kernel
-from qat.kernels.int4_plans import Batch, Decode
+from qat.kernels.int4_plans import Batch, Decode, int8_candidates
+from qat.kernels.int8_batch import SWIZZLED as SWIZZLED_8, int8_batch_kernel
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 def compile(kernel, pointers, constants, warps, capability):
-    sizes = ["M", "N", "K", "row_blocks", "tiles", "groups"]
+    sizes = [n for n in ("M", "N", "K", "row_blocks", "tiles", "groups") if n in kernel.arg_names]
     signature = dict(pointers) | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     at = {name: (kernel.arg_names.index(name),) for name in signature}
-    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "x_desc")]
+    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "x_desc", "codes_desc")]
     attributes = {at[name]: [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
 
-def case(kind, capability, dtype, has_zero, has_levels):
+def int4_case(kind, capability, dtype, has_zero, has_levels):
     common = {"GROUP": 32 if has_zero else 64, "HALVES": 2 if has_zero else 1, "HAS_BIAS": True}
     common |= {"HAS_ZERO": has_zero, "HAS_LEVELS": has_levels}
     pointers = {"words_ptr": "*i32", "zero_ptr": "*i8", "levels_ptr": "*fp32"}
@@ -44,12 +46,25 @@ def case(kind, capability, dtype, has_zero, has_levels):
         constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
         found = compile(decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
     else:
-        plan = Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
+        plan = Batch(8, 8, 16, 8, 2, 4, 4, 2, 2, 1) if kind == "own" else Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
         constants = common | {name.upper(): value for name, value in plan._asdict().items()}
         x = f"tensordesc<{dtype}[16, 64],{SWIZZLED!r}>"
         pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
         found = compile(batch_kernel, pointers, constants, plan.warps, capability)
     return found
+
+def int8_case(plan, dtype, part, has_zero):
+    constants = {"GROUP": 64 * part, "PART": part, "HAS_ZERO": has_zero, "HAS_BIAS": True}
+    constants |= {name.upper(): value for name, value in plan._asdict().items()}
+    pointers = {"words_ptr": "*i32", "zero_ptr": "*i8"} | dict.fromkeys(("scale_ptr", "bias_ptr", "y_ptr"), "*" + dtype)
+    pointers |= dict.fromkeys(("step_ptr", "shift_ptr", "sums_ptr"), "*fp32")
+    pointers["codes_desc"] = f"tensordesc<i8[{plan.block_m}, 128],{SWIZZLED_8!r}>"
+    return compile(int8_batch_kernel, pointers, constants, plan.warps, 90)
+
+def case(kind, *arguments):
+    if kind == "int8":
+        return int8_case(int8_candidates(1024)[arguments[0]], *arguments[1:])
+    return int4_case(kind, *arguments)
 
 print(json.dumps([case(*arguments) for arguments in json.loads(sys.argv[1])]))
 """
@@ -62,21 +77,24 @@ CASES = [
     ("decode", 90, "bf16", False, True),
     ("batch", 90, "fp16", True, False),
     ("batch", 90, "fp16", False, True),
+    ("own", 90, "bf16", False, False),
 ]
+# The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
+INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int8", 5, "bf16", 1, False)]
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """Compile all cases in one process, which does not interpret."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES)],
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES + INT8_CASES)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(CASES + INT8_CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -85,8 +103,31 @@ def test_compiles(compiled, case):
     found = compiled[case]
     ptx = found["ptx"]
     assert "v4.b32" in ptx  # weights come 16 bytes at a time
-    assert ("wgmma.mma_async" if kind == "batch" else "mma.sync") in ptx
+    assert ("mma.sync" if kind == "decode" else "wgmma.mma_async") in ptx
     assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
-    assert ("cp.async.bulk.tensor" if kind == "batch" else "ldmatrix") in ptx
+    assert ("ldmatrix" if kind == "decode" else "cp.async.bulk.tensor") in ptx
     assert ("shfl.sync.idx" in ptx) == has_levels
     assert found["shared"] <= 99 * 1024
+    if kind == "own":  # one barrier for each two tiles of four multiplications
+        multiplications = [match.start() for match in re.finditer("wgmma.mma_async", ptx)]
+        assert ptx[multiplications[7] : multiplications[-1]].count("bar.sync") == len(multiplications) // 8 - 1
+
+
+@pytest.mark.parametrize("case", INT8_CASES, ids=str)
+def test_int8_compiles(compiled, case):
+    ptx, (_, _, _, part, has_zero) = compiled[case]["ptx"], case
+    assert "v4.b32" in ptx and "cp.async.bulk.tensor" in ptx
+    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n(64|128)k32\.s32\.s8\.s8", ptx)
+    # Nothing but an unpacking lies between a word and a multiplication: no conversions of single bytes.
+    assert "cvt.s8" not in ptx and "prmt" not in ptx and ptx.count("sub.u32 t") == has_zero * ptx.count("0x0f0f0f0f")
+    # The four words that a lane loads are the four registers of its operand, as tests/test_int4_registers.py has them.
+    words = re.search(r"ld\.global\.v4\.b32 \{ (.*?) \}", ptx).group(1).split(", ")
+    operand = re.search(r"wgmma\.mma_async[^;]*\}, \{(%r[^}]*)\}", ptx).group(1).split(",")
+    made_of = {made: word for word, made in re.findall(r"t, (%r\d+)[^{}]*?b32 (%r\d+), t, 0x", ptx)}
+    assert [made_of[register] for register in operand] == words
+    assert f"wgmma.wait_group.sync.aligned {2 * part}" in ptx
+    assert compiled[case]["shared"] <= 227 * 1024
+    # One barrier for each 128 codes: the compiler adds others where it cannot tell slots apart.
+    multiplications = [match.start() for match in re.finditer("wgmma.mma_async", ptx)]
+    loop = ptx[multiplications[3] : multiplications[-1]]
+    assert loop.count("bar.sync") == len(multiplications) // 4 - 1

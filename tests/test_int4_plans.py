@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from qat.kernels import int4_plans
-from qat.kernels.int4_plans import Batch, Decode, Dequantize
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (704, 2112), (151936, 896), (1, 16), (33, 80)]
@@ -30,9 +30,10 @@ def assert_runs(plan, tokens, capability):
         assert plan.tiles % plan.step == 0 and plan.stages >= 3
         # A slot of x is filled again two steps on, when at most AHEAD multiplications of 4 a tile are unfinished.
         assert plan.ahead <= 4 * plan.step
+        assert plan.own in (0, 1) and (not plan.own or plan.tiles % (plan.step * plan.stages) == 0)
         x = plan.stages * plan.step * plan.block_m * 64 * 2
         y = plan.blocks * 16 * plan.block_m * (2 if plan.split == 1 else 4)
-        assert max(x + 8 * plan.stages, y) <= SHARED_MEMORY[capability]
+        assert max(x + 8 * plan.stages * plan.step, y) <= SHARED_MEMORY[capability]
         accumulators = plan.blocks * 16 * plan.block_m // (32 * plan.warps)
         assert accumulators <= 128
 
@@ -65,12 +66,34 @@ def test_every_candidate_runs(shape, capability):
                 assert_runs(plan, tokens, capability)
 
 
+def assert_int8_runs(plan):
+    assert plan.warps in (4, 8) and plan.blocks == plan.warps and plan.early in (0, 1, 2)
+    assert plan.span % 8 == 0 and plan.ahead < plan.span
+    y = plan.blocks * 16 * plan.block_m * 4
+    assert max(plan.span // 2 * (plan.block_m * 128 + 8), y) <= SHARED_MEMORY[90]
+    # Sums in float32 and twice in int32, beside 63 registers for all else.
+    assert 3 * plan.blocks * 16 * plan.block_m // (32 * plan.warps) <= 255 - 63
+
+
+@given(tokens=st.integers(1, 10000), outputs=st.integers(1, 200000), multiprocessors=st.integers(20, 200))
+def test_int8_plans_run(tokens, outputs, multiprocessors):
+    chosen = int4_plans.int8_heuristic(tokens, outputs, multiprocessors)
+    plans = int4_plans.int8_candidates(tokens)
+    assert len(set(plans)) == len(plans) and chosen in int4_plans.int8_candidates(10000)
+    for plan in (chosen, *plans):
+        assert_int8_runs(plan)
+
+
 def test_every_shipped_plan_runs():
     shipped = json.loads(Path(int4_plans.__file__).with_name("int4_plans.json").read_text())
     plans = [(int(m), plan) for shapes in shipped.values() for by_m in shapes.values() for m, plan in by_m.items()]
     assert len(plans) > 50
-    for tokens, plan in plans:
-        assert_runs(int4_plans.plan_from_json(plan), tokens, 90)
+    for tokens, values in plans:
+        plan = int4_plans.plan_from_json(values)
+        if isinstance(plan, Int8):
+            assert_int8_runs(plan)
+        else:
+            assert_runs(plan, tokens, 90)
 
 
 @dataclass
@@ -96,6 +119,13 @@ def test_the_tuned_table_goes_before_the_shipped_one_and_that_before_the_heurist
     tables.shipped = {"a GPU": {"64x128": {"8": int4_plans.plan_to_json(one), "64": int4_plans.plan_to_json(other)}}}
     assert [choose(m) for m in (1, 8, 9, 64)] == [one, one, other, other]
     assert choose(65) == int4_plans.heuristic(65, 64, 128, 90, 132)
+    tables.shipped["a GPU"]["64x128 float16"] = {"3": ["dequantize"]}
+    in_fp16 = [int4_plans.choose(m, 64, 128, "a GPU", 90, 132, "float16") for m in (3, 4)]
+    assert in_fp16 == [Dequantize(), one] and choose(3) == one
+    int8 = Int8(4, 4, 64, 8, 2, 0)
+    assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int4_plans.int8_heuristic(3, 64, 132)
+    tables.shipped["a GPU"]["64x128 int8"] = {"8": int4_plans.plan_to_json(int8)}
+    assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int8
     tables.user = {"a GPU": {"64x128": {"8": ["dequantize"]}}, "another": {"64x128": {"64": ["dequantize"]}}}
     assert [choose(m) for m in (8, 9)] == [Dequantize(), other]
 
@@ -107,7 +137,9 @@ def test_the_tuned_table_is_read_from_where_it_is_written(tmp_path, monkeypatch)
     assert int4_plans._read(int4_plans.cache_path()) == {"a GPU": {}}
 
 
-@pytest.mark.parametrize("plan", [Decode(1, 2, 3, 4, 5, 6), Batch(1, 2, 3, 4, 5, 6, 7, 8, 9), Dequantize()])
+@pytest.mark.parametrize(
+    "plan", [Decode(1, 2, 3, 4, 5, 6), Batch(1, 2, 3, 4, 5, 6, 7, 8, 9), Dequantize(), Int8(1, 2, 3, 4, 5, 6)]
+)
 def test_plans_as_json(plan):
     again = int4_plans.plan_from_json(json.loads(json.dumps(int4_plans.plan_to_json(plan))))
     assert type(again) is type(plan) and again == plan

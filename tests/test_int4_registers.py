@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from qat import codebook, numerics
+from qat.packing import pack
 
 pytest.importorskip("triton")
+from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_registers import dequantize_asm, gl, look_up_asm
+from qat.kernels.int8_batch import unpack_asm
 
 LANES, LOW = 32, 0xFFFFFFFF
 GL = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -52,9 +55,14 @@ def follow(asm, operands):
             value = a
         elif name == "shr.u32":
             value = a >> b
+        elif name == "shl.b32":
+            value = a << b & LOW
+        elif name == "sub.u32":
+            value = a - b & LOW
+        elif name == "xor.b32":
+            value = a ^ b
         elif name == "lop3.b32":
-            assert sources[3] == "0xea"  # the truth table of (a & b) | c
-            value = a & b | c
+            value = {"0xea": a & b | c, "0x6a": a & b ^ c}[sources[3]]  # by their truth tables
         elif name == "shfl.sync.idx.b32":
             lane, segment = torch.arange(LANES), c >> 8 & 31
             assert (d == LOW).all() and (c & 31 == 31).all()  # all lanes take part, and none is out of range
@@ -119,6 +127,26 @@ def test_codebook(plane, nf4, dtype):
         codes = codes_of(word, plane).to(torch.int8)
         expected = codebook.dequantize(codes.T.contiguous(), scale[:, None], levels[None], dtype)
         assert torch.equal(halves(made, dtype), expected.T.double())
+
+
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_int8(with_zero):
+    """Four int8 a register, where wgmma.m64nNk32 wants them (PTX ISA, its fragment of A), beside the codes of x."""
+    codes = torch.randint(-8, 8, (16, 64), dtype=torch.int8)
+    zero = torch.randint(-8, 8, (16, 1), dtype=torch.int8)
+    words = prepack(pack(codes, 4), torch.ones(16, 1), None, 64, 64).words.view(LANES, 4).long()
+    lane = torch.arange(LANES)
+    made = torch.zeros(16, 64, dtype=torch.long)
+    for plane in range(2):
+        for register in range(4):
+            row, column = lane // 4 + register % 2 * 8, lane % 4 * 4 + register // 2 * 16
+            shift = (zero[row, 0].long() + 8) * 0x01010101
+            held = follow(unpack_asm(plane, with_zero), [words[:, register]] * 4 + [shift] * 4 * with_zero)
+            for byte in range(4):
+                value = held >> 8 * byte & 255
+                made[row, 32 * plane + column + byte] = torch.where(value > 127, value - 256, value)
+    values = codes.long() - zero if with_zero else 16 * codes.long()
+    assert torch.equal(made, values.view(16, 2, 32).transpose(1, 2).reshape(16, 64))
 
 
 @pytest.mark.parametrize(("what", "instead"), [("$1, 20", "$1, 16"), ("$0, b, a", "$0, a, b"), ("$1, 4", "$1, 8")])

@@ -5,14 +5,16 @@ import torch
 
 pytest.importorskip("triton")
 from qat.kernels import int4_linear as module
-from qat.kernels import int4_run
+from qat.kernels import int4_run, int8_run
 from qat.kernels.int4_layout import prepack
-from qat.kernels.int4_plans import Batch, Decode
+from qat.kernels.int4_plans import Batch, Decode, Int8
+from qat.kernels.int8_codes import int8_codes
 
 from qat import codebook
 from qat.packing import pack
 
 NAMES = int4_run.int4_decode.decode_kernel.arg_names
+INT8_NAMES = int8_run.int8_batch.int8_batch_kernel.arg_names
 BATCH_NAMES = int4_run.int4_batch.batch_kernel.arg_names
 
 
@@ -48,7 +50,7 @@ def kernel(monkeypatch):
     decode = Kernel()
     monkeypatch.setattr(module, "backend", lambda device: "triton")
     monkeypatch.setattr(int4_run, "_suits_nvidia", lambda x, weight: True)
-    monkeypatch.setattr(int4_run, "_device", lambda index: ("a GPU", 90, 132))
+    monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
     monkeypatch.setattr(int4_run.int4_decode, "decode_kernel", decode)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     stream = type("Driver", (), {"get_current_stream": staticmethod(lambda device: "stream")})
@@ -120,7 +122,7 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     monkeypatch.setattr(int4_run.int4_portable, "sum_parts_kernel", sums)
     x = torch.randn(70, 128).bfloat16()
     for split in (1, 2):
-        plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2)
+        plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2, split - 1)
         int4_run.run_plan(plan, x, w, bias)
         check_arguments(BATCH_NAMES, batch.launches[-1], w, x, bias, plan)
         assert batch.launches[-1][0] == (2, split, 1)
@@ -128,6 +130,43 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     ((grid, arguments, _, _),) = sums.launches
     assert parts.shape == (2, 70, 96) and parts.dtype == torch.float32 and grid == (7, 1, 1)
     assert arguments[0] is parts and arguments[1] is bias and arguments[3:] == (70 * 96, 96, 2, 1024, True)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_zero", [False, True])
+@pytest.mark.parametrize(
+    ("k", "group", "part"), [(128, 64, 1), (384, 128, 2), (384, 192, 1), (128, 128, 2), (192, 192, 2)]
+)
+def test_arguments_of_int8_products(kernel, monkeypatch, k, group, part, with_zero, with_bias):
+    batch = Kernel()
+    monkeypatch.setattr(int8_run.int8_batch, "int8_batch_kernel", batch)
+    monkeypatch.setattr(int8_run.int8_batch, "descriptor", lambda codes, block_m: (codes, block_m))
+    w = weight(k=k, group=group)
+    if with_zero:
+        w = w._replace(zero_point=torch.zeros(w.scale.shape, dtype=torch.int8))
+    bias = torch.randn(96).bfloat16() if with_bias else None
+    codes, sums = int8_codes(torch.randn(70, k), None), torch.randn(96)
+    for plan in (Int8(8, 8, 64, 16, 4, 2), Int8(4, 4, 128, 8, 2, 0)):
+        int8_run.run_plan(plan, codes, w, sums, bias, torch.float16)
+        ((grid, arguments, options, _),) = batch.launches[-1:]
+        named = dict(zip(INT8_NAMES, arguments, strict=True))
+        assert grid == (-(-6 // plan.blocks) * -(-70 // plan.block_m), 1, 1)
+        assert options == {"num_warps": plan.warps, "launch_pdl": plan.early > 0}
+        assert {name: named[name.upper()] for name in plan._fields} == plan._asdict()
+        assert named["codes_desc"] == (codes.codes, plan.block_m)
+        tensors = {"step": codes.step, "shift": codes.shift, "words": w.words, "scale": w.scale, "sums": sums}
+        tensors |= {"zero": w.zero_point, "bias": bias}
+        assert all(named[f"{name}_ptr"] is tensor for name, tensor in tensors.items() if tensor is not None)
+        assert named["y_ptr"].shape == (70, 96) and named["y_ptr"].dtype == torch.float16
+        sizes = [named[name] for name in ("M", "N", "row_blocks", "tiles", "groups")]
+        assert sizes == [70, 96, *w.words.shape[:2], w.scale.shape[1]]
+        assert (named["HAS_ZERO"], named["HAS_BIAS"], named["PART"]) == (
+            with_zero,
+            with_bias,
+            part,
+        )
+        assert named["GROUP"] == group if group < k else named["GROUP"] >= k
+        assert all(t.data_ptr() % 16 == 0 for t in codes)
 
 
 def test_what_a_kernel_is_compiled_for_is_told_apart(kernel):

@@ -38,6 +38,30 @@ for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
 print("ok")
 """
 
+TURNS = """
+import triton
+from qat.kernels import int8_codes
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for kernel, pointers, constants in (
+    (round_dynamic._round_kernel, ("x", "y"), {"grad_y_ptr": None, "grad_x_ptr": None, "Q8_0": False, "BLOCK_K": 64}),
+    (
+        int8_codes._int8_codes_kernel,
+        ("x", "pairs", "step", "shift"),
+        {"scale_ptr": None, "zero_ptr": None, "LOW": -128.0, "HIGH": 127.0, "BLOCK_P": 32},
+    ),
+):
+    constants |= {"BLOCK_T": 1, "EARLY": True}
+    signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
+    signature |= {f"{name}_ptr": "*fp32" if name != "pairs" else "*i16" for name in pointers}
+    at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, at)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True}).asm["ptx"]
+    assert -1 < ptx.find("griddepcontrol.wait") < ptx.find("griddepcontrol.launch") < ptx.find("ld.global")
+    assert ptx.find("ld.global") < ptx.find("st.global")
+print("ok")
+"""
+
 CALLS = """
 from qat import QuantSpec
 calls = []
@@ -80,3 +104,7 @@ def test_a_key_never_holds_what_triton_compiles_apart():
 def test_a_compiled_kernel_is_launched_again_only_for_its_key():
     """The first call compiles; dtype, alignment and bits make another kernel; every parameter is passed on."""
     run(CALLS)
+
+
+def test_kernels_that_start_early_wait_before_they_read_or_write():
+    run(TURNS)

@@ -551,8 +551,8 @@ MUTANTS = [
     Mutant(
         "the frozen input is not quantized",
         LINEAR,
-        "x = self.activation_quantizer(x)\n        if",
-        "pass\n        if",
+        "x = self.activation_quantizer(x) if self.fused is None",
+        "x = x if self.fused is None",
         lambda m: layers.check_frozen_forward(m, qat.layers.conv),
     ),
     Mutant(

@@ -242,10 +242,29 @@ def test_a_transformers_model_in_bfloat16(tmp_path, tied):
     model = frozen(model, qat.QuantSpec(group_size=32), None, rules, None)
     notes, rows = written(model, tmp_path)
     assert any("without a cache" in note for note in notes)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings == tied
     assert "14 layers equal q*s" in rows["onnxruntime, weights"]
     read = onnx.read(tmp_path)
     tokens = onnx.example_input(model)
     assert torch.equal(to_model(read).float()(tokens).logits, to_model(model).float()(tokens).logits)
+
+
+@pytest.mark.clients
+def test_gpt2s_layers_with_only_their_inputs_quantized(tmp_path):
+    """Conv1D keeps its weight with the inputs first."""
+    clients()
+    layers = pytest.importorskip("transformers.pytorch_utils")
+
+    def network():
+        return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), layers.Conv1D(5, 8))
+
+    example = {"shape": [16], "dtype": "float32", "low": -1, "high": 1}
+    rules = [{"match": "2", "weight": None}]
+    activation = qat.QuantSpec(bits=8, **PER_TENSOR)
+    model = frozen(network(), qat.QuantSpec(group_size=16), activation, rules, example)
+    onnx.write(model, tmp_path, network())
+    rows = dict(onnx.verify(tmp_path, model, network()))
+    assert rows["onnxruntime, activations"].startswith("2 layers")
 
 
 @pytest.mark.clients

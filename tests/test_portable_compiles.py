@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 SCRIPT = """
 import json
 import triton
-from qat.kernels import decode_step, int4_portable, nested_scale
+from qat.kernels import decode_step, int4_portable, int8_codes, int8_portable, nested_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,6 +28,9 @@ def compiled(kernel, target, constants, pointers, integers="", floats="", **opti
     source = ASTSource(kernel, signature, {at[name]: value for name, value in constants.items()}, aligned)
     asm = triton.compile(source, target=target, options=options).asm
     return asm["amdgcn"] if target.backend == "hip" else asm["ptx"]
+
+def none(name):
+    return {f"{name}_ptr": None}
 
 weight = "row_blocks tiles groups group_size N K"
 found = {}
@@ -45,6 +48,20 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
         pointers |= {"x": dtype, "y": dtype, "bias": dtype}
         constants |= {"BLOCKS": 4, "BLOCK_M": 16}
         compiled(int4_portable.matmul_kernel, target, constants, pointers, weight + " M", num_stages=2)
+    for trained, zero in ((False, "i8"), (True, None)):
+        pointers = {"x": "bf16", "pairs": "i16", "step": "fp32", "shift": "fp32"}
+        constants = {"LOW": -128.0, "HIGH": 127.0, "BLOCK_T": 1, "BLOCK_P": 2048, "EARLY": False}
+        if trained:
+            pointers |= {"scale": "bf16", "zero": "i8"}
+        else:
+            constants |= none("scale") | none("zero")
+        compiled(int8_codes._int8_codes_kernel, target, constants, pointers, "T K PAIRS", enable_fp_fusion=False)
+        pointers = {"codes": "i8", "words": "i32", "scale": "bf16", "bias": "bf16", "y": "bf16"}
+        pointers |= dict.fromkeys(("step", "shift", "sums"), "fp32") | ({"zero": zero} if zero else {})
+        constants = {"GROUP": 128, "PART": 2, "BLOCK_M": 64, "BLOCKS": 4} | ({} if zero else none("zero"))
+        asm = compiled(int8_portable.int8_matmul_kernel, target, constants, pointers, "M N row_blocks tiles groups")
+        names = "v_mfma_i32", "v_wmma_i32", "s32.s8.s8.s32"
+        found[f"{target.arch}, integers, {zero}, True"] = any(name in asm for name in names)
     pointers = dict.fromkeys(("x", "update", "weight", "h", "y"), "bf16")
     constants = {"BLOCK": 4096, "EARLY": False}
     compiled(decode_step._add_rms_norm_kernel, target, constants, pointers, "K", "eps", num_warps=8)
@@ -75,4 +92,4 @@ def test_they_compile_and_nested_scales_round_twice():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {key: key.endswith("True") for key in found} and len(found) == 6
+    assert found == {key: key.endswith("True") for key in found} and len(found) == 12

@@ -1,13 +1,13 @@
 """Starts that read calibration data: against dense float64 algebra, on cases where they must win, and on bad data."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import answers
 from torch import nn
 
 import qat
@@ -601,9 +601,7 @@ def test_another_calibration_does_not_take_up_what_is_stored(tmp_path):
 
 
 RANK = """
-import json, sys, torch, qat
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+import qat.ptq
 def run(init):
     torch.manual_seed(0)
     layers = torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)
@@ -613,24 +611,13 @@ def run(init):
     qat.calibrate(model, [torch.randn(64, 16) * torch.rand(16)], options=qat.ptq.Options(steps=4), verbose=False)
     assert all(layer.weight_quantizer.is_initialised for layer in (model[0], model[2]))
     return [tensor.codes.tolist() for tensor in qat.quantized_tensors(model).values()]
-import qat.ptq
-json.dump({init: run(init) for init in ("gptq", "awq", "blockwise")}, open(f"{folder}/{rank}.json", "w"))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+answer = {init: run(init) for init in ("gptq", "awq", "blockwise")}
 """
 
 
 def test_ranks_get_the_same_codes(tmp_path):
     """From different data on each; every rank ends with those of the first."""
-    commands = [[sys.executable, "-P", "-c", RANK, str(rank), str(tmp_path)] for rank in (0, 1)]
-    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for rank in ranks:
-            assert rank.wait(timeout=120) == 0, rank.stderr.read()
-    finally:
-        for rank in ranks:
-            rank.kill()
-    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    one, other = answers(RANK, tmp_path)
     assert one == other and len(one) == 3
 
 

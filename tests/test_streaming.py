@@ -27,7 +27,7 @@ def export_memory():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("to", ["compressed-tensors", "gguf", "gptq", "awq", "mlx", "torchao", "onnx"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf", "gptq", "awq", "mlx", "torchao", "onnx", "bitsandbytes"])
 def test_converting_holds_one_shard_of_the_model(tmp_path, monkeypatch, export_memory, to):
     if to == "gguf":
         pytest.importorskip("gguf")
@@ -36,9 +36,12 @@ def test_converting_holds_one_shard_of_the_model(tmp_path, monkeypatch, export_m
     pytest.importorskip("transformers")
     (tmp_path / "native").mkdir()
     monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (SHARD, None))
-    native.write(export_memory.random_llama(export_memory.SHAPES["small"]), tmp_path / "native")
+    native.write(
+        export_memory.random_llama(export_memory.SHAPES["small"], "nf4" if to == "bitsandbytes" else None),
+        tmp_path / "native",
+    )
     size = export_memory.folder_bytes(tmp_path / "native")
-    before, peak = export_memory.convert(tmp_path / "native", tmp_path / "out", to, SHARD)
+    before, peak, _ = export_memory.convert(tmp_path / "native", tmp_path / "out", to, SHARD)
     print(f"{to}: {size:,} bytes converted with {peak - before:,} bytes of memory beside {before:,} of imports")
     assert size > SHARD + SLACK
     assert peak - before < SHARD + SLACK

@@ -12,6 +12,9 @@ At run time XNNPACK rounds the input of a linear layer without a trained scale t
 
 from __future__ import annotations
 
+import math
+import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
 from ..spec import Dynamic
 from . import executorch_client
 from .companions import copy_companions
+from .executorch_disk import OnDisk
 from .executorch_layers import FLOAT32, GROUP_MULTIPLE, INT4, INT8, kind
 from .executorch_program import lower, lowered_layer, quantized_weights
 from .integer_linears import EMBEDDING_FORMATS, exact, other_grid, refuse
@@ -53,19 +57,23 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
     refuse(METHOD, {name: problem for name, layer in model.layers.items() if (problem := _problem(layer))})
     _check_scales(model)
     _need()
-    example = example_input(model, 1)
-    frozen = to_model(model, network).float()
-    kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
-    wrapped = LogitsOnly(frozen).eval()
-    replaced = {layer: lowered_layer(model, name, layer) for name, layer in frozen_layers(frozen)}
-    for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
-        if layer in replaced:
-            wrapped.set_submodule(name, replaced[layer])
-    longest = _longest(model)
-    program = lower(wrapped, example, longest, model.source)
+    example, longest = example_input(model, 1), _longest(model)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        disk = OnDisk(Path(made))
+        frozen = to_model(replace(model, dense=disk.floats(model.dense)), network, codes=False).float()
+        kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
+        print(_memory(model, kinds), flush=True)
+        wrapped = LogitsOnly(frozen).eval()
+        replaced = {}
+        for name, layer in frozen_layers(frozen):
+            replaced[layer] = disk.keep_(lowered_layer(model, name, layer))
+        for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
+            if layer in replaced:
+                wrapped.set_submodule(name, replaced[layer])
+        program = lower(wrapped, example, longest, model.source)
+        with (folder / FILE).open("wb") as stream:
+            program.write_to_file(stream)
     copy_companions(model, folder)
-    with (folder / FILE).open("wb") as stream:
-        program.write_to_file(stream)
     what = f"1 to {longest} tokens, without a cache" if longest else f"one input of shape {list(example.shape[1:])}"
     notes = _notes(model, kinds)
     run = f"python -c \"from executorch.runtime import Runtime; Runtime.get().load_program('{FILE}')\""
@@ -146,6 +154,19 @@ def _notes(model: QuantizedModel, kinds: dict[str, str]) -> list[str]:
             + ("" if trained == len(dynamic) else " (policy: dynamic: int8_token)")
         )
     return notes
+
+
+def _memory(model: QuantizedModel, kinds: dict[str, str]) -> str:
+    """Return a line about the memory that ExecuTorch's compiler takes: the whole program, and a layer in float32."""
+    bits = {INT4: 4.5, INT8: 8, FLOAT32: 32}  # of groups of 32
+    sizes = {name: math.prod(model.layers[name].shape) for name in kinds if model.layers[name].weight is not None}
+    quantized = sum(size * bits[kinds[name]] / 8 for name, size in sizes.items())
+    dense = 4 * sum(tensor.numel() for tensor in model.dense.values())
+    temporary = sum(sizes.values()) + dense
+    return (
+        f"{METHOD}'s compiler holds the whole program: about {(quantized + dense) / 2**30:.1f} GiB of memory beside "
+        f"its own, and {temporary / 2**30:.1f} GiB of temporary files"
+    )
 
 
 def _longest(model: QuantizedModel) -> int | None:

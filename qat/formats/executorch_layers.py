@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import FrozenConv2d, FrozenLayer
+from ..layers import FrozenConv2d, FrozenLayer, matrix
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer
 from ..spec import Granularity, QuantSpec
@@ -139,7 +139,8 @@ class Float32Layer(nn.Module):
         super().__init__()
         self.convolution = layer._conv_forward if isinstance(layer, FrozenConv2d) else None
         self.input = None if spec is None else TrainedInput(spec, scale, 1 if self.convolution is None else 4)
-        self.weight = layer.weight if tensor is None else nn.Parameter(tensor.dequantize(), requires_grad=False)
+        weight = matrix(layer).detach() if tensor is None else tensor.dequantize()
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

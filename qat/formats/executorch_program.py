@@ -12,6 +12,7 @@ from ..errors import ArtifactError
 from ..layers import FrozenLayer
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
+from .executorch_disk import share_when_copied_
 from .executorch_layers import lowered
 
 
@@ -26,7 +27,9 @@ def lower(network: nn.Module, example: Tensor, longest: int | None, source: str)
 
     shapes = None if longest is None else ({1: torch.export.Dim("tokens", min=2, max=longest)},)
     try:
-        exported = torch.export.export(network, (example,), dynamic_shapes=shapes)
+        # To this form ExecuTorch brings a program anyway; from here on its tensors stay the same objects.
+        exported = torch.export.export(network, (example,), dynamic_shapes=shapes).run_decompositions({})
+        share_when_copied_(exported)
         edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     except Exception as error:  # torch.export's and ExecuTorch's own, which share no base
         reason = " ".join(str(error).split())[:300]

@@ -57,21 +57,33 @@ def float_error(found: Tensor, network: nn.Module, x: Tensor) -> FloatError:
         network: a frozen float32 network; it becomes float64 for a while, which is exact both ways.
         x: inputs; language models' are int64.
     """
-    ours = [outputs(network, x)]
-    for seed in range(ORDERS):
-        with _OtherOrder(seed):
-            ours.append(outputs(network, x))
+    ours = [outputs(network, x), *in_other_orders(network, x)]
     with _Float64():
         exact = outputs(network.double(), x.double() if x.is_floating_point() else x)
     network.float()
     errors = [_rows(other - exact) for other in (found, *ours)]
     own = torch.stack(errors[1:])
-    whole = [rows.square().mean().sqrt() for rows in (errors[0], *own)]
+    whole = [root_mean_square(rows) for rows in errors]
     return FloatError(
         typical=_ratio(errors[0], own.amax(0)).median().item(),
-        overall=_ratio(whole[0], torch.stack(whole[1:]).max()).item(),
-        found=whole[0].item(),
+        overall=1.0 if whole[0] == 0 else whole[0] / max(*whole[1:], torch.finfo(torch.float64).tiny),
+        found=whole[0],
     )
+
+
+@torch.no_grad()
+def in_other_orders(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return a network's outputs for x, ORDERS times, with the sums of each product in other orders."""
+    found = []
+    for seed in range(ORDERS):
+        with _OtherOrder(seed):
+            found.append(outputs(network, x))
+    return found
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Return it."""
+    return values.square().mean().sqrt().item()
 
 
 def outputs(network: nn.Module, x: Tensor) -> Tensor:

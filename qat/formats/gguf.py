@@ -31,6 +31,7 @@ from .gguf_names import (
     rope_frequencies,
     row_order,
 )
+from .gguf_rounding import DTYPES
 from .gguf_vocab import add_vocabulary
 from .model_card import write_card
 
@@ -80,11 +81,11 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         writer.write_tensor_data(_blocks(model, config, name, kind).numpy())
     for name, owner in dense.items():
         tensor = _reordered(model.dense[owner], row_order(config, name))
-        tensor = tensor.to(_DTYPES[formats[name]]).contiguous()
+        tensor = tensor.to(DTYPES[formats[name]]).contiguous()
         writer.write_tensor_data(tensor.view(torch.uint8).numpy())
     writer.close()
     copy_companions(model, folder)
-    notes = _notes(model, config, kinds)
+    notes = _notes(model, config, kinds, _rounded_products(formats, dense))
     write_card(model, folder, "GGUF", notes[1], f"llama-cli -m {FILE}")
     return [*notes, *([placeholder] if placeholder else [])]
 
@@ -150,9 +151,6 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     return [*rows, *gguf_client.compare_outputs(folder / FILE, model, config)]
 
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 class _Dense(Mapping[str, Tensor]):
     """The tensors of a GGUF file that are not quantized layers, by transformers' names."""
 
@@ -206,9 +204,10 @@ def _dense_type(tensor: Tensor) -> str:
     """Return the smallest type that holds every value; vectors are F32, as llama.cpp's operators want them."""
     if tensor.dim() < 2:
         return "F32"
-    return next(
-        (kind for kind in ("F16", "BF16") if torch.equal(tensor.to(_DTYPES[kind]).to(tensor.dtype), tensor)), "F32"
-    )
+    for kind in ("F16", "BF16"):
+        if torch.equal(tensor.to(DTYPES[kind]).to(tensor.dtype), tensor):
+            return kind
+    return "F32"
 
 
 def _reordered(tensor: Tensor, order: Tensor | None) -> Tensor:
@@ -223,14 +222,21 @@ def _is_linear(name: str, stored: Any) -> bool:
         ArtifactError: it is a linear layer inside a block, in a type that has no exact codes here.
     """
     kind, inside = stored.tensor_type.name, name.endswith("_proj.weight")
-    if inside and kind not in (*QUANTIZED, *_DTYPES):
+    if inside and kind not in (*QUANTIZED, *DTYPES):
         raise ArtifactError(
             f"{name} is stored in {kind}: only {', '.join(QUANTIZED)} have codes that can be trained on"
         )
     return kind in QUANTIZED and (inside or name == "lm_head.weight")
 
 
-def _notes(model: QuantizedModel, config: dict[str, Any], kinds: dict[str, str]) -> list[str]:
+def _rounded_products(formats: dict[str, str], dense: dict[str, str]) -> list[str]:
+    """Return the types of the matrices of 16-bit floats that inputs are multiplied with, which are rounded to them."""
+    embedding = "model.embed_tokens.weight"
+    tied = "lm_head.weight" not in dense
+    return [kind for name, kind in formats.items() if kind != "F32" and (name != embedding or tied)]
+
+
+def _notes(model: QuantizedModel, config: dict[str, Any], kinds: dict[str, str], floats: list[str]) -> list[str]:
     products = [layer for layer in model.layers.values() if layer.type == "Linear"]
     trained = sum(layer.activation is Dynamic.q8_0 for layer in products)
     notes = [
@@ -240,6 +246,12 @@ def _notes(model: QuantizedModel, config: dict[str, Any], kinds: dict[str, str])
         f"{trained} of {len(products)} were trained with exactly that"
         + ("" if trained == len(products) else " (policy: dynamic: q8_0)"),
     ]
+    sums = list(kinds.values()).count("Q4_1")
+    if sums:
+        notes[-1] += f"; in {sums} layers of Q4_1 the sum of the 32 is rounded to fp16 as well"
+    if floats:
+        types = " and ".join(sorted(set(floats)))
+        notes[-1] += f"; those of {len(floats)} unquantized matrices to their own type, {types}"
     small = [name for name in kinds if model.layers[name].weight.bits not in (4, 8)]
     if small:
         notes.append(

@@ -94,6 +94,17 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
         entries: for config.json, such as {"quantization_config": ...}.
         run: the client's one command.
     """
+    config = write_config(model, folder, entries)
+    copy_companions(model, folder)
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key)}
+        generation.write_text(json.dumps({"_from_model_config": True, **tokens}, indent=1), encoding="utf-8")
+    write_card(model, folder, method, WEIGHTS_ONLY, run)
+
+
+def write_config(model: QuantizedModel, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Write config.json with further entries; return the config without them."""
     config = {key: value for key, value in model.architecture["transformers"].items() if key != "_name_or_path"}
     config["dtype"] = str(model_dtype(model)).removeprefix("torch.")
     rope = config.get("rope_parameters") or {}
@@ -104,12 +115,7 @@ def write_folder(model: QuantizedModel, folder: Path, method: str, entries: dict
     if config.get("tie_word_embeddings") and not ties_embeddings(model):
         config["tie_word_embeddings"] = False  # the head has codes of its own
     (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")
-    copy_companions(model, folder)
-    generation = folder / "generation_config.json"
-    if not generation.exists():
-        tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key)}
-        generation.write_text(json.dumps({"_from_model_config": True, **tokens}, indent=1), encoding="utf-8")
-    write_card(model, folder, method, WEIGHTS_ONLY, run)
+    return config
 
 
 def read_folder(folder: Path, method: str) -> tuple[dict[str, Any], dict[str, Any], StoredTensors]:

@@ -83,6 +83,8 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None,
     large = sum(value.const_value.nbytes for value in ir_model.graph.initializers.values()) > SINGLE_FILE_BYTES
     onnx_ir.save(ir_model, folder / FILE, external_data=f"{FILE}.data" if large else None)
     copy_companions(model, folder)
+    if "transformers" in (model.architecture or {}):
+        hf.write_config(model, folder, {})  # where optimum and transformers.js look for it
     run = f"python -c \"import onnxruntime; onnxruntime.InferenceSession('{FILE}')\""
     write_card(model, folder, "ONNX", _activations(model), run)
     return _notes(model, ir_model.graph)

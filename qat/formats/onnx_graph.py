@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..layers import FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers
+from ..layers import FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..numerics import QuantizedTensor
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -62,7 +62,7 @@ class Exported(nn.Module):
         if self.multiply:
             y = self._placeholder("linear", x, (*x.shape[:-1], self.entry.shape[0]))
             return y if layer.bias is None else y + layer.bias
-        weight = layer.weight if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
+        weight = matrix(layer) if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
         if isinstance(layer, FrozenLinear):
             return F.linear(x, weight, layer.bias)
         return layer._conv_forward(x, weight, layer.bias)

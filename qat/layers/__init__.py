@@ -99,6 +99,8 @@ def make_frozen_(
     if weight is not None:
         for name in ("weight", "lora_A", "lora_B"):
             layer._parameters.pop(name, None)
+        if isinstance(layer, FrozenLinear) and activation is not None:
+            weight.meet_codes()
     layer.packed_weight = weight
     layer.activation_quantizer = activation
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight, WeightLSQ
 from ..quantizers.rounding import Rounding
-from . import cpu_int4
+from . import cpu_int4, int8_product
 from .packed import Frozen, PackedWeight
 from .product import product
 
@@ -39,8 +39,8 @@ class QuantLinear(nn.Linear):
 class FrozenLinear(Frozen, nn.Linear):
     """A linear layer that holds packed codes instead of a weight.
 
-    On a GPU, 4-bit weights run in the Triton kernels. On a CPU, bf16 inputs run in torch's int4 operator where it takes
-    the shape; everything else dequantizes on use.
+    On a GPU, 4-bit weights run in the Triton kernels, with int8 inputs in integers where ``qat.backend`` says so. On a
+    CPU, bf16 inputs run in torch's int4 operator where it takes the shape; everything else dequantizes on use.
 
     Attributes:
         activation_quantizer: None leaves the input alone.
@@ -53,7 +53,9 @@ class FrozenLinear(Frozen, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
         if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
+            if int8_product.fits(x, self.activation_quantizer, self.packed_weight, self.bias):
+                return self._in_integers(x, compute_dtype(x))
+            x = self.activation_quantizer(x) if self.fused is None else self.fused.rounded(self, x)
         if self.packed_weight is None:
             return F.linear(x, self.weight, self.bias)
         x, bias = match_dtypes(x, self.bias)
@@ -61,13 +63,20 @@ class FrozenLinear(Frozen, nn.Linear):
             return cpu_int4.int4_linear(x, self.packed_weight, bias)
         if x.dtype in self.packed_weight.gpu_operands:
             if self.fused is not None:
-                return self.fused(self, x, bias)
+                return self.fused(self, x)
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
             return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             return _FrozenProduct.apply(x, bias, self.packed_weight)
         return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+
+    def _in_integers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.fused is not None:
+            return self.fused.in_integers(self, x, dtype)
+        weight, bias = self.packed_weight, None if self.bias is None else self.bias.to(dtype)
+        operands = weight.gpu_operands[torch.float32], weight.row_sums
+        return int8_product.int8_linear(x, self.activation_quantizer, *operands, bias, dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -103,6 +112,12 @@ def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Roun
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return x in the compute dtype, autocast's where that is on, and the bias in the same."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(compute_dtype(x))
     return x, None if bias is None else bias.to(x.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of x, or autocast's where that is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codebook
+from ..backend import has_triton
 from ..double_quantization import BLOCK, PARTS, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
@@ -55,6 +56,8 @@ class PackedWeight(FixedDtype):
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
         gpu_operands: by the dtype of x, what the int4 kernels read; empty where they do not take the weight.
         looked_up: an embedding reads rows of ``packed``, which therefore stays.
+        meets_codes: a layer has int8 inputs, whose zero points take ``row_sums``.
+        row_sums: float32 (O,), beside ``gpu_operands`` where integer kernels take the weight.
     """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> None:
@@ -79,7 +82,8 @@ class PackedWeight(FixedDtype):
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
         self.gpu_operands: dict[torch.dtype, Int4Weight] = {}
-        self.looked_up = False
+        self.looked_up = self.meets_codes = False
+        self.row_sums: Tensor | None = None
 
     @classmethod
     def from_tensor(cls, tensor: QuantizedTensor) -> PackedWeight:
@@ -121,6 +125,8 @@ class PackedWeight(FixedDtype):
             self.packed = self.packed.new_empty(0)
             if one_table and not self.double:  # float32 for as few as 32 weights: held once
                 self.scale = self.scale.new_empty(0)
+        if self.meets_codes:
+            self.meet_codes()
 
     def _prepack_on_gpu(self) -> None:
         if self.packed.device.type not in ("cpu", "meta"):
@@ -137,7 +143,7 @@ class PackedWeight(FixedDtype):
 
     def _undo_prepack(self) -> None:
         self.packed, self.scale = self._stored()
-        self.gpu_operands = {}
+        self.gpu_operands, self.row_sums = {}, None
 
     def codes(self) -> Tensor:
         """Return the int8 codes in the weight's logical shape."""
@@ -164,6 +170,15 @@ class PackedWeight(FixedDtype):
     def keep_rows(self) -> None:
         """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""
         self.packed, self.looked_up = self._stored()[0], True
+
+    def meet_codes(self) -> None:
+        """Keep what products with int8 inputs need beside the codes."""
+        self.meets_codes = True
+        if self.gpu_operands:
+            from qat.kernels.int8_linear import row_sums, takes
+
+            weight = self.gpu_operands[torch.float32]
+            self.row_sums = row_sums(weight) if takes(weight) and has_triton() else None
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
