@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,6 +155,8 @@ def import_peft():
     """Return peft; StateError says how to install it."""
     try:
         import peft
+
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
     except ImportError:
         raise StateError("adapters need peft: pip install 'qat-lsq[hf]'") from None
     return peft

@@ -12,14 +12,20 @@ from .formats import native
 from .quantized_model import from_model, to_model
 
 
-def save(model: nn.Module, out: str | Path) -> None:
+def save(model: nn.Module, out: str | Path, companions: str | Path | None = None) -> None:
     """Write a frozen model as an artifact folder; an artifact that stands there is replaced in one step.
+
+    Args:
+        model: frozen; an adapter of peft's on it goes into a folder of its own, ``adapter``.
+        out: the folder.
+        companions: a folder whose tokenizer and generation config go along.
 
     Raises:
         StateError: the model is not frozen.
         ArtifactError: ``out`` is no artifact and not empty, or the disk is full or read-only; nothing is changed then.
     """
     quantized = from_model(model)
+    quantized.files = None if companions is None else Path(companions)
     with atomic_folder(out, native.is_artifact) as folder:
         native.write(quantized, folder)
 

@@ -17,6 +17,7 @@ from .surgery import prepare
 
 VERSION = 1
 PREFIX = "model."  # the task holds the network under this name
+TOKENIZER = "tokenizer"  # a folder beside a language model's checkpoint: what travels with the model
 
 
 @dataclass

@@ -103,7 +103,7 @@ def is_checkpoint(source: Path) -> bool:
 def read_source(source: Path, model: str | None) -> QuantizedModel:
     """Return the quantized model of a checkpoint, which is frozen and summarised, or of a folder or file."""
     from . import formats, freezing
-    from .checkpoint import read_checkpoint
+    from .checkpoint import TOKENIZER, read_checkpoint
     from .quantized_model import from_model
     from .surgery import summary
 
@@ -119,6 +119,8 @@ def read_source(source: Path, model: str | None) -> QuantizedModel:
     print(summary(frozen))
     quantized = from_model(frozen)
     quantized.example, quantized.source = trained.example, str(source)
+    beside = source.parent / TOKENIZER
+    quantized.files = beside if beside.is_dir() else None
     return quantized
 
 

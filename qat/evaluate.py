@@ -29,13 +29,20 @@ def main(argv: list[str] | None = None) -> None:
         "overrides", nargs="+", metavar="data=NAME", help="as for python -m qat.train: data=..., data.KEY=..."
     )
     parser.add_argument("--reference", metavar="PATH", help="a full-precision model to compare a language model with")
+    parser.add_argument("--adapter", metavar="DIR", help="put it on the model; default: what lies beside an artifact")
+    parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
     try:
         with initialize_config_module("qat.conf", version_base="1.3"):
             config = compose(CONFIG, overrides=options.overrides)
-        metrics = evaluate_path(options.path, config, options.device, options.reference)
+        adapter = Path(options.adapter) if options.adapter else None
+        if adapter is None and not options.no_adapter:
+            adapter = adapter_beside(options.path)
+        if adapter is not None:
+            print(f"with the adapter {adapter}; --no-adapter leaves it out")
+        metrics = evaluate_path(options.path, config, options.device, options.reference, adapter)
     except (QATError, HydraException, OmegaConfBaseException) as error:
         fail(explain(error, CONFIG, options.overrides))
     for name, value in metrics.items():
@@ -45,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_path(
-    path: str, config: DictConfig, device: str | None = None, reference: str | None = None
+    path: str,
+    config: DictConfig,
+    device: str | None = None,
+    reference: str | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, float]:
     """Return the metrics of an artifact folder, a checkpoint or a model of transformers on the config's data.
 
@@ -54,6 +65,7 @@ def evaluate_path(
         config: with a key ``data``.
         device: None takes a GPU where there is one.
         reference: a model of the same kinds to compare a language model with.
+        adapter: a folder of peft's to put on the model.
 
     Raises:
         QATError: it cannot be read, or the data cannot.
@@ -65,7 +77,20 @@ def evaluate_path(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compared = None if reference is None else read_model(reference)
-    return evaluate(read_model(path), make(config.data), device, compared)
+    model = read_model(path)
+    if adapter is not None:
+        from .adapters import load_adapter
+
+        model = load_adapter(model, adapter)
+    return evaluate(model, make(config.data), device, compared)
+
+
+def adapter_beside(path: str) -> Path | None:
+    """Return the folder of the adapter that an artifact ships with, if it has one."""
+    from . import adapters
+
+    folder = Path(path) / adapters.FOLDER
+    return folder if (folder / adapters.CONFIG).is_file() else None
 
 
 def read_model(path: str) -> nn.Module:

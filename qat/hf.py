@@ -3,6 +3,7 @@
     AutoModelForCausalLM.from_pretrained("out/")                       # an artifact of ours: frozen layers, our kernels
     AutoModelForCausalLM.from_pretrained(NAME, quantization_config=QATConfig(policy))   # quantized tensor by tensor
     qat.hf.from_pretrained(NAME)          # bitsandbytes NF4, GPTQ, AWQ, compressed-tensors or torchao: the same layers
+    model.generate(**inputs, past_key_values=qat.hf.int8_cache(model))   # keys and values in int8: ``qat.kv_cache``
     model.save_pretrained("out/")         # of a frozen model: our artifact, tokenizer and generation config with it
 
 The third is a function of its own, since a registration for those methods would take them from their own packages.
@@ -30,6 +31,7 @@ from .atomic import atomic_folder
 from .errors import ArtifactError, LayerError, PolicyError
 from .formats import native
 from .formats.companions import PATTERNS, copy_files
+from .kv_cache import int8_cache as int8_cache
 from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix
 from .policy import QuantPolicy
 from .quantized_model import from_model, matching_layer

@@ -56,7 +56,7 @@ def lora(
 
     Raises:
         StateError: the model is prepared, or frozen where it should not be, or peft is not installed.
-        PolicyError, LayerError: a policy that does not fit.
+        PolicyError, LayerError: a policy that does not fit, or targets that peft refuses.
     """
     peft, start = import_peft(), as_member(Start, "start", start)
     quantizes = policy is not None and not policy.quantizes_nothing()
@@ -73,7 +73,10 @@ def lora(
         starts = _split_weights(model, policy, rank, iterations if start is Start.loftq else 0)
     targets = targets if isinstance(targets, str) else list(targets)
     options = {"target_modules": targets, "lora_dropout": dropout, "use_dora": dora}
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, **options))
+    try:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, **options))
+    except ValueError as error:
+        raise PolicyError(f"peft refuses this adapter: {error} Other layers: adapter.targets=[q_proj,v_proj]") from None
     for name, (a, b) in starts.items():
         layer = wrapped.get_base_model().get_submodule(name)
         if not hasattr(layer, "lora_A"):

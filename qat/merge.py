@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,19 +47,25 @@ class Cost:
 
 
 def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
-    """Put the adapter of peft's model into its frozen base; return the base and what it cost, by layer.
+    """Put the adapter of peft's model into its frozen base; return the base and what it cost, by quantized layer.
+
+    Layers that are not quantized, such as stacked experts, take the update in their own dtype, as peft merges it.
 
     Raises:
-        StateError: this is no peft model with a frozen base.
+        StateError: this is no peft model with a frozen base, or a layer that is not quantized shares its weight.
     """
     from .adapters import wrapping_layers
     from .layers import FrozenLinear, PackedWeight
 
-    wrapped = list(wrapping_layers(model))
-    if not wrapped or not all(isinstance(layer.base_layer, FrozenLinear) for _, layer in wrapped):
+    wrapped = [(name, wrapper) for name, wrapper in wrapping_layers(model) if not name.endswith(".base_layer")]
+    frozen = [(name, wrapper) for name, wrapper in wrapped if isinstance(wrapper.base_layer, FrozenLinear)]
+    if not frozen:
         raise StateError("merge takes a frozen base with an adapter: adapters.load_adapter(qat.load(BASE), ADAPTER)")
     costs, base = [], model.get_base_model()
     for name, wrapper in wrapped:
+        if not isinstance(wrapper.base_layer, FrozenLinear):
+            _merge_plain(name, wrapper, base)
+    for name, wrapper in frozen:
         layer = wrapper.base_layer
         tensor = layer.packed_weight.quantized_tensor()
         weight = tensor.dequantize()
@@ -67,7 +74,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
         costs.append(_cost(name.removeprefix("base_model.model."), weight, target, merged.dequantize(), tensor, merged))
         layer.packed_weight = PackedWeight.from_tensor(merged)
     for name, wrapper in wrapped:
-        base.set_submodule(name.removeprefix("base_model.model."), wrapper.base_layer)
+        base.set_submodule(name.removeprefix("base_model.model."), wrapper.get_base_layer())
     return base, costs
 
 
@@ -140,6 +147,17 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
     with atomic_folder(out, native.is_artifact) as folder:
         native.write(merged, folder)
     print(f"wrote {out}")
+
+
+def _merge_plain(name: str, wrapper: nn.Module, base: nn.Module) -> None:
+    """Let peft merge into a layer that is not quantized; stacked experts have a wrapper inside a wrapper."""
+    inside = {id(parameter) for parameter in wrapper.get_base_layer().parameters()}
+    shared = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    if any(shared[key] > 1 for key in inside):
+        raise StateError(f"{name!r} shares its weight with another layer, which a merge would change as well")
+    while hasattr(wrapper, "base_layer"):
+        wrapper.merge(safe_merge=True)
+        wrapper = wrapper.base_layer
 
 
 def _with_update(name: str, wrapper: nn.Module, weight: Tensor) -> Tensor:

@@ -3,20 +3,32 @@
 import json
 import random
 
+import huggingface_hub
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from random_quantized import LLAMA
 from tiny_tokenizer import WORDS, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import qat
 import qat.hf
 from qat.adapters import load_adapter
 from qat.checkpoint import read_checkpoint
-from qat.errors import CheckpointError, PolicyError, TrainingError
+from qat.convert import main as convert
+from qat.errors import CheckpointError, DataError, PolicyError, TrainingError
+from qat.evaluate import main
 from qat.train import register
+from qat.training.evaluation import evaluate
+from qat.training.instruction_data import InstructionData
 from qat.training.run import train
 
 pytest.importorskip("peft")
@@ -26,6 +38,7 @@ register()
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     torch.manual_seed(0)
     options = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192, "vocab_size": len(WORDS)}
     LlamaForCausalLM(LlamaConfig(**LLAMA | options)).save_pretrained("model")
@@ -68,6 +81,17 @@ def test_qlora_ships_an_artifact_with_its_adapter(folder, capsys):
     assert state and all("lora_" in name for name in state)
     with pytest.raises(CheckpointError, match="an adapter in training"):
         read_checkpoint("runs/qlora/last.ckpt")
+    artifact = folder / "runs/qlora/artifact"
+    assert AutoTokenizer.from_pretrained(artifact).chat_template == tiny_tokenizer().chat_template
+    assert (artifact / "generation_config.json").is_file()
+    data = ["data=instructions", "data.train=train.jsonl", "data.tokenizer=model", "data.seq_len=64"]
+    losses = {}
+    for flags in ([], ["--no-adapter"]):
+        main([str(artifact), *data, "--json", "m.json", "--device", "cpu", *flags])
+        said = capsys.readouterr().out
+        assert ("with the adapter" in said) == (not flags)
+        losses[bool(flags)] = json.loads((folder / "m.json").read_text())["loss"]
+    assert losses[False] == pytest.approx(after["loss"], rel=1e-5) and losses[True] > losses[False]
 
 
 def test_lora_on_an_artifact_ships_the_adapter_alone(folder):
@@ -105,7 +129,50 @@ def test_joint_lora_ships_the_codes_it_trained(folder):
     assert not (folder / "runs/joint_lora/artifact/adapter").exists()
 
 
+@pytest.mark.parametrize("experiment", ["loftq", "qa_lora"])
+def test_other_adapters_ship_what_they_trained(folder, experiment):
+    """From a base in train mode, in which alone transformers checkpoints gradients."""
+    common = [f"experiment={experiment}", "model.pretrained_model_name_or_path=model"]
+    modes = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: modes.append(module.training) if torch.is_grad_enabled() else None
+    )
+    try:
+        after = run(*common)
+    finally:
+        hook.remove()
+    assert sum(modes) > len(modes) / 2  # the check of packed rows and qat.load run in eval mode
+    shipped = qat.load(f"runs/{experiment}/artifact")
+    if experiment == "loftq":
+        shipped = load_adapter(shipped, f"runs/{experiment}/artifact/adapter")
+    data = InstructionData("train.jsonl", "model", seq_len=64, batch_size=2)
+    assert evaluate(shipped, data)["loss"] == pytest.approx(after["loss"], rel=1e-5)
+
+
+def test_a_full_run_keeps_its_tokenizer_for_what_ships(folder):
+    (folder / "text.txt").write_text("the cat sat on the mat " * 400)
+    run(
+        *["model=hf", "model.pretrained_model_name_or_path=model", "data=text", "data.train=text.txt", "task=language"],
+        *["data.tokenizer=model", "data.seq_len=32", "data.batch_size=4", "policy=lm_w4", "optim=adamw", "name=full"],
+        *["trainer.max_steps=1", "trainer.accelerator=cpu"],
+        common=[],
+    )
+    assert convert(["runs/full/last.ckpt", "--out", "out"]) == 0
+    assert AutoTokenizer.from_pretrained("out").get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_packing_is_refused_where_examples_would_mix(folder):
+    sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 2, "vocab_size": len(WORDS)}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained("bloom")
+    overrides = ["experiment=qlora", "model.name=bloom", "data.tokenizer=model", "trainer.max_epochs=1"]
+    with pytest.raises(DataError, match="BloomForCausalLM lets packed examples attend"):
+        run(*overrides, "name=packed")
+    run(*overrides, "name=rows", "data.pack=false")
+
+
 def test_mistakes_are_named(folder):
+    with pytest.raises(TrainingError, match=r"from_pretrained\(nowhere/none\): "):
+        run("experiment=qlora", "model.name=nowhere/none", "data.tokenizer=model")
     with pytest.raises(PolicyError, match="quantizes nothing: policy=lm_w4"):
         run("experiment=joint_lora", "model.pretrained_model_name_or_path=model", "policy=none")
     with pytest.raises(TrainingError, match="GPT does not support it"):

@@ -276,11 +276,13 @@ def test_distillation_gives_teacher_and_labels_equal_weight():
     batch = next(iter(data().train_loader("cpu")))
     alone, taught = task(), task(teacher=teacher)
     logits = alone.eval()(batch[0])
-    expected = (nn.functional.cross_entropy(logits, batch[1]) + soft_cross_entropy(logits, teacher(batch[0]))) / 2
+    expected = (
+        nn.functional.cross_entropy(logits, batch[1]) + soft_cross_entropy(logits, teacher(batch[0]), batch[1])
+    ) / 2
     torch.testing.assert_close(taught.eval().training_step(batch, 0), expected)
     kl = nn.functional.kl_div(logits.log_softmax(-1), teacher(batch[0]).softmax(-1), reduction="batchmean")
     entropy = torch.distributions.Categorical(logits=teacher(batch[0])).entropy().mean()
-    torch.testing.assert_close(soft_cross_entropy(logits, teacher(batch[0])), kl + entropy)
+    torch.testing.assert_close(soft_cross_entropy(logits, teacher(batch[0]), batch[1]), kl + entropy)
     assert not any("teacher" in name for name in taught.state_dict())
 
 
@@ -290,7 +292,7 @@ def test_temperature_softens_network_and_teacher_and_keeps_small_gradients():
     logits, taught = (torch.randn(1, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     logits, taught = (value - value.mean() for value in (logits, taught))
     logits.requires_grad_()
-    soft_cross_entropy(logits, taught, 1e4).backward()
+    soft_cross_entropy(logits, taught, torch.tensor([0]), 1e4).backward()
     torch.testing.assert_close(logits.grad, (logits.detach() - taught) / 5, rtol=1e-2, atol=1e-3)
     with pytest.raises(TrainingError, match=r"task.temperature=0: give a positive number"):
         task(temperature=0)

@@ -84,6 +84,7 @@ def test_bits_from_the_command_line_reach_the_layers():
 MISTAKES = {
     "trainer.max_epoch=3": "unknown key 'trainer.max_epoch' (did you mean 'trainer.max_epochs'?)",
     "modle=cnn": "unknown key 'modle' (did you mean 'model'?)",
+    "experiment=qlora model.name=x model.policy={weight:{bits:4}}": "model.policy: Key 'bits' is not in struct",
     "experiment=mnist_fpp": "there is no experiment=mnist_fpp (did you mean 'mnist_fp'?)",
     "policy=conv_w4a4 policy.weight.bits=four": "policy.weight.bits: Value 'four' of type 'str'",
     "policy=conv_w4a4 policy.weight.bit=3": "(did you mean 'policy.weight.bits'?)",

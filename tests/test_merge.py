@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import qat
 import qat.hf
 from qat import merge
-from qat.adapters import BASE, fingerprint, load_adapter, save_adapter
+from qat.adapters import BASE, fingerprint, load_adapter, save_adapter, wrapping_layers
 from qat.errors import ArtifactError, PolicyError, StateError
+from qat.layers import FrozenLinear
 from qat.lora import lora, split_weight
 from qat.surgery import Decision, weight_quantizer
 
@@ -206,3 +207,42 @@ def test_refusals(tmp_path):
         merge.merge(lora(llama()))
     with pytest.raises(ArtifactError, match=r"no adapter_config.json"):
         load_adapter(frozen(), tmp_path)
+
+
+def test_layers_that_are_not_quantized_take_the_update_in_their_own_dtype(tmp_path):
+    """A dense projection and stacked experts merge as peft does; their weight is W + B A."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 32},
+    )
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")  # by which peft knows of the stacked experts
+    rules = [{"match": name, "weight": None} for name in ("lm_head", "*.o_proj")]
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(bits=8, group_size=32), rules=rules, init="minmax")
+    tuned = lora(qat.freeze(qat.prepare(model, policy, verbose=False)), rank=4)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.01)
+    wrappers = {name: layer for name, layer in wrapping_layers(tuned) if not isinstance(layer.base_layer, FrozenLinear)}
+    assert any(name.endswith("experts") for name in wrappers)
+    dense = next(layer for name, layer in wrappers.items() if name.endswith("o_proj"))
+    expected = dense.base_layer.weight + dense.get_delta_weight("default")
+    tokens = torch.arange(1, 17).view(1, 16)
+    with torch.no_grad():
+        before = tuned(tokens).logits
+    merged, costs = merge.merge(tuned)
+    assert not list(wrapping_layers(merged)) and costs
+    torch.testing.assert_close(merged.model.layers[0].self_attn.o_proj.weight, expected)
+    qat.save(merged, tmp_path / "a")
+    with torch.no_grad():
+        after = qat.load(tmp_path / "a")(tokens).logits
+    assert (after - before).norm() < 0.01 * before.norm()
+
+
+def test_what_peft_refuses_is_said_in_one_line():
+    with pytest.raises(PolicyError, match=r"peft refuses this adapter: .*adapter\.targets"):
+        lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), targets=["nowhere"])

@@ -1,4 +1,4 @@
-"""Folders that GPTQModel and llm-compressor wrote (peers/make.py) open here with the weights those tools compute."""
+"""Folders that other tools wrote (peers/make.py) open here with the weights that those tools compute."""
 
 import hashlib
 import json
@@ -11,10 +11,11 @@ import qat
 import qat.hf
 
 PEERS = Path(__file__).parent / "peers"
-DTYPES = {"gptqmodel": torch.float16, "llmcompressor": torch.float32}
+DTYPES = {"gptqmodel": torch.float16, "llmcompressor": torch.float32, "autoawq": torch.float16}
+FOLDERS = [f"{tool}_{kind}" for tool in DTYPES for kind in ("sym", "asym") if (tool, kind) != ("autoawq", "sym")]
 
 
-@pytest.mark.parametrize("name", [f"{tool}_{kind}" for tool in DTYPES for kind in ("sym", "asym")])
+@pytest.mark.parametrize("name", FOLDERS)
 def test_a_peers_folder_opens_with_its_weights(tmp_path, name):
     expected = json.loads((PEERS / name / "weights.json").read_text())
     model = qat.hf.from_pretrained(PEERS / name, dtype=torch.float32)

@@ -66,7 +66,7 @@ def float_error(found: Tensor, network: nn.Module, x: Tensor) -> FloatError:
     whole = [root_mean_square(rows) for rows in errors]
     return FloatError(
         typical=_ratio(errors[0], own.amax(0)).median().item(),
-        overall=1.0 if whole[0] == 0 else whole[0] / max(*whole[1:], torch.finfo(torch.float64).tiny),
+        overall=whole[0] / max(*whole[1:], torch.finfo(torch.float64).tiny),
         found=whole[0],
     )
 

@@ -70,6 +70,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     if match := re.match(r"Could not override '([^']+)'", text):
         key = match[1].split("@")[0]
         known = known_keys(config_name, overrides, without=key) if config_name else []
+        if key in known:  # its value holds a key of its own that is not there
+            return f"{key}: {first_line(str(error.__cause__ or text))}; give the keys one by one, new ones with a +"
         return f"unknown key {key!r}{did_you_mean(key, known) if known else ''}; +{key}=VALUE adds a new key"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and "is not a subclass of QuantSpec" in text + str(cause):

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import DataError
 from .image_data import ImageData
-from .instruction_data import InstructionData
+from .instruction_data import InstructionData, require_apart
 from .metrics import ClassificationMetrics, LanguageMetrics, logits_of, run
 from .text_data import TextData
 
@@ -31,7 +31,7 @@ def evaluate(
             (see LanguageMetrics). Moved to the device, and left in eval mode.
 
     Raises:
-        DataError: another kind of data, or a reference for images.
+        DataError: another kind of data, a reference for images, or a model that does not keep packed examples apart.
     """
     if type(data) not in METRICS:
         raise DataError(f"cannot evaluate on {type(data).__name__}: give ImageData, TextData or InstructionData")
@@ -42,6 +42,8 @@ def evaluate(
     model.to(device).eval()
     if reference is not None:
         reference.to(device).eval()
+    if isinstance(data, InstructionData) and data.pack:
+        require_apart(model, device)
     with torch.inference_mode():
         for inputs, targets in data.test_loader(device):
             more = () if reference is None else (logits_of(run(reference, inputs)),)

@@ -1,24 +1,27 @@
 """Instructions and conversations as a Lightning data module: JSONL, chat template, loss on completions, packed rows.
 
-A line is {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"} or {"instruction", "input", "output"}. Rows
-of ``seq_len`` tokens hold several examples one after another. Their positions start again at zero, by which
-transformers keeps them from attending to each other; so a model must take ``position_ids``.
+What a line may be is in ``conversations``. Rows of ``seq_len`` tokens hold several examples one after another. Their
+positions start again at zero, by which transformers keeps them from attending to each other in most architectures, and
+in the others not: ``require_apart`` tries it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
 
 from ..errors import DataError
+from .conversations import messages_of, read_lines
 from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
-from .metrics import IGNORED
+from .metrics import IGNORED, logits_of, run
+from .tokenizer import load_tokenizer
+
+Example = tuple[list[int], list[bool]]  # tokens, and which of them the loss is of
 
 
 class PackedRows:
@@ -47,7 +50,7 @@ class InstructionData(InMemoryData):
     """Training and validation examples.
 
     Args:
-        train: a JSONL file.
+        train: a JSONL file, or a JSON file that is one list.
         tokenizer: the name or path of a Hugging Face tokenizer; its chat template is used if it has one.
         seq_len: tokens of a row.
         batch_size: rows of a training step, on each device.
@@ -77,13 +80,18 @@ class InstructionData(InMemoryData):
     ) -> None:
         super().__init__()
         self.seq_len, self.batch_size, self.eval_batch_size, self.seed = seq_len, batch_size, eval_batch_size, seed
-        loaded = _tokenizer(tokenizer)
-        examples = [encode(line, loaded, completion_only, where) for where, line in _lines(train)]
+        self.pack, self.tokenizer = pack, load_tokenizer(tokenizer)
+
+        def read(path: str) -> list[Example]:
+            found = (encode(line, self.tokenizer, completion_only, where) for where, line in read_lines(path))
+            return fitting(list(found), seq_len, path)
+
+        examples = read(train)
         if val is None:
             cut = len(examples) - max(1, round(len(examples) * val_fraction))
             examples, held_out = examples[:cut], examples[cut:]
         else:
-            held_out = [encode(line, loaded, completion_only, where) for where, line in _lines(val)]
+            held_out = read(val)
         self.train_rows = pack_rows(examples, seq_len, pack)
         self.val_rows = pack_rows(held_out, seq_len, pack)
         self.largest = max((max(tokens, default=0) for tokens, _ in examples), default=0)
@@ -106,33 +114,89 @@ class InstructionData(InMemoryData):
         return Loader(rows, self.eval_batch_size, EpochSampler(len(rows)))
 
 
-def encode(line: dict[str, Any], tokenizer: Any, completion_only: bool, where: str) -> tuple[list[int], list[bool]]:
+def encode(line: dict[str, Any], tokenizer: Any, completion_only: bool, where: str) -> Example:
     """Return an example's tokens, and which of them the loss is of.
 
+    Without a chat template turns are written one after another, with a blank line between them; a prompt and its
+    completion without one, as they are. The tokenizer's own first token comes first, and its end of text last.
+
     Raises:
-        DataError: another form, or a chat template that writes a turn otherwise once another follows it.
+        DataError: another form, or a chat template that refuses it or writes a turn otherwise once another follows.
     """
-    messages = _messages(line, where)
+    messages = messages_of(line, where)
     if tokenizer.chat_template is None:
+        between = "" if "prompt" in line else "\n\n"
         turns = [(message["role"] == "assistant", message["content"]) for message in messages]
-        pieces = [(said, tokenizer(text, add_special_tokens=False)["input_ids"]) for said, text in turns]
+        texts = [text + (between if index < len(turns) - 1 else "") for index, (_, text) in enumerate(turns)]
+        pieces = [(said, _ids(tokenizer, text)) for (said, _), text in zip(turns, texts, strict=True)]
+        if tokenizer.bos_token_id is not None and tokenizer("").get("input_ids", [])[:1] == [tokenizer.bos_token_id]:
+            pieces.insert(0, (False, [tokenizer.bos_token_id]))
         if tokenizer.eos_token_id is not None:
             pieces.append((True, [tokenizer.eos_token_id]))
-    else:
+    elif completion_only:
         pieces = list(_template_pieces(messages, tokenizer, where))
+    else:
+        pieces = [(True, _template(tokenizer, messages, False, where))]
     tokens = [token for _, piece in pieces for token in piece]
     learned = [said or not completion_only for said, piece in pieces for _ in piece]
     return tokens, learned
 
 
-def pack_rows(
-    examples: Iterable[tuple[list[int], list[bool]]], seq_len: int, pack: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def fitting(examples: list[Example], seq_len: int, path: str) -> list[Example]:
+    """Return the examples of which a row of ``seq_len`` tokens predicts anything; print what does not fit.
+
+    Raises:
+        DataError: there were some, and none is left.
+    """
+    kept = [example for example in examples if any(example[1][1:seq_len])]
+    longer = sum(len(tokens) > seq_len for tokens, _ in examples)
+    lost = len(examples) - len(kept)
+    if lost or longer:
+        said = f"{path}: {longer} of {len(examples)} examples are longer than data.seq_len={seq_len} and are cut"
+        said += f"; {lost} have nothing left to learn and are left out" if lost else ""
+        if not kept:
+            raise DataError(f"{said}: raise data.seq_len, or set data.completion_only=false")
+        rank_zero_only(print)(said)
+    return kept
+
+
+def require_apart(model: nn.Module, device: torch.device | str) -> None:
+    """Try whether a model keeps packed examples apart: nothing of one may reach another.
+
+    Raises:
+        DataError: it does not.
+    """
+    embedded: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    tokens, positions = torch.ones(1, 8, dtype=torch.int64), torch.arange(4).repeat(1, 2)
+    modes = {module: module.training for module in model.modules()}
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
+            output = logits_of(run(model.eval(), inputs))
+            (slope,) = torch.autograd.grad(output[:, 4:].float().square().sum(), embedded)
+    finally:
+        handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    if slope[:, :4].any():
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        raise DataError(
+            f"{type(base).__name__} lets packed examples attend to one another: data.pack=false puts one in each row"
+        )
+
+
+def pack_rows(examples: Iterable[Example], seq_len: int, pack: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Return int32 tokens, positions and targets, each (rows, seq_len): the longest first, each where it still fits.
 
     A target is the next token of the same example, or IGNORED. What is longer than a row is cut.
     """
-    rows: list[list[tuple[list[int], list[bool]]]] = []
+    rows: list[list[Example]] = []
     room: list[int] = []
     for tokens, learned in sorted(examples, key=lambda example: -len(example[0])):
         example = tokens[:seq_len], learned[:seq_len]
@@ -166,8 +230,8 @@ def _template_pieces(messages: list[dict[str, str]], tokenizer: Any, where: str)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _template(tokenizer, messages[:index], True)
-        turn = _template(tokenizer, messages[: index + 1], False)
+        prompt = _template(tokenizer, messages[:index], True, where)
+        turn = _template(tokenizer, messages[: index + 1], False, where)
         if prompt[: len(done)] != done or turn[: len(prompt)] != prompt:
             raise DataError(f"{where}: the chat template rewrites earlier turns: set data.completion_only=false")
         yield False, prompt[len(done) :]
@@ -175,49 +239,15 @@ def _template_pieces(messages: list[dict[str, str]], tokenizer: Any, where: str)
         done = turn
 
 
-def _template(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _template(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, where: str) -> list[int]:
+    from jinja2 import TemplateError
 
-
-def _messages(line: dict[str, Any], where: str) -> list[dict[str, str]]:
-    if "messages" in line:
-        messages = line["messages"]
-    elif "prompt" in line and "completion" in line:
-        messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
-    elif "instruction" in line and "output" in line:
-        asked = "\n\n".join(part for part in (line["instruction"], line.get("input")) if part)
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": line["output"]}]
-    else:
-        raise DataError(f"{where}: give messages, prompt and completion, or instruction and output, not {list(line)}")
-    if not messages or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: its last message is not the assistant's, so there is nothing to learn")
-    return messages
-
-
-def _lines(path: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise DataError(f"there is no JSONL file at {path}")
-    with file.open(encoding="utf-8") as stream:
-        for number, text in enumerate(stream, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise DataError(f"{path}:{number} is no JSON: {error}") from None
-            if not isinstance(line, dict):
-                raise DataError(f"{path}:{number} is no JSON object")
-            yield f"{path}:{number}", line
-
-
-def _tokenizer(name: str) -> Any:
     try:
-        from transformers import AutoTokenizer
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        raise DataError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+    return _ids(tokenizer, text)
 
-        return AutoTokenizer.from_pretrained(name)
-    except ImportError:
-        raise DataError(f"data.tokenizer={name} needs transformers: pip install 'qat-lsq[hf]'") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={name} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

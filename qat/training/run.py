@@ -21,7 +21,7 @@ from torch import nn
 
 from ..adapters import save_adapter
 from ..artifact import save
-from ..checkpoint import load_state, read_checkpoint
+from ..checkpoint import TOKENIZER, load_state, read_checkpoint
 from ..errors import CheckpointError, QATError, TrainingError
 from ..formats import format_of, read
 from ..freezing import freeze
@@ -32,6 +32,7 @@ from ..starting import fill, take_codes
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
 from .tasks import Task
+from .tokenizer import keep_tokenizer
 
 QUANTIZERS = (".weight_quantizer.", ".activation_quantizer.")
 
@@ -61,7 +62,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.gradient_checkpointing:
         _checkpoint_gradients(model)
     if config.adapter:
-        model = make(config.adapter, model=model, policy=policy)
+        model = make(config.adapter, model=model, policy=policy).train()  # a base that it froze is in eval mode
     task = make(
         config.task,
         model=model,
@@ -74,6 +75,9 @@ def train(config: DictConfig) -> dict[str, float]:
     )
     if codes is not None and is_prepared(model):
         print(take_codes(model, codes))
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is not None:
+        rank_zero_only(keep_tokenizer)(tokenizer, model, run_dir / TOKENIZER)
     callbacks = [make(callback) for callback in config.callbacks.values() if callback]
     logger = make(config.logger) if config.logger else False
     trainer = make(config.trainer, logger=logger, callbacks=callbacks)
@@ -147,13 +151,17 @@ def make(node: DictConfig, **arguments: Any) -> Any:
     """Instantiate a ``_target_``.
 
     Raises:
-        QATError: as its own code raises it; or a value of the wrong type or out of range.
+        QATError: as its own code raises it; a value of the wrong type or out of range; or a file or a name on the Hub
+            that cannot be read.
     """
     target = instantiate(node, _partial_=True)
     try:
         return target(**arguments)
     except QATError:
         raise
+    except OSError as error:
+        name = next((node[key] for key in ("name", "pretrained_model_name_or_path") if key in node), "")
+        raise TrainingError(f"{node._target_}({name}): {str(error).splitlines()[0]}") from error
     except (TypeError, ValueError) as error:
         raise TrainingError(f"{node._target_}: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
 
@@ -192,7 +200,8 @@ def _ship_adapter(run_dir: Path, model: nn.Module, metrics: dict[str, float]) ->
     if is_prepared(model):
         freeze(model)
     if is_frozen(model) and getattr(base, "qat_source", None) is None:
-        save(model, run_dir / "artifact")
+        beside = run_dir / TOKENIZER
+        save(model, run_dir / "artifact", beside if beside.is_dir() else None)
         print(f"artifact    {run_dir / 'artifact'}")
     else:
         save_adapter(model, run_dir / "adapter")

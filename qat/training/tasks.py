@@ -21,7 +21,8 @@ from ..ptq.units import repeated
 from ..spec import as_member
 from ..surgery import prepare
 from .chunked_loss import check_head, chunked_loss
-from .metrics import ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of, run
+from .instruction_data import InstructionData, require_apart
+from .metrics import IGNORED, ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 
 
@@ -229,6 +230,14 @@ class CausalLanguageModel(Task):
             raise TrainingError("task.loss_rows goes with neither a teacher nor task.label_smoothing: leave it at null")
         self.loss_rows, self._head_checked = loss_rows, False
 
+    def on_fit_start(self) -> None:
+        """Refuse packed rows for an architecture that does not keep their examples apart."""
+        super().on_fit_start()
+        data = self.trainer.datamodule
+        if isinstance(data, InstructionData) and data.pack:
+            with self.trainer.precision_plugin.forward_context():
+                require_apart(self.model, self.device)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
         if self.loss_rows is None:
@@ -260,13 +269,16 @@ def training_loss(
     loss = cross_entropy(logits, targets, label_smoothing)
     if share < 1:
         loss = share * loss + (1 - share) * cross_entropy(logits, targets.flip(0), label_smoothing)
-    return loss if taught is None else (loss + soft_cross_entropy(logits, taught, temperature)) / 2
+    return loss if taught is None else (loss + soft_cross_entropy(logits, taught, targets, temperature)) / 2
 
 
-def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the mean cross-entropy with the teacher's probabilities, for logits (..., C).
 
     Both are softened by the temperature, whose square keeps the size of the gradients (arXiv:1503.02531, section 2.1).
+    Predictions whose target (...) is IGNORED do not count.
     """
     probabilities = (teacher_logits.flatten(0, -2).float() / temperature).softmax(-1)
-    return F.cross_entropy(logits.flatten(0, -2).float() / temperature, probabilities) * temperature**2
+    losses = F.cross_entropy(logits.flatten(0, -2).float() / temperature, probabilities, reduction="none")
+    counted = targets.flatten() != IGNORED
+    return torch.where(counted, losses, 0).sum() / counted.sum() * temperature**2

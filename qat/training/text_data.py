@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..errors import DataError, did_you_mean
 from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
+from .tokenizer import load_tokenizer
 
 BYTES = "bytes"
 
@@ -72,7 +74,7 @@ class TextData(InMemoryData):
         val_windows: validate on only so many.
 
     Raises:
-        DataError: an unknown source, a missing path or package, or less text than one batch.
+        DataError: an unknown source, a missing path, package or tokenizer, or less text than one batch.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class TextData(InMemoryData):
         if val_window is not None and val_window < 2:
             raise DataError(f"data.val_window={val_window}: a window needs 2 tokens to predict one of them")
         train_text, val_text = _texts(source, train, val, val_fraction)
-        self.train_tokens = None if train_text is None else tokenize(train_text, tokenizer)
-        self.val_tokens = tokenize(val_text, tokenizer)
+        self.tokenizer = None if tokenizer == BYTES else load_tokenizer(tokenizer)
+        self.train_tokens = None if train_text is None else tokenize(train_text, self.tokenizer)
+        self.val_tokens = tokenize(val_text, self.tokenizer)
         if self.train_tokens is not None and len(TokenWindows(self.train_tokens, seq_len)) < batch_size:
             raise DataError(
                 f"the training text has {len(self.train_tokens)} tokens, too few for {batch_size} windows of "
@@ -130,23 +133,11 @@ class TextData(InMemoryData):
         return TokenWindows(self.val_tokens, length, device, self.val_window, self.val_windows)
 
 
-def tokenize(text: str, tokenizer: str) -> Tensor:
-    """Return token ids: uint8 for bytes, else int32 by a Hugging Face tokenizer.
-
-    Raises:
-        DataError: the tokenizer cannot be loaded.
-    """
-    if tokenizer == BYTES:
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Return token ids: the text's bytes as uint8 where there is no tokenizer, else int32 of a Hugging Face one."""
+    if tokenizer is None:
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    try:
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except ImportError:
-        raise DataError(f"data.tokenizer={tokenizer} needs transformers: pip install 'qat-lsq[hf]'") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={tokenizer} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return torch.tensor(loaded(text, verbose=False)["input_ids"], dtype=torch.int32)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int32)
 
 
 def _texts(source: str, train, val, val_fraction: float) -> tuple[str | None, str]:

@@ -1,8 +1,12 @@
-"""Make the folders beside this file, each by its own tool, once: ``python make.py gptqmodel`` or ``llmcompressor``.
+"""Make the folders beside this file, each by its own tool, once: ``python make.py gptqmodel``, or another's name.
 
-Made on a CPU on 2026-11-25 with gptqmodel 7.7.0 (GPTQMODEL_CPU_WORKERS=2) and llmcompressor 0.14.0.1, transformers
-5.23.0, torch 2.13.0. weights.json holds the SHA-256 of each quantized layer's weight, as the tool itself dequantizes
-it: in float16 for gptqmodel, in float32 for llmcompressor.
+Made on a CPU on 2026-11-25 with gptqmodel 7.7.0 (GPTQMODEL_CPU_WORKERS=2), llmcompressor 0.14.0.1 and autoawq 0.2.9,
+transformers 5.23.0, torch 2.13.0. weights.json holds the SHA-256 of each quantized layer's weight, as the tool itself
+dequantizes it: in float32 for llmcompressor, in float16 for the others.
+
+AutoAWQ (``pip install --no-deps autoawq==0.2.9``) is no longer maintained, and its package cannot be imported beside
+transformers 5. What decides about a folder is taken from it all the same: what it rounds and packs a layer with, and
+the config that it writes. It has no symmetric layout of this version.
 """
 
 import hashlib
@@ -10,9 +14,12 @@ import json
 import shutil
 import sys
 import tempfile
+import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
@@ -69,6 +76,41 @@ def llmcompressor(folder, symmetric):
     again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=whole)
     layers = {name: layer for name, layer in again.named_modules() if isinstance(layer, torch.nn.Linear)}
     record(out, {name: layer.weight.detach().float() for name, layer in layers.items() if name != "lm_head"})
+
+
+@torch.no_grad()
+def autoawq(folder, symmetric):
+    if symmetric:
+        return
+    package = types.ModuleType("awq")  # without its __init__, which imports all of its models
+    package.__path__ = list(find_spec("awq").submodule_search_locations)
+    for name in ("awq.quantize.scale", "awq.utils.calib_data"):  # not needed, and they import those models too
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["awq"] = package
+    sys.modules["awq.quantize.scale"].apply_scale = sys.modules["awq.quantize.scale"].apply_clip = None
+    sys.modules["awq.utils.calib_data"].get_calib_dataset = None
+    from awq.models._config import AwqConfig
+    from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.quantize.quantizer import AwqQuantizer
+    from awq.utils.packing_utils import dequantize_gemm
+
+    out, size = HERE / "autoawq_asym", 32
+    shutil.rmtree(out, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    quantizer = types.SimpleNamespace(group_size=size, zero_point=True, w_bit=4)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    layers.pop("lm_head")
+    weights = {}
+    for name, layer in layers.items():  # as AwqQuantizer._apply_quant
+        layer.weight.data, scales, zeros = AwqQuantizer.pseudo_quantize_tensor(quantizer, layer.weight.data)
+        scales, zeros = scales.t().contiguous(), zeros.t().contiguous()
+        packed = WQLinear_GEMM.from_linear(layer, 4, size, scales=scales, zeros=zeros)
+        model.set_submodule(name, packed)
+        weights[name] = dequantize_gemm(packed.qweight, packed.qzeros, packed.scales, 4, size).t()
+    model.config.quantization_config = AwqConfig(q_group_size=size).to_transformers_dict()
+    model.config.save_pretrained(out)
+    save_file(model.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
+    record(out, weights)
 
 
 if __name__ == "__main__":

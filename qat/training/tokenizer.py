@@ -1,0 +1,34 @@
+"""Tokenizers of Hugging Face: loaded by name or path, and kept in a run's folder, from where they ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import DataError
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return it.
+
+    Raises:
+        DataError: transformers is not installed, or the tokenizer cannot be loaded.
+    """
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    except ImportError:
+        raise DataError(f"data.tokenizer={name} needs transformers: pip install 'qat-lsq[hf]'") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.tokenizer={name} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def keep_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
+    """Write a run's tokenizer, and the generation config of its model, for what is made of the run's checkpoint."""
+    tokenizer.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
