@@ -209,7 +209,10 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
     """Return a model with frozen layers; what is not quantized has the values of the given model, or none."""
     if model is None:
         if quantized.architecture is None:
-            raise ArtifactError(f"{quantized.source} does not name its architecture: use load(path, model=YourModel())")
+            raise ArtifactError(
+                f"{quantized.source} does not name its architecture: use load(path, model=YourModel()), "
+                "on the command line --model package.module:function"
+            )
         from .models import build
 
         with parameters_on_meta():
