@@ -129,6 +129,7 @@ def test_a_quantized_run_can_start_another_one(train, tmp_path):
         ("model.builder=resnet2", "did you mean 'resnet20'?"),
         ("task.schedule=cosin", "did you mean 'cosine'?"),
         ("optim.lr=fast", "optim.lr='fast': give a number"),
+        ("optim.lr=-1", "optim.lr=-1: give a number that is not negative"),
         ("trainer.precision=low", "Precision 'low' is invalid"),
     ],
 )
