@@ -46,9 +46,12 @@ def calibrate(
         verbose: print what such an init did to the layers.
 
     Raises:
-        StateError: the model is not prepared, no batch at all, a layer that no batch reached, or one that saw NaN.
+        StateError: the model is not prepared, one tensor in place of batches, no batch at all, a layer that no batch
+            reached, or one that saw NaN.
         CalibrationError: data that an init cannot work with.
     """
+    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+        raise StateError(f"calibrate takes several batches, got one {type(batches).__name__}: give a list or a loader")
     if not is_prepared(model):
         raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
     run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))

@@ -50,7 +50,7 @@ class TrainingError(QATError, RuntimeError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or all known words where none is close."""
-    known = list(known)
+    known = list(dict.fromkeys(known))
     close = get_close_matches(word, known, n=1)
     if close:
         return f" (did you mean {close[0]!r}?)"

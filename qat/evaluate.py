@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", metavar="PATH", help="a full-precision model to compare a language model with")
     parser.add_argument("--adapter", metavar="DIR", help="put it on the model; default: what lies beside an artifact")
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
+    parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             adapter = adapter_beside(options.path)
         if adapter is not None:
             print(f"with the adapter {adapter}; --no-adapter leaves it out")
-        metrics = evaluate_path(options.path, config, options.device, options.reference, adapter)
+        metrics = evaluate_path(options.path, config, options.device, options.reference, adapter, options.model)
     except (QATError, HydraException, OmegaConfBaseException) as error:
         fail(explain(error, CONFIG, options.overrides))
     for name, value in metrics.items():
@@ -57,6 +58,7 @@ def evaluate_path(
     device: str | None = None,
     reference: str | None = None,
     adapter: Path | None = None,
+    own_model: str | None = None,
 ) -> dict[str, float]:
     """Return the metrics of an artifact folder, a checkpoint or a model of transformers on the config's data.
 
@@ -66,6 +68,7 @@ def evaluate_path(
         device: None takes a GPU where there is one.
         reference: a model of the same kinds to compare a language model with.
         adapter: a folder of peft's to put on the model.
+        own_model: package.module:function that builds an untrained model of the user's own.
 
     Raises:
         QATError: it cannot be read, or the data cannot.
@@ -77,7 +80,7 @@ def evaluate_path(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compared = None if reference is None else read_model(reference)
-    model = read_model(path)
+    model = read_model(path, own_model)
     if adapter is not None:
         from .adapters import load_adapter
 
@@ -93,21 +96,26 @@ def adapter_beside(path: str) -> Path | None:
     return folder if (folder / adapters.CONFIG).is_file() else None
 
 
-def read_model(path: str) -> nn.Module:
+def read_model(path: str, own_model: str | None = None) -> nn.Module:
     """Return the model of an artifact, a checkpoint, or a folder of transformers that is not quantized.
+
+    Args:
+        path: of one of these.
+        own_model: package.module:function that builds an untrained model; None where they name theirs.
 
     Raises:
         QATError: it cannot be read.
     """
     from . import load
     from .checkpoint import read_checkpoint
+    from .convert import build_model
     from .formats import format_of
 
     folder = Path(path)
     if not folder.is_dir():
-        return read_checkpoint(path).build()
+        return read_checkpoint(path).build(build_model(own_model))
     if format_of(folder) is not None or not (folder / "config.json").is_file():
-        return load(path)
+        return load(path, build_model(own_model))
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import adapters
 from .errors import LayerError, StateError
-from .layers import PackedWeight, frozen_layers, make_frozen_, matrix, quant_layers
+from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix, quant_layers
 from .numerics import QuantizedTensor
 from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
 
@@ -24,6 +24,8 @@ def freeze(model: nn.Module) -> nn.Module:
         LayerError: a weight or scale holds NaN or infinity.
     """
     layers = list(quant_layers(model))
+    if not layers and is_frozen(model):
+        raise StateError("this model is frozen already: save it as it is")
     if not layers:
         raise StateError("nothing to freeze: call qat.prepare(model, policy) and train first")
     adapters.require_unmerged(model)

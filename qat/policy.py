@@ -127,6 +127,22 @@ class QuantPolicy:
         }
 
     @classmethod
+    def of(cls, value: Any) -> QuantPolicy:
+        """Return a policy as it is, or build one from plain values, a YAML file, or the bare name of one that ships.
+
+        Raises:
+            PolicyError: what is given is none of these, or no policy is in it.
+        """
+        if isinstance(value, dict):
+            return cls.from_dict(value)
+        if isinstance(value, str | Path):
+            return cls.from_yaml(value)
+        if not isinstance(value, cls):
+            fix = ": wrap it, QuantPolicy(weight=spec)" if isinstance(value, QuantSpec) else ""
+            raise PolicyError(f"expected a QuantPolicy, got {type(value).__name__}{fix}")
+        return value
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantPolicy:
         """Build a policy from plain values; PolicyError names an unknown key."""
         known = [entry.name for entry in fields(cls)]
@@ -143,6 +159,7 @@ class QuantPolicy:
             PolicyError: no such file, or what is in it is no policy.
         """
         from omegaconf import OmegaConf
+        from yaml import YAMLError
 
         path = Path(path)
         shipped = Path(__import__("qat.conf").conf.__file__).parent / "policy"
@@ -151,7 +168,10 @@ class QuantPolicy:
         if not path.is_file():
             names = sorted(file.stem for file in shipped.glob("*.yaml"))
             raise PolicyError(f"no policy file {str(path)!r}{did_you_mean(str(path), names)}")
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        try:
+            values = OmegaConf.to_container(OmegaConf.load(path))
+        except YAMLError as error:
+            raise PolicyError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise PolicyError(f"{path} does not hold a policy: expected the keys weight, activation, rules")
         values.pop("defaults", None)  # Hydra's own key

@@ -32,6 +32,7 @@ from .numerics import QuantizedTensor
 from .outline import parameters_on_meta, to_meta_
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec, as_member
+from .wrappers import call_every_layer_, unwrapped
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
@@ -124,6 +125,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
     """
     from .models import architecture_of
 
+    model = unwrapped(model)
     if is_prepared(model):
         raise StateError("this model still trains: call qat.freeze(model) before qat.save")
     model, plain_name, adapter = adapters.split(model)
@@ -171,7 +173,7 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None, codes: b
         StateError: the given model is prepared or frozen.
         ArtifactError: it does not name its architecture, or does not fit the given model.
     """
-    model = _frozen(quantized, model, codes)
+    given, model = model, _frozen(quantized, model, codes)
     inside = _quantized_names(model)
     state = {name: value for name, value in model.state_dict().items() if name in inside}
     state.update(quantized.dense)
@@ -180,7 +182,7 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None, codes: b
     for _, layer in frozen_layers(model):
         if layer.packed_weight is None:  # its dtype and device were the untrained weight's
             set_dtype_(layer, layer.weight.dtype, layer.weight.device)
-    return model.eval()
+    return (model if given is None else given).eval()
 
 
 def outline(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Module:
@@ -207,13 +209,18 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
     """Return a model with frozen layers; what is not quantized has the values of the given model, or none."""
     if model is None:
         if quantized.architecture is None:
-            raise ArtifactError(f"{quantized.source} does not name its architecture: use load(path, model=YourModel())")
+            raise ArtifactError(
+                f"{quantized.source} does not name its architecture: use load(path, model=YourModel()), "
+                "on the command line --model package.module:function"
+            )
         from .models import build
 
         with parameters_on_meta():
             model = build(quantized.architecture)
     elif is_prepared(model) or is_frozen(model):
         raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
+    model = unwrapped(model)
+    call_every_layer_(model)
     packed: dict[str, PackedWeight | None] = {}
     for name, entry in quantized.layers.items():
         layer = matching_layer(model, name, entry, quantized.source)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import backend
 from .adapters import own_modules
@@ -44,6 +45,7 @@ from .quantizers import (
 )
 from .quantizers.dynamic import BLOCK
 from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer
+from .wrappers import call_every_layer_, require_materialised, unwrapped
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Decision:
     reason: str = ""
 
 
-def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.Module:
+def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path, verbose: bool = True) -> nn.Module:
     """Make a model train as the quantized model it will be; in place.
 
     Every parameter exists afterwards; weight step sizes are initialised from the weights, activation step sizes, and
@@ -66,22 +68,25 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
     Args:
         model: any module; its ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` layers can be quantized, and
             ``nn.Embedding`` layers are where a rule gives them a weight spec.
-        policy: a QuantPolicy.
+        policy: a QuantPolicy; or its fields as a dict, a YAML file, or the name of one that ships ("conv_w4a4").
         verbose: print the summary.
 
     Returns:
         The same model.
 
     Raises:
-        StateError: the model is prepared or frozen already.
-        PolicyError: a rule that matches nothing or asks for what its layer cannot do.
-        LayerError: shapes that do not fit, or an init that does not know a layer; every such layer is listed with its
-            fix.
+        StateError: no module, or one that is prepared or frozen already.
+        PolicyError: no policy, or a rule that matches nothing or asks for what its layer cannot do.
+        LayerError: nothing to quantize, shapes that do not fit, a weight with NaN, or an init that does not know a
+            layer; every such layer is listed with its fix.
     """
+    policy = QuantPolicy.of(policy)
     if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
+    require_materialised(model)
     decisions = decide(model, policy)
     check_shapes(decisions)
+    _require_any(model, policy, decisions)
     _check_init(decisions, policy.init)
     weight_quantizers: dict[int, OfWeight] = {}
     for decision in decisions:
@@ -98,6 +103,7 @@ def prepare(model: nn.Module, policy: QuantPolicy, verbose: bool = True) -> nn.M
         elif decision.activation is not None:
             activation = activation_quantizer(decision, policy.init, policy.activation_quantizer)
         make_fake_quant_(layer, weight, activation)
+    call_every_layer_(model)
     if verbose:
         print(_table(model, decisions))
     return model
@@ -128,7 +134,7 @@ def activation_quantizer(decision: Decision, init: Init, kind: ActivationQuantiz
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
-    layers = [(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]
+    layers = [(name, layer) for name, layer in unwrapped(model).named_modules() if _holds_matrix(layer)]
     adapters = own_modules(model)
     counted = set(FAKE_QUANT) - {nn.Embedding}  # as the first or the last layer
     described = [
@@ -180,7 +186,7 @@ def _decide_embedding(
 def summary(model: nn.Module) -> str:
     """Return the table of a prepared model's layers: what each became, and why the others were left alone."""
     decisions = []
-    for name, layer in model.named_modules():
+    for name, layer in unwrapped(model).named_modules():
         if isinstance(layer, QuantLayer | FrozenLayer):
             weight = getattr(layer, "packed_weight", None) or getattr(layer, "weight_quantizer", None)
             activation = layer.activation_quantizer
@@ -194,6 +200,18 @@ def summary(model: nn.Module) -> str:
 def _holds_matrix(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     return weight is not None and weight.dim() > 1
+
+
+def _require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision]) -> None:
+    """Raise LayerError if the policy quantizes what layers get by default, and the model has no layer for it."""
+    if (policy.weight or policy.activation) is None or any(plain_type(d.layer) in FAKE_QUANT for d in decisions):
+        return
+    kinds = sorted({type(decision.layer).__name__ for decision in decisions})
+    known = ", ".join(plain.__name__ for plain in FAKE_QUANT)
+    raise LayerError(
+        f"{type(unwrapped(model)).__name__} has no layer that can be quantized ({known}); its layers with weights are "
+        f"{', '.join(kinds) or 'none'}"
+    )
 
 
 def check_shapes(decisions: list[Decision]) -> None:
@@ -215,6 +233,8 @@ def check_shapes(decisions: list[Decision]) -> None:
             problems.append(f"{decision.name!r}: {error}")
         if not weight.is_floating_point():
             problems.append(f"{decision.name!r}: its weight is {weight.dtype}, not a float: it is quantized already")
+        elif not _is_finite(weight.detach()):
+            problems.append(f"{decision.name!r}: its weight holds NaN or infinity: check where it was loaded from")
         if isinstance(decision.activation, Dynamic):
             problems += _dynamic_problems(decision)
         if _is_embedding(decision) and decision.weight.codebook is not None:
@@ -244,6 +264,11 @@ def _check_init(decisions: list[Decision], init: Init) -> None:
     ):
         if init.reads_data and kind:
             raise LayerError(f"init={init.value} does not know {what} ({', '.join(kind)}): use init=mse")
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether a weight that is in memory holds neither NaN nor infinity; no copy larger than the weight is made."""
+    return weight.is_meta or not weight.numel() or bool(weight.abs().amax().isfinite())
 
 
 def _is_embedding(decision: Decision) -> bool:
@@ -333,7 +358,7 @@ def _integer_products(model: nn.Module) -> list[str]:
 
 def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Yield (name, parameter, what it is) of matrices that are no layer's plain weight, such as a parametrized one."""
-    for name, layer in model.named_modules():
+    for name, layer in unwrapped(model).named_modules():
         if not isinstance(layer, LearnedStepSize):
             for key, parameter in layer._parameters.items():
                 if parameter is not None and parameter.dim() > 1 and key != "weight":

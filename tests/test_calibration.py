@@ -232,3 +232,11 @@ def test_ranks_start_from_the_same_scale(tmp_path):
 def test_a_model_that_is_not_prepared_is_said():
     with pytest.raises(StateError, match="nothing to calibrate"):
         qat.calibrate(torch.nn.Linear(4, 4), [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(4, 8), None])
+def test_what_are_no_batches(wrong):
+    """A tensor would be taken apart into its rows."""
+    model = qat.prepare(nn.Linear(8, 4), qat.QuantPolicy(activation={"bits": 8}), verbose=False)
+    with pytest.raises(StateError, match="give a list or a loader"):
+        qat.calibrate(model, wrong)

@@ -179,6 +179,10 @@ def test_missing_data_is_named(tmp_path):
         ImageData("digits", [0, 0, 0], [1, 1, 1], 4)
     with pytest.raises(DataError, match=r"data\.batch_size=9000 exceeds the 1438"):
         ImageData("digits", [0], [1], 9000)
+    with pytest.raises(DataError, match=r"data\.batch_size=0: give 1 or more"):
+        ImageData("digits", [0], [1], 0)
+    with pytest.raises(DataError, match=r"data\.eval_batch_size=-3: give 1 or more"):
+        ImageData("digits", [0], [1], 4, eval_batch_size=-3)
     with pytest.raises(DataError, match="there is no text file"):
         TextData("files", 8, 2, train=str(tmp_path / "no.txt"))
     with pytest.raises(DataError, match="too few"):

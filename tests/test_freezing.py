@@ -109,9 +109,10 @@ def check_all_or_nothing(freezing):
 
 
 def check_nothing_to_freeze(freezing):
-    for model in (Net(), freezing.freeze(trained())):
-        with pytest.raises(StateError, match=r"nothing to freeze: call qat.prepare"):
-            freezing.freeze(model)
+    with pytest.raises(StateError, match=r"nothing to freeze: call qat.prepare"):
+        freezing.freeze(Net())
+    with pytest.raises(StateError, match="frozen already"):
+        freezing.freeze(freezing.freeze(trained()))
 
 
 def test_same_integers_and_output():

@@ -442,8 +442,8 @@ MUTANTS = [
     Mutant(
         "shapes that do not fit are skipped",
         SURGERY,
-        "    check_shapes(decisions)\n    _check_init",
-        "    _check_init",
+        "    check_shapes(decisions)\n    _require_any",
+        "    _require_any",
         surgery.check_shapes_that_do_not_fit,
     ),
     Mutant(
@@ -457,8 +457,8 @@ MUTANTS = [
     Mutant(
         "layers left alone are not printed",
         SURGERY,
-        "[(name, layer) for name, layer in model.named_modules() if _holds_matrix(layer)]",
-        "[(name, layer) for name, layer in model.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]",
+        "[(name, layer) for name, layer in unwrapped(model).named_modules() if _holds_matrix(layer)]",
+        "[(name, layer) for name, layer in unwrapped(model).named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]",
         surgery.check_table,
     ),
     Mutant(

@@ -196,3 +196,10 @@ def test_a_file_that_holds_no_policy(tmp_path, text):
             QuantPolicy.from_yaml(path)
     else:
         assert QuantPolicy.from_yaml(path).quantizes_nothing()
+
+
+def test_a_file_that_is_no_yaml(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("weight: {bits: 4\n")
+    with pytest.raises(PolicyError, match=r"bad\.yaml is no YAML: .*line 1"):
+        QuantPolicy.from_yaml(path)

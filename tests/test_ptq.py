@@ -794,3 +794,22 @@ def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main()
     assert "damping=-1: give a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("init", ["gptq", "gptaq", "awq", "signround", "blockwise"])
+def test_convolutions_of_several_kernels_on_one_input(init):
+    """A ResNet's 3x3 convolution and its 1x1 shortcut read one tensor, and cut it into different rows."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+            self.shortcut = nn.Conv2d(4, 8, 1, stride=2)
+            self.grouped = nn.Conv2d(4, 8, 1, stride=2, groups=2)
+
+        def forward(self, x):
+            return self.conv(x) + self.shortcut(x) + self.grouped(x)
+
+    model, x = prepared(Block(), init, group_size=None), torch.randn(8, 4, 8, 8)
+    qat.calibrate(model, [x], options=Options(steps=2), verbose=False)
+    assert qat.quantized_tensors(model).keys() == {"conv", "shortcut", "grouped"}

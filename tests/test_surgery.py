@@ -267,10 +267,12 @@ def test_hooks_and_references_survive():
 
 def test_a_subclass_of_linear_is_listed_as_left_alone(capsys):
     """nn.MultiheadAttention reads its out_proj's weight without calling it."""
-    attention = nn.MultiheadAttention(8, 2)
+    attention = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8)])
     qat.prepare(attention, POLICY)
-    assert row_of(capsys.readouterr().out, "out_proj")[-1] == "NonDynamicallyQuantizableLinear stays in full precision"
-    assert bits_of(attention) == {}
+    assert (
+        row_of(capsys.readouterr().out, "0.out_proj")[-1] == "NonDynamicallyQuantizableLinear stays in full precision"
+    )
+    assert bits_of(attention).keys() == {"1"}
 
 
 def test_every_matrix_is_in_the_summary(capsys):
@@ -379,3 +381,39 @@ def test_weights_without_gradient_still_learn_their_step_size():
     prepare(model)
     model(torch.randn(2, 3, 4, 4)).sum().backward()
     assert model.fc.weight.grad is None and model.fc.weight_quantizer.step_size.grad is not None
+
+
+@pytest.mark.parametrize("given", ["conv_w4a4", {"weight": {"bits": 4}, "activation": {"bits": 4}}])
+def test_a_policy_as_a_name_or_fields(given):
+    model = qat.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(2, 2)), given, verbose=False)
+    assert model[1].weight_quantizer.spec.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (qat.QuantSpec(bits=4), r"got QuantSpec: wrap it, QuantPolicy\(weight=spec\)"),
+        (None, "expected a QuantPolicy, got NoneType"),
+        ("conv_w4", "did you mean 'conv_w4a4'"),
+        ({"wieght": {"bits": 4}}, "did you mean 'weight'"),
+    ],
+)
+def test_what_is_no_policy(given, said):
+    with pytest.raises(PolicyError, match=said):
+        qat.prepare(nn.Linear(4, 2), given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(value, dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(dtype)
+    model[1].weight.data[1, 2] = value
+    with pytest.raises(LayerError, match="'1': its weight holds NaN or infinity"):
+        qat.prepare(model, {"weight": {"bits": 4}})
+
+
+def test_a_model_without_a_layer_that_can_be_quantized():
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3))
+    with pytest.raises(LayerError, match=r"Sequential has no layer that can be quantized .* are Conv1d"):
+        qat.prepare(model, {"weight": {"bits": 4}})
+    qat.prepare(model, qat.QuantPolicy(), verbose=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import qat
+from qat import convert as convert_command
 from qat import evaluate as evaluate_command
 from qat import train as train_command
 from qat.checkpoint import read_checkpoint
@@ -128,6 +129,7 @@ def test_a_quantized_run_can_start_another_one(train, tmp_path):
         ("model.builder=resnet2", "did you mean 'resnet20'?"),
         ("task.schedule=cosin", "did you mean 'cosine'?"),
         ("optim.lr=fast", "optim.lr='fast': give a number"),
+        ("optim.lr=-1", "optim.lr=-1: give a number that is not negative"),
         ("trainer.precision=low", "Precision 'low' is invalid"),
     ],
 )
@@ -199,3 +201,34 @@ def test_a_model_of_transformers_trains_in_training_mode(train, tmp_path, recwar
     )
     assert not [warning for warning in recwarn if "eval mode" in str(warning.message)]
     assert qat.quantized_tensors(read_checkpoint(tmp_path / "runs" / "run" / "last.ckpt").build())
+
+
+def test_a_model_of_the_users_own(train, tmp_path, monkeypatch, capsys):
+    """Its checkpoint cannot name its architecture: what convert has to be told is printed; evaluate takes it too."""
+    (tmp_path / "their_nets.py").write_text(
+        "from torch import nn\n"
+        "def small(width=8):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    folder = tmp_path / "configs" / "model"
+    folder.mkdir(parents=True)
+    (folder / "small.yaml").write_text("_target_: their_nets.small\n")
+    (folder / "wide.yaml").write_text("_target_: their_nets.small\nwidth: 16\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = f"--config-dir {tmp_path / 'configs'} data=digits policy=conv_w4a4 trainer.max_epochs=1"
+    train(f"{own} model=wide name=wide")
+    assert " --model package.module:function\n" in capsys.readouterr().out
+    train(f"{own} model=small name=small")
+    assert " --model their_nets:small\n" in capsys.readouterr().out
+
+    run = tmp_path / "runs" / "small"
+    assert convert_command.main([str(run / "last.ckpt"), "--out", str(run / "out"), "--model", "their_nets:small"]) == 0
+    results = []
+    for path in (run / "last.ckpt", run / "out"):
+        capsys.readouterr()
+        evaluate_command.main([str(path), "data=digits", "--model", "their_nets:small"])
+        results.append(capsys.readouterr().out)
+    assert results[0] == results[1] and "accuracy" in results[0]
+    with pytest.raises(SystemExit):
+        evaluate_command.main([str(run / "out"), "data=digits"])
+    assert "on the command line --model package.module:function" in capsys.readouterr().err

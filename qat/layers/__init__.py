@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight
+from ..wrappers import unwrapped
 from .conv import FrozenConv2d, QuantConv2d
 from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
 from .embedding import FrozenEmbedding, QuantEmbedding
@@ -35,12 +36,12 @@ FrozenLayer = FrozenLinear | FrozenConv2d | FrozenEmbedding
 
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """Yield the fake-quant layers of a prepared model, each once, by name."""
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantLayer))
+    return ((name, layer) for name, layer in unwrapped(model).named_modules() if isinstance(layer, QuantLayer))
 
 
 def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLayer]]:
     """Yield the frozen layers of a model, each once, by name."""
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, FrozenLayer))
+    return ((name, layer) for name, layer in unwrapped(model).named_modules() if isinstance(layer, FrozenLayer))
 
 
 def is_prepared(model: nn.Module) -> bool:

@@ -22,6 +22,13 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     return columns.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
+def rows_of(layer: nn.Module) -> tuple:
+    """Return what else than the input decides ``input_rows``: a 3x3 and a 1x1 convolution cut the same image apart."""
+    if isinstance(layer, nn.Linear):
+        return ()
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+
+
 class Moments:
     """The mean of x x^T over all inputs of a layer, in float32.
 

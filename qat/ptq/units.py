@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import QuantLayer
+from .moments import rows_of
 
 Layers = dict[str, QuantLayer]
 Forward = Callable[[nn.Module, Any], Any]
@@ -39,8 +40,8 @@ class Unit:
         context: what parts of the model run in: the autocast that the caller is in, without its cache of weights.
         tied: ids of the model's parameters that are used in several places.
         twin: an unquantized copy of the module, for methods that ask for one.
-        stages: the names of layers that read the same tensor, in the order in which the unit reaches them; a layer that
-            no batch reaches has none.
+        stages: the names of layers that read the same tensor in the same rows, in the order in which the unit reaches
+            them; a layer that no batch reaches has none.
         calls: how often a layer ran on the batch that reached it first.
         reached: the index of that batch.
     """
@@ -66,12 +67,13 @@ class Unit:
             seen: list[tuple[str, Tensor]] = []  # which keeps the tensors, so that no two have the same id
             with hooked(waiting, lambda name, x, seen=seen: seen.append((name, x))):
                 self.run(self.module, index)
-            by_input: dict[int, list[str]] = {}
+            by_input: dict[tuple, list[str]] = {}
             for name, x in seen:
                 self.calls[name] = self.calls.get(name, 0) + 1
                 self.reached[name] = index
-                if waiting.pop(name, None) is not None:
-                    by_input.setdefault(id(x), []).append(name)
+                layer = waiting.pop(name, None)
+                if layer is not None:
+                    by_input.setdefault((id(x), *rows_of(layer)), []).append(name)
             self.stages += by_input.values()
 
     def inputs(self, name: str, twin: bool = False) -> Iterator[list[Tensor]]:

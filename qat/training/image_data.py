@@ -130,6 +130,9 @@ class ImageData(InMemoryData):
             raise DataError(f"the images have {channels} channels: data.mean and data.std need as many numbers")
         if not 0 <= cutout < min(size):
             raise DataError(f"data.cutout={cutout}: the images are {size[0]} x {size[1]}, give 0 to {min(size) - 1}")
+        for key, images in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if images < 1:
+                raise DataError(f"data.{key}={images}: give 1 or more")
         if batch_size > len(self.train_images.labels):
             raise DataError(f"data.batch_size={batch_size} exceeds the {len(self.train_images.labels)} training images")
 

@@ -27,7 +27,7 @@ from ..errors import CheckpointError, QATError, TrainingError
 from ..formats import format_of, read
 from ..freezing import freeze
 from ..layers import is_frozen, is_prepared
-from ..models import build
+from ..models import architecture_of, build
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
 from .checkpointing import LAST, save_checkpoint
@@ -94,7 +94,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.adapter:
         _ship_adapter(run_dir, model, metrics)
     else:
-        _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing())
+        own = _own_model(config.model, task.model)
+        _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
     return metrics
 
 
@@ -215,12 +216,21 @@ def _ship_adapter(run_dir: Path, model: nn.Module, metrics: dict[str, float]) ->
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
+def _own_model(node: DictConfig, model: nn.Module) -> str:
+    """Return what convert has to be told of a model whose checkpoint cannot name its architecture."""
+    if architecture_of(model) is not None:
+        return ""
+    module, _, name = node._target_.rpartition(".")
+    alone = all(str(key).startswith("_") for key in node)  # --model takes no arguments
+    return f" --model {module}:{name}" if alone and module else " --model package.module:function"
+
+
 @rank_zero_only
-def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool) -> None:
+def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool, own_model: str) -> None:
     print(f"run folder  {run_dir}")
     print(f"checkpoint  {checkpoint}")
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if quantized:
-        print(f"next        python -m qat.convert {checkpoint} --to native --out {run_dir / 'artifact'}")
+        print(f"next        python -m qat.convert {checkpoint} --to native --out {run_dir / 'artifact'}{own_model}")
     else:
         print(f"next        python -m qat.train experiment=NAME init_from={checkpoint}")

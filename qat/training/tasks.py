@@ -123,8 +123,8 @@ class Task(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""
         lr = getattr(self.optimizer, "keywords", {}).get("lr")
-        if not isinstance(lr, int | float):
-            raise TrainingError(f"optim.lr={lr!r}: give a number")
+        if not isinstance(lr, int | float) or lr < 0:
+            raise TrainingError(f"optim.lr={lr!r}: give a number that is not negative")
         optimizer = self.optimizer(parameter_groups(self.model, lr, self.step_size_lr_scale))
         factor = learning_rate_factor(self.schedule, self.warmup, total_steps(self.trainer))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,53 @@
+"""What torch puts around a model, and its own shortcuts past the forwards of a model's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .errors import LayerError, StateError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel, DistributedDataParallel and torch.compile: its layers' names are its own.
+
+    Raises:
+        StateError: it is no module.
+    """
+    require_module(model)
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; its class is in a part of torch that is slow to import
+            model = model._orig_mod
+        else:
+            return model
+
+
+def require_module(model: Any) -> None:
+    """Raise StateError for what is no module, and say what to do about a class or a builder."""
+    if not isinstance(model, nn.Module):
+        name = getattr(model, "__name__", None)
+        fix = f"call it: {name}()" if name and callable(model) else "build the model first"
+        raise StateError(f"expected a torch.nn.Module, got {name or type(model).__name__}: {fix}")
+
+
+def require_materialised(model: nn.Module) -> None:
+    """Raise LayerError for lazy layers, whose weights do not exist before the first forward."""
+    names = [name for name, module in model.named_modules() if _is_lazy(module)]
+    if names:
+        raise LayerError(f"lazy layers have no weights yet ({', '.join(names)}): run one batch through the model first")
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def call_every_layer_(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoder`` from its fused forward, which in eval mode reads weights and calls no layer."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # one of the conditions of its fast path
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only the fast path takes

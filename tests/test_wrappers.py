@@ -1,0 +1,87 @@
+"""What torch puts around a model, and its own shortcuts past the forwards of a model's layers."""
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.errors import LayerError, StateError
+
+W4 = {"weight": {"bits": 4}}
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_wrapped_model_has_its_own_names(kind, tmp_path, capsys):
+    wrap, x = WRAPPERS[kind], torch.randn(3, 8)
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(4), rules=[{"match": "2", "weight": {"bits": 8}}])
+    model = wrap(mlp())
+    assert qat.prepare(model, policy) is model
+    assert capsys.readouterr().out.splitlines()[1].startswith("0  ")
+    assert list(qat.quantized_tensors(model)) == ["0", "2"]
+    expected = model.eval()(x)
+    assert qat.freeze(model) is model
+    assert torch.equal(model(x), expected)
+    qat.save(model, tmp_path / "artifact")
+
+    assert torch.equal(qat.load(tmp_path / "artifact", model=mlp())(x), expected)
+    wrapped = wrap(mlp())
+    assert qat.load(tmp_path / "artifact", model=wrapped) is wrapped
+    assert torch.equal(wrapped(x), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_encoder_is_evaluated_with_rounded_weights(padded, tmp_path):
+    """In eval mode without gradients torch would hand the raw weights to one fused operator."""
+
+    def build():
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2)
+
+    def run(model):
+        with torch.no_grad():
+            return model(x, src_key_padding_mask=mask)
+
+    x = torch.randn(3, 5, 16)
+    mask = torch.tensor([[False] * 4 + [padded]] * 3) if padded else None
+    model = qat.prepare(build(), {"weight": {"bits": 2}}, verbose=False)
+    trained = run(model.train())
+    evaluated = run(model.eval())
+    torch.testing.assert_close(evaluated, trained, rtol=0, atol=1e-5)  # raw weights are 0.1 away
+    assert torch.equal(run(qat.freeze(model)), evaluated)
+    qat.save(model, tmp_path / "artifact")
+    assert torch.equal(run(qat.load(tmp_path / "artifact", model=build())), evaluated)
+
+
+def test_a_transformer_encoder_is_calibrated():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = qat.prepare(model, qat.QuantPolicy(activation={"bits": 8}), verbose=False)
+    qat.freeze(qat.calibrate(model, [torch.randn(3, 5, 16)]))
+
+
+def test_lazy_layers_are_named():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(LayerError, match=r"lazy layers .*\(0\): run one batch"):
+        qat.prepare(model, W4)
+    model(torch.randn(1, 3))
+    qat.prepare(model, W4, verbose=False)
+
+
+@pytest.mark.parametrize("wrong", [mlp, nn.Linear, {}, None])
+def test_what_is_no_module(wrong, tmp_path):
+    with pytest.raises(StateError, match=r"expected a torch.nn.Module, got"):
+        qat.prepare(wrong, W4)
+    with pytest.raises(StateError, match=r"expected a torch.nn.Module, got"):
+        qat.freeze(wrong)
+    qat.save(qat.freeze(qat.prepare(mlp(), W4, verbose=False)), tmp_path / "artifact")
+    if wrong is not None:
+        with pytest.raises(StateError, match=r"expected a torch.nn.Module, got"):
+            qat.load(tmp_path / "artifact", model=wrong)
