@@ -10,7 +10,7 @@ so that it is like the text to train on; --test FILE measures on another text.
     base                      in bf16, not trained
     bf16 LoRA                 peft's adapters on the bf16 base: the baseline
     QLoRA                     the same on NF4 codes with double quantization, measured from artifact and adapter
-    joint LSQ + LoRA          adapters and step sizes inside the rounding; its artifact is Q(W + B A)
+    joint LSQ + LoRA from M.  adapters and step sizes inside the rounding, from a quantized W; its artifact is Q(W + B A)
     LoRA, then METHOD         the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
 
@@ -89,9 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA, then METHOD"
     )
-    parser.add_argument(
-        "--starts", nargs="+", choices=METHODS, default=["minmax"], help="of the joint recipe's step sizes"
-    )
+    parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
     parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
     parser.add_argument("--windows", type=int, help="of the held-out text; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
