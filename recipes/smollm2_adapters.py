@@ -10,8 +10,8 @@ so that it is like the text to train on; --test FILE measures on another text.
     base                      in bf16, not trained
     bf16 LoRA                 peft's adapters on the bf16 base: the baseline
     QLoRA                     the same on NF4 codes with double quantization, measured from artifact and adapter
-    joint LSQ + LoRA from M.  adapters and step sizes inside the rounding, from a quantized W; its artifact is Q(W + B A)
-    LoRA, then METHOD         the baseline merged in float32, quantized after training, measured from the artifact
+    joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
+    LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
 
 All train on the same batches with rank 16 on every linear layer but lm_head, AdamW, a cosine after 5 % warm-up and bf16
@@ -43,7 +43,7 @@ PARTS, EVERY = 400, 20
 SETTINGS = ("train", "test", "model", "bits", "group_size", "rank", "steps", "batch_size", "seq_len", "windows")
 METHODS = {"minmax": "round-to-nearest", "mse": "mse", "gptq": "GPTQ", "awq": "AWQ"}
 LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
-AFTER, TORCHAO = "LoRA, then", "torchao QAT + LoRA"
+AFTER, TORCHAO = "LoRA then PTQ", "torchao QAT + LoRA"
 
 
 def main() -> None:
@@ -83,12 +83,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="windows of --seq-len tokens a step")
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument(
-        "--lr", nargs="+", default=["5e-4"], help="learning rates, each of which every recipe runs with"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA, then METHOD"
-    )
+    parser.add_argument("--lr", nargs="+", default=["5e-4"], help="learning rates; every recipe runs with each")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA then PTQ")
     parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
     parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
     parser.add_argument("--windows", type=int, help="of the held-out text; default: all")
@@ -199,7 +195,7 @@ def lora_then(method: str, lr: str, options: argparse.Namespace) -> dict:
     commands.append(evaluation(name, folder / "artifact", options))
     metrics = options.rows.result(name, commands)
     shutil.rmtree(folder, ignore_errors=True)
-    return row(f"{AFTER} {METHODS[method]}", f"int{options.bits}", lr, metrics)
+    return row(f"{AFTER}, {METHODS[method]}", f"int{options.bits}", lr, metrics)
 
 
 def torchao(lr: str, options: argparse.Namespace) -> dict:
@@ -230,9 +226,8 @@ def ranks(options: argparse.Namespace) -> list[str]:
 
 
 def policy(init: str, options: argparse.Namespace) -> list[str]:
-    """Return the overrides of the int4 grid that all share."""
-    sizes = [f"policy.weight.bits={options.bits}", f"policy.weight.group_size={options.group_size}"]
-    return [*sizes, f"policy.init={init}"]
+    """Return the overrides of the integer grid that all share."""
+    return [f"policy.weight.{key}={getattr(options, key)}" for key in ("bits", "group_size")] + [f"policy.init={init}"]
 
 
 def evaluation(name: str, path: Path, options: argparse.Namespace, *more: str) -> list[str]:

@@ -71,12 +71,14 @@ def test_held_out_text_is_none_that_trains(recipe, monkeypatch, tmp_path):
 def test_bars_and_table(recipe, monkeypatch):
     monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     found = [("bf16 LoRA", 2.0), ("bf16 LoRA", 2.2), ("QLoRA", 2.021), ("joint LSQ + LoRA from GPTQ", 2.05)]
-    found += [("LoRA, then GPTQ", 2.06), ("LoRA, then round-to-nearest", 2.04)]
+    found += [("LoRA then PTQ, GPTQ", 2.06), ("LoRA then PTQ, round-to-nearest", 2.04)]
     rows = [recipe.row(name, "x", str(at), {"loss": loss, "perplexity": 1.0}) for at, (name, loss) in enumerate(found)]
     chosen = recipe.best(rows)
     lines = recipe.bars(chosen)
     assert "QLoRA 2.0210, bf16 LoRA 2.0000, +1.05%: DOES NOT HOLD" in lines[0]
-    assert "joint LSQ + LoRA from GPTQ 2.0500, LoRA, then round-to-nearest 2.0400, +0.49%: DOES NOT HOLD" in lines[1]
+    assert (
+        "joint LSQ + LoRA from GPTQ 2.0500, LoRA then PTQ, round-to-nearest 2.0400, +0.49%: DOES NOT HOLD" in lines[1]
+    )
     assert "not measured (torchao is not installed)" in lines[2]
     table = recipe.table(chosen).splitlines()
     assert len(table) == 2 + 5 and table[2] == "| bf16 LoRA | x | 0 | 2.0000 | 1.000 | +0.00% | 1: 2.2000 |"
@@ -112,6 +114,12 @@ def test_every_recipe_on_a_small_llama(recipe, tmp_path):
     assert "$ python" not in done.stdout  # everything was there
     found = json.loads((recipe.OUT / "adapters.json").read_text())
     losses = {row["recipe"]: row["loss"] for row in found["rows"]}
-    assert {"base", recipe.LORA, recipe.QLORA, "LoRA, then GPTQ", "LoRA, then round-to-nearest"} <= losses.keys()
+    assert {
+        "base",
+        recipe.LORA,
+        recipe.QLORA,
+        "LoRA then PTQ, GPTQ",
+        "LoRA then PTQ, round-to-nearest",
+    } <= losses.keys()
     assert all(loss < losses["base"] for name, loss in losses.items() if name != "base")
-    assert losses["LoRA, then GPTQ"] == pytest.approx(losses[recipe.LORA], rel=0.05)
+    assert losses["LoRA then PTQ, GPTQ"] == pytest.approx(losses[recipe.LORA], rel=0.05)
