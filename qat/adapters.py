@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .errors import ArtifactError, StateError
+from .lora_product import use_lora_product_
 
 if TYPE_CHECKING:
     from .quantized_model import QuantizedModel
@@ -29,10 +30,14 @@ CONFIG = "adapter_config.json"  # by which peft knows its folders
 BASE = "base.json"
 
 
+def _is_pefts(module: nn.Module) -> bool:
+    return any(part.__module__.startswith("peft.") for part in type(module).__mro__)
+
+
 def wrapping_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield peft's layers that wrap another one, which is their ``base_layer``, by name."""
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.") and "base_layer" in module._modules:
+        if _is_pefts(module) and "base_layer" in module._modules:
             yield name, module
 
 
@@ -69,7 +74,7 @@ def split(model: nn.Module) -> tuple[nn.Module, Callable[[str], str | None], Cal
         StateError: the adapter is of a kind that cannot lie beside, or is merged.
     """
     wrappers = dict(wrapping_layers(model))
-    peft = type(model).__module__.startswith("peft.")
+    peft = _is_pefts(model)
     if not wrappers and not peft:
         return model, lambda name: name, None
     if not peft:
@@ -78,7 +83,7 @@ def split(model: nn.Module) -> tuple[nn.Module, Callable[[str], str | None], Cal
             "result knows how to save it"
         )
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.") and "original_module" in module._modules:
+        if _is_pefts(module) and "original_module" in module._modules:
             raise StateError(f"{name!r} is trained whole (modules_to_save): leave it out, and give it a rule instead")
     if not wrappers:
         raise StateError("only adapters that wrap layers, such as LoRA, can lie beside a quantized model")
@@ -133,7 +138,7 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
             f"the adapter {folder} was trained {there}, and this base has codes {str(here)[:12]}: "
             "open the base that it was trained on; any_base=True (--any-base) takes it all the same"
         )
-    return import_peft().PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    return use_lora_product_(import_peft().PeftModel.from_pretrained(model, folder, is_trainable=trainable))
 
 
 def fingerprint(model: nn.Module) -> str | None:

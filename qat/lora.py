@@ -12,6 +12,7 @@ from .adapters import import_peft
 from .errors import PolicyError, StateError
 from .freezing import freeze
 from .layers import PackedWeight, is_frozen, is_prepared, make_frozen_, matrix
+from .lora_product import use_lora_product_
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
 from .spec import QuantSpec, as_member
@@ -84,7 +85,7 @@ def lora(
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(a)
             layer.lora_B["default"].weight.copy_(b * (rank / alpha))
-    return wrapped
+    return use_lora_product_(wrapped)
 
 
 @torch.no_grad()
