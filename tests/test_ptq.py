@@ -644,8 +644,9 @@ def test_memory_of_one_block_on_a_gpu(init):
     assert of_eight - of_two < block  # six more blocks
     on_cpu, _, _ = calibrated(8, None)
     same = torch.cat([(codes[name].codes == on_cpu[name].codes).flatten() for name in codes]).float().mean()
-    # Another sum's last bit changes which rounding SignRound learns and which of AWQ's scales is the best.
-    assert same > {"signround": 0.5, "awq": 0.9}.get(init, 0.95)
+    # A last bit moves a code at its edge, and GPTQ passes that on to every column and layer that follows: inputs that
+    # differ by 1e-6 leave 0.8 of its codes on a CPU.
+    assert same > {"gptq": 0.6, "gptaq": 0.6, "signround": 0.5, "awq": 0.9}.get(init, 0.95)
 
 
 # Bad data
