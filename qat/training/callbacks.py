@@ -39,6 +39,8 @@ class Calibration(Callback):
     """
 
     def __init__(self, batches: int = 8, options: dict[str, Any] | None = None) -> None:
+        if batches < 1:
+            raise TrainingError(f"callbacks.calibration.batches={batches}: give 1 or more")
         self.batches, self.options = batches, Options(**(options or {}))
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
@@ -83,6 +85,8 @@ class FakeQuantStart(Callback):
     """
 
     def __init__(self, step: int) -> None:
+        if step < 0:
+            raise TrainingError(f"callbacks.fake_quant_start.step={step}: give 0 or more")
         self.step = step
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
@@ -161,6 +165,8 @@ class ScaleMonitor(Callback):
     """
 
     def __init__(self, every_n_logs: int = 1) -> None:
+        if every_n_logs < 1:
+            raise TrainingError(f"callbacks.scales.every_n_logs={every_n_logs}: give 1 or more")
         self.every_n_logs = every_n_logs
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -215,7 +221,8 @@ class Report(Callback):
 
 def is_log_step(trainer: Trainer) -> bool:
     """Return whether Lightning logs at the step that has just been taken."""
-    return trainer.global_step % trainer.log_every_n_steps == 0
+    every = trainer.log_every_n_steps
+    return every > 0 and trainer.global_step % every == 0
 
 
 def log(trainer: Trainer, values: dict[str, float]) -> None:

@@ -35,6 +35,8 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: str, every_n_steps: int = 1000, monitor: str | None = None, mode: str = "max") -> None:
         if mode not in ("max", "min"):
             raise TrainingError(f"callbacks.checkpoints.mode={mode}: give max or min")
+        if every_n_steps < 1:
+            raise TrainingError(f"callbacks.checkpoints.every_n_steps={every_n_steps}: give 1 or more")
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
         self._saved_at = 0
