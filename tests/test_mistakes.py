@@ -111,6 +111,14 @@ def test_of_text_too(fails, tmp_path, overrides, said):
     assert said in fails(f"{TEXT} {overrides}")
 
 
+def test_a_sweep_with_too_many_overrides_for_a_folder_name_can_count_instead(fails, train, tmp_path):
+    """Hydra names the folder of a job by its overrides."""
+    sweep = f"-m {SHORT} +long={'x' * 300} trainer.max_epochs=0 seed=0,1"
+    assert "choose another with hydra.sweep.subdir='${hydra.job.num}'" in fails(sweep)
+    train(f"{sweep} hydra.sweep.subdir=${{hydra.job.num}}")
+    assert len(list((tmp_path / "runs" / "run").glob("[01]/last.ckpt"))) == 2
+
+
 def test_the_progress_bar_can_be_switched_off(train, tmp_path):
     train(f"{SHORT} trainer.enable_progress_bar=false trainer.log_every_n_steps=0")
     assert (tmp_path / "runs" / "run" / "last.ckpt").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -35,7 +36,8 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, sys.argv[1:]))
     except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
-        fail(f"the run folder {error.filename} cannot be made: {error.strerror}; choose another with run_dir=DIR")
+        fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
+        fail(f"the run folder {error.filename} cannot be made: {error.strerror}; choose another with {fix}")
     except ValueError as error:
         nulls = [word for word in sys.argv[1:] if word.endswith("=null")]
         if not nulls or "Config group override" not in str(error):

@@ -31,9 +31,11 @@ from ..layers import is_frozen, is_prepared
 from ..models import architecture_of, build
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
+from ..surgery import stored_size
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
 from .instantiation import check_least, check_types, make
+from .result import remove_result, write_result
 from .tasks import Task
 from .tokenizer import keep_tokenizer
 
@@ -59,6 +61,7 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _check(config)
     run_dir = _run_dir(config)
+    rank_zero_only(remove_result)(run_dir)
     resume = _resume_from(config.resume, run_dir)
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
@@ -104,6 +107,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
+    rank_zero_only(write_result)(run_dir, metrics, None if config.adapter else stored_size(task.model))
     if config.adapter:
         _ship_adapter(run_dir, model, metrics)
     else:
