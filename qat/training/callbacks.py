@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..accumulation import weight_quantizers
 from ..calibration import activation_quantizers, calibrate, weights_wait
+from ..checkpoint import random_input
 from ..errors import TrainingError
-from ..layers import quant_layers
+from ..layers import is_prepared, quant_layers
 from ..memory import estimate
 from ..numerics import stored_scale
 from ..ptq import Options
 from ..quantizers import LearnedStepSize, Quantizer
+from ..reach import check
 from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
 from .metrics import cross_entropy, logits_of, run
@@ -54,6 +56,32 @@ class Calibration(Callback):
             calibrate(task.model, batches, lambda _, batch: task(*batch), self.options, rank_zero_only.rank == 0)
         if waiting:
             rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
+
+
+class Reach(Callback):
+    """Says before the first step which layers are not reached, and whose weights miss their fake quantization.
+
+    It runs one random example, as ``qat.check`` has it.
+    """
+
+    def on_fit_start(self, trainer: Trainer, task: Task) -> None:
+        """Check a prepared model."""
+        if task.example is None or not is_prepared(task.model):
+            return
+        example = random_input(task.example, batch=1).to(task.device)
+        try:
+            with trainer.strategy.precision_plugin.forward_context():
+                lines = check(task.model, example, run)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:  # not for such a batch
+            lines = [f"not checked which layers a batch reaches: {str(error).splitlines()[0]}"]
+        for line in lines:
+            rank_zero_only(print)(f"warning     {line}")
 
 
 class MemoryEstimate(Callback):
