@@ -1,7 +1,7 @@
 # Every target sets itself up, on a fresh machine too: Python 3.11 or newer, make and the package index are enough.
 #
 #   make demo                      train a 4-bit network and ship it, in minutes on a CPU
-#   make test                      the default tests; also test-slow, test-gpu, test-clients, test-executorch, lint
+#   make test                      the default tests; also test-slow, test-gpu, test-clients, test-executorch, lint, hooks
 #   make bench-int4                what benchmarks/NOTES.md wants to know of the int4 kernels, on a GPU
 #   make test ARGS="-k lsq -x"     more arguments for pytest
 #   make test PYTHON=python3.12    another interpreter, in an environment of its own
@@ -20,7 +20,7 @@ PY      := $(VENV)/bin/python
 PYTEST  := $(PY) -P -m pytest
 DEFAULT := not slow and not gpu and not clients
 
-.PHONY: demo test test-slow test-gpu test-clients test-executorch .test-executorch bench-int4 lint clean
+.PHONY: demo test test-slow test-gpu test-clients test-executorch .test-executorch bench-int4 lint hooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-data
@@ -56,6 +56,10 @@ bench-int4: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# What a commit is checked for once `pre-commit install` has run; it reads the files that git knows.
+hooks: $(VENV)/installed-dev
+	$(PY) -m pre_commit run --all-files --show-diff-on-failure
 
 clean:
 	rm -rf .venv* build dist *.egg-info

@@ -22,6 +22,7 @@ _HOME = {
     "start_from": "starting",
     "summary": "surgery",
     "calibrate": "calibration",
+    "check": "reach",
     "kept_weights": "accumulation",
     "shard_step_sizes": "sharding",
     "freeze": "freezing",

@@ -91,11 +91,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: it is damaged, or holds more than tensors and plain values, which are never "
-            f"executed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from None
+            f"{path} cannot be read: it is no checkpoint, or damaged, or holds more than tensors and plain values, "
+            "which are never executed"
+        ) from error
     if not isinstance(content, dict) or "qat" not in content or "state_dict" not in content:
         raise CheckpointError(f"{path} is no checkpoint of python -m qat.train")
     about = content["qat"]

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import QATError
-from .training.command_line import explain, fail
+from .training.command_line import TRACEBACK_WANTED, explain, fail
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        fail(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
     try:
         with initialize_config_module("qat.conf", version_base="1.3"):
             config = compose(CONFIG, overrides=options.overrides)
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"with the adapter {adapter}; --no-adapter leaves it out")
         metrics = evaluate_path(options.path, config, options.device, options.reference, adapter, options.model)
     except (QATError, HydraException, OmegaConfBaseException) as error:
+        if TRACEBACK_WANTED:
+            raise
         fail(explain(error, CONFIG, options.overrides))
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if abs(value) >= 0.01 else f"{name} {value:.3g}")  # a small divergence is no zero
@@ -76,9 +80,13 @@ def evaluate_path(
     import torch
 
     from .training.evaluation import evaluate
-    from .training.run import make
+    from .training.instantiation import make
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise QATError(f"--device {device}: {str(error).splitlines()[0]}") from error
     compared = None if reference is None else read_model(reference)
     model = read_model(path, own_model)
     if adapter is not None:

@@ -196,7 +196,6 @@ def outline(quantized: QuantizedModel, model: nn.Module | None = None) -> nn.Mod
         StateError: the given model is prepared or frozen.
         ArtifactError: it does not name its architecture, or has other layers or names than the given model.
     """
-
     model = _frozen(quantized, model, codes=False)
     own = model.state_dict()
     names = {*_quantized_names(model), *quantized.dense, *quantized.tied}

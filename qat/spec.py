@@ -135,6 +135,9 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise SpecError(f"bits={self.bits!r}: give a whole number from 2 to 8")
+        for name, value in (("symmetric", self.symmetric), ("signed", self.signed)):
+            if not isinstance(value, bool) and (value is not None or name == "symmetric"):
+                raise SpecError(f"{name}={value!r}: give True or False" + (" or None" if name == "signed" else ""))
         if self.granularity is None:
             self.granularity = Granularity.channel if self.group_size is None else Granularity.group
         self.granularity = as_member(Granularity, "granularity", self.granularity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .layers import (
     Conv1D,
     FrozenLayer,
     FrozenLinear,
+    PackedWeight,
     QuantLayer,
     is_frozen,
     is_prepared,
@@ -185,6 +187,29 @@ def _decide_embedding(
 
 def summary(model: nn.Module) -> str:
     """Return the table of a prepared model's layers: what each became, and why the others were left alone."""
+    return _table(model, _decisions_of(model))
+
+
+def stored_size(model: nn.Module) -> tuple[float, int]:
+    """Return the mean bits of a weight, scales included, and about how many bytes a model's tensors take when stored.
+
+    Args:
+        model: plain, prepared or frozen.
+    """
+    _, bits, weights = _rows(model, _decisions_of(model))
+    rest = 0
+    for module in unwrapped(model).modules():
+        if isinstance(module, LearnedActivation):
+            rest += module.scale().nbytes
+        elif not isinstance(module, Quantizer | PackedWeight):
+            saved = {name: value for name, value in module._buffers.items() if value is not None}
+            saved = [value for name, value in saved.items() if name not in module._non_persistent_buffers_set]
+            rest += sum(value.nbytes for value in saved)
+            rest += sum(p.nbytes for p in module._parameters.values() if p is not None and p.dim() < 2)
+    return (bits / weights if weights else 0.0), math.ceil(bits / 8) + rest
+
+
+def _decisions_of(model: nn.Module) -> list[Decision]:
     decisions = []
     for name, layer in unwrapped(model).named_modules():
         if isinstance(layer, QuantLayer | FrozenLayer):
@@ -194,7 +219,7 @@ def summary(model: nn.Module) -> str:
             decisions.append(Decision(name, layer, *specs))
         elif _holds_matrix(layer):
             decisions.append(Decision(name, layer, None, None, "not quantized"))
-    return _table(model, decisions)
+    return decisions
 
 
 def _holds_matrix(layer: nn.Module) -> bool:
@@ -286,7 +311,8 @@ def _dynamic_problems(decision: Decision) -> list[str]:
     return []
 
 
-def _table(model: nn.Module, decisions: list[Decision]) -> str:
+def _rows(model: nn.Module, decisions: list[Decision]) -> tuple[list[tuple[str, ...]], float, int]:
+    """Return the table's rows, and the bits and the number of all weights, those that are tied once."""
     rows = [("layer", "shape", "weight", "input", "bits/weight", "")]
     names: dict[int, str] = {}
     total_bits = total_weights = 0
@@ -310,6 +336,11 @@ def _table(model: nn.Module, decisions: list[Decision]) -> str:
         bits = other.element_size() * 8.0
         rows.append((name, "x".join(map(str, other.shape)), "-", "-", f"{bits:.2f}", note))
         total_bits, total_weights = total_bits + bits * other.numel(), total_weights + other.numel()
+    return rows, total_bits, total_weights
+
+
+def _table(model: nn.Module, decisions: list[Decision]) -> str:
+    rows, total_bits, total_weights = _rows(model, decisions)
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)

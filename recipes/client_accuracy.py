@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.training.evaluation import evaluate
-from qat.training.run import make
+from qat.training.instantiation import make
 
 Outputs = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> logits (B, classes)
 

@@ -2,6 +2,10 @@
 
 import os
 import random
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 import hypothesis
 import numpy
@@ -44,3 +48,32 @@ def _seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qat.training.command_line.TRACEBACK_WANTED", False)
+
+    def run(command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train", *command.split()])
+        import_module("qat.train").main()
+
+    return run
+
+
+@pytest.fixture
+def fails(train: Callable[[str], None], capfd: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run a command that is expected to fail, and return its one line."""
+
+    def run(command: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train(command)
+        assert stopped.value.code == 1
+        line = capfd.readouterr().err
+        assert line.startswith("error: ") and line.count("\n") == 1, line
+        return line
+
+    return run

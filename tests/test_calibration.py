@@ -1,6 +1,6 @@
 """calibrate: step sizes of inputs from several batches, the same on every rank, once.
 
-``check_*`` takes the module under test, so that test_mutants.py can show that it fails on a wrong one.
+``check_*`` takes the module under test, so that the mutants' tests can show that it fails on a wrong one.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Fake-quant layers and their frozen twins: one set of integers, one dequantized weight, one output.
 
-``check_*`` takes the modules under test, so that test_mutants.py can show that it fails on a wrong one.
+``check_*`` takes the modules under test, so that the mutants' tests can show that it fails on a wrong one.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """LSQ's quantizers: the gradient scale, how step sizes start, and the state that holds them.
 
-``check_*`` takes the module under test, so that test_mutants.py can show that it fails on a wrong one.
+``check_*`` takes the module under test, so that the mutants' tests can show that it fails on a wrong one.
 """
 
 import copy

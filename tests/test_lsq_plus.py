@@ -1,4 +1,7 @@
-"""LSQ+: the paper's gradients in float64, one element at a time, and the way of a zero point into the artifact."""
+"""LSQ+: the paper's gradients in float64, one element at a time, and the way of a zero point into the artifact.
+
+``check_*`` takes the module under test, so that the mutants' tests can show that it fails on a wrong one.
+"""
 
 import math
 
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qat
-from qat.quantizers import ActivationLSQPlus, ActivationStatistics
+from qat.quantizers import ActivationStatistics, lsq_plus
 from qat.spec import Init
 
 CPU = torch.device("cpu")
@@ -19,9 +22,9 @@ def asymmetric(bits):
     return qat.QuantSpec(bits=bits, granularity="tensor", symmetric=False)
 
 
-def made(bits, scale, steps_below_zero):
+def made(bits, scale, steps_below_zero, lsq_plus=lsq_plus):
     """Return a quantizer whose lowest code stands for ``-steps_below_zero * scale``."""
-    quantizer = ActivationLSQPlus(asymmetric(bits), CPU, "layer")
+    quantizer = lsq_plus.ActivationLSQPlus(asymmetric(bits), CPU, "layer")
     quantizer.set_step_size(torch.tensor(scale))
     with torch.no_grad():
         quantizer.offset.fill_(-steps_below_zero * scale)
@@ -34,11 +37,11 @@ def made(bits, scale, steps_below_zero):
     scale=st.sampled_from([0.25, 0.0390625, 1.5]),
     seed=st.integers(0, 2**16),
 )
-def test_values_and_gradients_are_the_papers(bits, share, scale, seed):
+def check_values_and_gradients(lsq_plus, bits, share, scale, seed):
     """Equations 2 to 6 of arXiv:2004.09576, where the offset is a whole number of steps: there both agree exactly."""
     levels = 2**bits - 1
     below = round(share * levels)
-    quantizer, offset = made(bits, scale, below), -below * scale
+    quantizer, offset = made(bits, scale, below, lsq_plus), -below * scale
     generator = torch.Generator().manual_seed(seed)
     x = (2 * levels * scale * (torch.rand(3, 16, generator=generator) - 0.5)).double()
     x[0, 0], x[0, 1], x[0, 2] = offset, offset + levels * scale, 0.0  # both bounds, and the code of zero
@@ -60,18 +63,88 @@ def test_values_and_gradients_are_the_papers(bits, share, scale, seed):
     assert quantizer.offset.grad.item() == pytest.approx(grad_offset * g, rel=1e-5, abs=1e-5)
 
 
-def test_zero_always_has_a_code():
-    for below in (-3.0, 0.0, 2.4, 40.0):
-        quantizer = made(4, 0.5, below)
+def test_values_and_gradients_are_the_papers():
+    check_values_and_gradients(lsq_plus)
+
+
+def check_zero_has_a_code(lsq_plus):
+    for below, code in ((-3.0, -8), (0.0, -8), (2.4, -6), (2.6, -5), (40.0, 7)):
+        quantizer = made(4, 0.5, below, lsq_plus)
         assert quantizer(torch.zeros(5)).tolist() == [0.0] * 5
-        assert -8 <= quantizer.zero_point().item() <= 7
+        assert quantizer.zero_point().item() == code and quantizer.zero_point().dtype == torch.int8
 
 
-@pytest.mark.parametrize("init", [Init.minmax, Init.lsq, Init.mse])
-def test_it_starts_at_the_range_or_at_the_least_error(init):
+def test_zero_always_has_a_code():
+    check_zero_has_a_code(lsq_plus)
+
+
+def check_stored_scale(lsq_plus):
+    """A step size between two bf16 numbers: values, masks and gradients are those of the one it is stored as."""
+    stored, steps = 0.3515625, 4
+    quantizer, exact = (made(4, stored, steps, lsq_plus) for _ in range(2))
+    with torch.no_grad():
+        quantizer.step_size.mul_(1.001)
+    x = torch.linspace(-3, 6, 91)
+    results = []
+    for each in (quantizer, exact):
+        inputs = x.clone().requires_grad_()
+        y = each(inputs)
+        (y * x.cos()).sum().backward()
+        results.append((y.detach(), inputs.grad, each.step_size.grad, each.offset.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def check_bf16_inputs(lsq_plus):
+    """Gradients of bf16 inputs are summed in float32: those of the same values in float64, but for its rounding."""
+    x = (torch.randn(64, 64) * 3).bfloat16()
+    upstream = torch.randn(64, 64).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        quantizer = made(4, 0.5, 5, lsq_plus)
+        quantizer(x.to(dtype)).backward(upstream.to(dtype))
+        results.append(torch.cat([quantizer.step_size.grad, quantizer.offset.grad]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def check_start(lsq_plus):
+    """A stored scale and zero point come out as they went in, and say what is a code of what."""
+    for zero_point in (-8, -3, 0, 7):
+        quantizer = lsq_plus.ActivationLSQPlus(asymmetric(4), CPU, "layer")
+        quantizer.start(torch.tensor([[0.25]]), torch.tensor([[zero_point]], dtype=torch.int8))
+        assert quantizer.zero_point().item() == zero_point and quantizer.scale().item() == 0.25
+        ends = quantizer(torch.tensor([-1e3, 1e3]))
+        assert ends.tolist() == [(-8 - zero_point) * 0.25, (7 - zero_point) * 0.25]
+
+
+def check_grid_is_signed(lsq_plus):
+    """Whatever a spec leaves open: codes run from -8 to 7, and so after loading."""
+    quantizer = lsq_plus.ActivationLSQPlus(asymmetric(4), CPU, "layer")
+    assert quantizer.spec.signed is True and bool(quantizer.signed)
+
+
+@pytest.mark.parametrize("check", [check_stored_scale, check_bf16_inputs, check_start, check_grid_is_signed])
+def test_what_is_stored(check):
+    check(lsq_plus)
+
+
+def check_enabled(lsq_plus):
+    quantizer = made(4, 0.5, 3, lsq_plus)
+    quantizer.enabled = False
+    assert quantizer(x := torch.randn(5)) is x
+    quantizer.enabled = True
+    quantizer.observer = ActivationStatistics(CPU)
+    assert quantizer(x) is x
+
+
+def test_it_passes_values_before_its_start_and_in_calibration():
+    check_enabled(lsq_plus)
+
+
+def check_start_from_data(lsq_plus, init):
     values = torch.nn.functional.silu(torch.randn(4096, generator=torch.Generator().manual_seed(0)))
     values[0] = 30.0
-    quantizer = ActivationLSQPlus(asymmetric(4), CPU, "layer", init)
+    quantizer = lsq_plus.ActivationLSQPlus(asymmetric(4), CPU, "layer", init)
     statistics = ActivationStatistics(CPU, keep_sample=init is Init.mse)
     for batch in values.chunk(4):
         statistics.update(batch)
@@ -87,6 +160,20 @@ def test_it_starts_at_the_range_or_at_the_least_error(init):
         assert quantizer.step_size.item() == pytest.approx(step)
         assert quantizer.offset.item() == pytest.approx(low)
         assert error == pytest.approx(expected, rel=0.05)
+
+
+def check_start_at_the_range(lsq_plus):
+    check_start_from_data(lsq_plus, Init.minmax)
+    check_start_from_data(lsq_plus, Init.lsq)
+
+
+def check_start_at_the_least_error(lsq_plus):
+    check_start_from_data(lsq_plus, Init.mse)
+
+
+@pytest.mark.parametrize("check", [check_start_at_the_range, check_start_at_the_least_error])
+def test_it_starts_at_the_range_or_at_the_least_error(check):
+    check(lsq_plus)
 
 
 def test_an_offset_learns_what_a_symmetric_grid_cannot_hold():

@@ -1,6 +1,6 @@
 """The one arithmetic, against scalar Python: codes, dequantized weights, LSQ's gradients, and the scale's rounding.
 
-Each ``check_*`` takes the module under test, so that test_mutants.py can show that it fails on a wrong one.
+Each ``check_*`` takes the module under test, so that the mutants' tests can show that it fails on a wrong one.
 
 The straight-through gradients are the exact derivative of a surrogate. Round the ratio at the point (x0, s0) and keep
 what rounding added as a constant c = round(clip(x0 / s0)) - clip(x0 / s0). The surrogate

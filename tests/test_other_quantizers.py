@@ -1,4 +1,7 @@
-"""PACT and min-max against closed forms; and what every quantizer has to keep: the same bits in training and after."""
+"""PACT and min-max against closed forms; and what every quantizer has to keep: the same bits in training and after.
+
+``check_*`` takes the module under test, so that the mutants' tests can show that it fails on a wrong one.
+"""
 
 import copy
 
@@ -8,7 +11,8 @@ from torch import nn
 
 import qat
 from qat.errors import LayerError, PolicyError
-from qat.quantizers import ActivationMinMax, ActivationPACT, ActivationRange, WeightMinMax
+from qat.quantizers import minmax
+from qat.quantizers import pact as pact_module
 from qat.spec import Init, QuantSpec
 from qat.training.optimization import parameter_groups
 
@@ -36,21 +40,22 @@ def network():
     )
 
 
-def pact(bits, step_size, signed=False):
-    quantizer = ActivationPACT(QuantSpec(bits=bits, granularity="tensor", signed=signed), CPU, "layer", Init.minmax)
+def pact(bits, step_size, signed=False, module=pact_module):
+    quantizer = module.ActivationPACT(
+        QuantSpec(bits=bits, granularity="tensor", signed=signed), CPU, "layer", Init.minmax
+    )
     quantizer.set_step_size(torch.tensor(step_size))
     return quantizer
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_pact_is_the_papers(bits):
+def check_pact(module, bits=4):
     """y = clip(x, 0, a) rounded to a / (2^bits - 1); dy/dx = 1 below a and above 0; dy/da = 1 from a on."""
     levels = 2**bits - 1
     step = 0.0625
     bound = levels * step
     x = torch.linspace(-bound, 2 * bound, 97, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(97, dtype=torch.float64)
-    quantizer = pact(bits, step)
+    quantizer = pact(bits, step, module=module)
     y = quantizer(x)
     (y * upstream).sum().backward()
     clipped = x.detach().clamp(0, bound)
@@ -58,6 +63,58 @@ def test_pact_is_the_papers(bits):
     assert torch.equal(x.grad, upstream * ((x > 0) & (x < bound)))
     grad_bound = upstream[x.detach() >= bound].sum().item()
     assert quantizer.step_size.grad.item() == pytest.approx(grad_bound / levels, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pact_is_the_papers(bits):
+    check_pact(pact_module, bits)
+
+
+def check_signed_pact(module):
+    """Clipped at both ends, which both move the step size: dy/ds = -q_n below, q_p above, over q_p^2."""
+    quantizer = pact(4, 0.5, signed=True, module=module)
+    x = torch.tensor([-9.0, -4.0, -1.3, 0.0, 2.2, 3.5, 8.0], requires_grad=True)
+    y = quantizer(x)
+    assert y.tolist() == [-4.0, -4.0, -1.5, 0.0, 2.0, 3.5, 3.5]
+    y.backward(torch.tensor([1.0, 2, 4, 8, 16, 32, 64]))
+    assert x.grad.tolist() == [0, 0, 4, 8, 16, 0, 0]
+    assert quantizer.step_size.grad.item() == pytest.approx((-8 * 3 + 7 * 96) / 49)
+
+
+def check_pacts_stored_scale(module):
+    """A step size between two bf16 numbers: values and gradients are those of the one it is stored as."""
+    results = []
+    for step in (0.3515625, 0.3515625 * 1.001):
+        quantizer, x = pact(4, 0.3515625, module=module), torch.linspace(-1, 7, 81).requires_grad_()
+        with torch.no_grad():
+            quantizer.step_size.fill_(step)
+        x.data[0] = 15 * 0.3515625
+        y = quantizer(x)
+        y.sum().backward()
+        results.append((y.detach(), x.grad, quantizer.step_size.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def check_pact_in_bf16(module):
+    x, upstream = (torch.randn(64, 64) * 8).bfloat16(), torch.randn(64, 64).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        quantizer = pact(4, 0.5, module=module)
+        quantizer(x.to(dtype)).backward(upstream.to(dtype))
+        results.append(quantizer.step_size.grad)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def check_pact_waits(module):
+    quantizer = pact(4, 0.5, module=module)
+    quantizer.enabled = False
+    assert quantizer(x := torch.randn(5)) is x
+
+
+@pytest.mark.parametrize("check", [check_signed_pact, check_pacts_stored_scale, check_pact_in_bf16, check_pact_waits])
+def test_pact_beyond_the_paper(check):
+    check(pact_module)
 
 
 def test_sgd_moves_pacts_bound_as_if_it_were_the_parameter():
@@ -80,10 +137,9 @@ def test_only_pacts_bounds_decay():
         assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("spec", [{}, {"group_size": 8}, {"granularity": "tensor"}])
-def test_a_minmax_weight_follows_its_range_and_passes_gradients(spec):
+def check_minmax_weight(module, spec):
     weight = torch.randn(6, 16, requires_grad=True)
-    quantizer = WeightMinMax(QuantSpec(bits=3, **spec), "layer")
+    quantizer = module.WeightMinMax(QuantSpec(bits=3, **spec), "layer")
     blocks = weight.detach().reshape(
         {"tensor": (1, 1, -1)}.get(spec.get("granularity"), (6, -1, spec.get("group_size", 16)))
     )
@@ -93,12 +149,42 @@ def test_a_minmax_weight_follows_its_range_and_passes_gradients(spec):
     assert torch.equal(y, expected + 0.0)
     y.backward(upstream := torch.randn(6, 16))
     assert torch.equal(weight.grad, upstream)
+    assert torch.equal(quantizer.quantize(weight.detach()).dequantize(), y.detach())
     with pytest.raises(LayerError, match="NaN"):
         quantizer.quantize(torch.full((6, 16), torch.nan))
+    quantizer.enabled = False
+    assert quantizer(weight) is weight
 
 
-def test_a_minmax_input_follows_the_average_range_in_training_only():
-    quantizer = ActivationMinMax(QuantSpec(bits=8, granularity="tensor", signed=True), CPU, "layer")
+def check_minmax_weights(module):
+    for spec in ({}, {"group_size": 8}, {"granularity": "tensor"}):
+        check_minmax_weight(module, spec)
+
+
+def check_asymmetric_minmax_weight(module):
+    """Codes 0 to 15 span the values and 0, shifted by 8, in steps of bf16; what is frozen is what is trained."""
+    weight = torch.tensor([[0.5, 2.0, 3.75, 1.0], [-1.0, 2.0, 2.75, 0.25]])
+    quantizer = module.WeightMinMax(QuantSpec(bits=4, symmetric=False, signed=None), "layer")
+    tensor = quantizer.quantize(weight)
+    assert tensor.scale.flatten().tolist() == [0.25, 0.25] and tensor.zero_point.flatten().tolist() == [-8, -4]
+    assert tensor.codes.tolist() == [[-6, 0, 7, -4], [-8, 4, 7, -3]]
+    assert torch.equal(quantizer(weight), weight) and torch.equal(tensor.dequantize(), weight)
+
+
+def check_signed_minmax_weight(module):
+    """A weight's grid is signed, whatever the spec says."""
+    weight = torch.tensor([[-3.0, 1.0]])
+    quantizer = module.WeightMinMax(QuantSpec(bits=3, signed=False), "layer")
+    assert torch.equal(quantizer(weight), weight) and quantizer.spec.signed is True
+
+
+@pytest.mark.parametrize("check", [check_minmax_weights, check_asymmetric_minmax_weight, check_signed_minmax_weight])
+def test_a_minmax_weight_follows_its_range_and_passes_gradients(check):
+    check(minmax)
+
+
+def check_minmax_input(module):
+    quantizer = module.ActivationMinMax(QuantSpec(bits=8, granularity="tensor", signed=True), CPU, "layer")
     quantizer.set_step_size(torch.tensor(1.0))
     assert not list(quantizer.parameters()) and "step_size" in quantizer.state_dict()
     quantizer.eval()(torch.tensor([254.0]))
@@ -107,14 +193,37 @@ def test_a_minmax_input_follows_the_average_range_in_training_only():
     assert quantizer.step_size.item() == pytest.approx(0.99 + 0.01 * 2)
     quantizer(torch.zeros(0))
     assert quantizer.step_size.item() == pytest.approx(0.99 * 1.01)
+    quantizer.enabled = False
+    assert quantizer(x := torch.tensor([254.0])) is x
+    assert quantizer.step_size.item() == pytest.approx(0.99 * 1.01)
 
 
-def test_a_minmax_input_with_an_offset_follows_both_ends():
-    quantizer = ActivationRange(QuantSpec(bits=8, granularity="tensor", symmetric=False), CPU, "layer")
+def check_unsigned_minmax_input(module):
+    """Its range is that of the positive values alone, and a batch is rounded with the step size that it has moved."""
+    quantizer = module.ActivationMinMax(QuantSpec(bits=8, granularity="tensor", signed=False), CPU, "layer")
+    quantizer.set_step_size(torch.tensor(1.0))
+    y = quantizer.train()(torch.tensor([-5100.0, 510.0]))
+    assert quantizer.step_size.item() == pytest.approx(0.99 + 0.01 * 2)
+    scale = torch.tensor(1.01).bfloat16().item()
+    assert y.tolist() == [0.0, pytest.approx(255 * scale)]
+
+
+def check_minmax_input_with_an_offset(module):
+    quantizer = module.ActivationRange(QuantSpec(bits=8, granularity="tensor", symmetric=False), CPU, "layer")
     quantizer.set_range(torch.tensor([[-1.0]]), torch.tensor([[3.0]]))
     quantizer.train()(torch.tensor([1.0, 7.0]))
     assert quantizer.offset.item() == pytest.approx(-0.99)
     assert quantizer.step_size.item() == pytest.approx((0.99 * 4 + 0.01 * 7) / 255)
+    assert not list(quantizer.parameters()) and {"step_size", "offset"} <= quantizer.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_minmax_input, check_unsigned_minmax_input, check_minmax_input_with_an_offset],
+    ids=lambda f: f.__name__,
+)
+def test_a_minmax_input_follows_the_average_range_in_training_only(check):
+    check(minmax)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

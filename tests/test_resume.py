@@ -57,7 +57,15 @@ def compare(a, b, where: str) -> None:
         assert a == b, where
 
 
-def check(folder: Path, overrides: str, kills: list[tuple[int, str]], how: str = "SIGKILL", status: int = -9) -> None:
+def check(
+    folder: Path,
+    overrides: str,
+    kills: list[tuple[int, str]],
+    how: str = "SIGKILL",
+    status: int = -9,
+    steps_on: int = 1,
+) -> None:
+    """Compare a run that is killed and resumed with one that is not; SIGTERM lets it go on for so many steps."""
     (folder / "killer.py").write_text(KILLER)
     whole = train(folder, f"{overrides} name=whole")
     assert whole.returncode == 0, whole.stderr
@@ -68,19 +76,22 @@ def check(folder: Path, overrides: str, kills: list[tuple[int, str]], how: str =
         killed = train(folder, f"{overrides} name={name} {kill}")
         assert killed.returncode == status, killed.stderr
         if how == "SIGTERM":  # it saves the step that it was in
-            assert f"stopped by SIGTERM at step {step + 1}" in killed.stdout
+            assert f"stopped by SIGTERM at step {step + steps_on}" in killed.stdout
             saved = torch.load(folder / "runs" / name / "last.ckpt", weights_only=True)
-            assert saved["global_step"] == step + 1
-        resumed = train(folder, f"{overrides} name={name} resume=auto")
-        assert resumed.returncode == 0, resumed.stderr
-        assert "calibrated" not in resumed.stdout
-        expected, found = (folder / "runs" / run / "metrics.csv" for run in ("whole", name))
-        assert expected.read_text() == found.read_text(), name
-        expected, found = (
-            torch.load(folder / "runs" / run / "last.ckpt", weights_only=True) for run in ("whole", name)
-        )
-        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "rng", "qat"):
-            compare(expected[part], found[part], f"{name}: {part}")
+            assert saved["global_step"] == step + steps_on
+        resume_and_compare(folder, overrides, name)
+
+
+def resume_and_compare(folder: Path, overrides: str, name: str) -> None:
+    """Finish a run, and fail unless it ends as the run "whole" did."""
+    resumed = train(folder, f"{overrides} name={name} resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "calibrated" not in resumed.stdout
+    expected, found = (folder / "runs" / run / "metrics.csv" for run in ("whole", name))
+    assert expected.read_text() == found.read_text(), name
+    expected, found = (torch.load(folder / "runs" / run / "last.ckpt", weights_only=True) for run in ("whole", name))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "rng", "qat"):
+        compare(expected[part], found[part], f"{name}: {part}")
 
 
 def test_images_killed_in_mid_epoch(tmp_path):
@@ -89,6 +100,34 @@ def test_images_killed_in_mid_epoch(tmp_path):
 
 def test_images_stopped_by_sigterm(tmp_path):
     check(tmp_path, SMALL_IMAGES, [(53, "on_train_batch_start")], "SIGTERM", 128 + 15)
+
+
+def test_images_stopped_by_sigterm_during_validation(tmp_path):
+    """It ends first; the step before it is then saved."""
+    check(tmp_path, f"{SMALL_IMAGES} data.eval_batch_size=50", [(44, "on_validation_batch_start")], "SIGTERM", 143, 0)
+
+
+@pytest.mark.slow
+def test_text_stopped_by_sigterm_during_validation_in_mid_epoch(tmp_path):
+    check(tmp_path, SMALL_TEXT, [(7, "on_validation_batch_start"), (14, "on_validation_batch_end")], "SIGTERM", 143)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "step"),
+    [
+        (SMALL_IMAGES, 33),  # between two saves
+        pytest.param(SMALL_TEXT, 10, marks=pytest.mark.slow),
+        pytest.param(SMALL_TEXT, 14, marks=pytest.mark.slow),  # with a validation due
+        pytest.param(SMALL_TEXT, 20, marks=pytest.mark.slow),  # at the end of an epoch
+    ],
+)
+def test_max_steps_in_mid_epoch_and_on_from_there(tmp_path, overrides, step):
+    overrides += " task.schedule=constant task.warmup=0"  # others depend on the number of all steps
+    for arguments in ("name=whole", f"name=cut trainer.max_steps={step}"):
+        done = train(tmp_path, f"{overrides} {arguments}")
+        assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "runs" / "cut" / "last.ckpt", weights_only=True)["global_step"] == step
+    resume_and_compare(tmp_path, overrides, "cut")
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """prepare: each layer becomes what the policy says, nothing else changes, and nothing is skipped in silence.
 
-``check_*`` takes the modules under test, so that test_mutants.py can show that it fails on a wrong one.
+``check_*`` takes the modules under test, so that the mutants' tests can show that it fails on a wrong one.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
-"""The command line from full precision to a measured 4-bit model, and what it says when something is wrong."""
+"""The command line from full precision to a measured 4-bit model."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 import qat
 from qat import convert as convert_command
 from qat import evaluate as evaluate_command
-from qat import train as train_command
 from qat.checkpoint import read_checkpoint
 from qat.quantizers import LearnedStepSize
 from qat.training.evaluation import evaluate
@@ -18,35 +16,6 @@ from qat.training.wandb_logger import is_logged_in
 
 DIGITS = "data=digits model.args.width=4 trainer.accelerator=cpu"
 SHORT = f"{DIGITS} trainer.max_steps=3 trainer.limit_val_batches=1"
-
-
-@pytest.fixture
-def train(monkeypatch, tmp_path):
-    """Run the command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qat.training.command_line.TRACEBACK_WANTED", False)
-
-    def run(command: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train", *command.split()])
-        train_command.main()
-
-    return run
-
-
-@pytest.fixture
-def fails(train, capfd):
-    """Run a command that is expected to fail, and return its one line."""
-
-    def run(command: str) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            train(command)
-        assert stopped.value.code == 1
-        line = capfd.readouterr().err
-        assert line.startswith("error: ") and line.count("\n") == 1, line
-        return line
-
-    return run
 
 
 def test_from_full_precision_to_a_measured_4_bit_model(train, tmp_path, capsys):
@@ -115,30 +84,6 @@ def test_a_quantized_run_can_start_another_one(train, tmp_path):
     assert (w4[scales] < w2[scales]).all()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        ("optim.lr=1e30 trainer.log_every_n_steps=1", "lower optim.lr"),
-        ("data=cifar10 data.train=/no/such data.test=/no/such", "data.train=/no/such: there is nothing at that path"),
-        ("data=cifar10 data.test=x", "data.train=PATH"),
-        ("trainer.accelerator=cuda", "CUDAAccelerator"),
-        ("init_from=nowhere.ckpt", "there is no checkpoint at nowhere.ckpt"),
-        ("resume=nowhere.ckpt", "resume=auto finds the run's own"),
-        ("policy=conv_w4a4 policy.weight.bits=30", "bits=30: give a whole number from 2 to 8"),
-        ("policy=lm_w4", "the rule with match='lm_head' matched no layer"),
-        ("model.builder=resnet2", "did you mean 'resnet20'?"),
-        ("task.schedule=cosin", "did you mean 'cosine'?"),
-        ("optim.lr=fast", "optim.lr='fast': give a number"),
-        ("optim.lr=-1", "optim.lr=-1: give a number that is not negative"),
-        ("trainer.precision=low", "Precision 'low' is invalid"),
-    ],
-)
-def test_mistake_is_one_line(fails, overrides, said):
-    if "cuda" in overrides and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert said in fails(f"{SHORT} {overrides}")
-
-
 def test_jobs_of_a_sweep_have_their_own_folders(train, tmp_path):
     train(f"-m {SHORT} name=sweep seed=1,2")
     assert len(list((tmp_path / "runs" / "sweep").glob("*/last.ckpt"))) == 2
@@ -160,22 +105,6 @@ def test_the_metrics_printed_are_those_of_the_final_weights(train, tmp_path, cap
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("metrics"))
     evaluate_command.main([str(tmp_path / "runs" / "a" / "last.ckpt"), "data=digits"])
     assert printed.split()[1:] == capsys.readouterr().out.split()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["nowhere.ckpt", "data=digits"], "there is no checkpoint at nowhere.ckpt"),
-        (["x", "data=digit"], "there is no data=digit (did you mean 'digits'?)"),
-        (["x", "data=digits", "data.sourc=x"], "did you mean 'data.source'?"),
-        (["x", "data.source=x"], "data=<OPTION>"),
-    ],
-)
-def test_evaluate_says_what_is_wrong(arguments, said, capsys):
-    with pytest.raises(SystemExit):
-        evaluate_command.main(arguments)
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1 and said in line
 
 
 def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import wrong_types
 from ..errors import ModelError, did_you_mean
 from .cnn import cnn
 from .gpt import gpt
@@ -39,6 +40,11 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     for key in args:
         if key not in known:
             raise ModelError(f"{name} takes no argument {key!r}{did_you_mean(key, known)}")
+    for key, instead in wrong_types(BUILDERS[name], args):
+        raise ModelError(f"model.args.{key}={args[key]!r}: give {instead}")
+    for key, value in args.items():
+        if isinstance(known[key].default, int) and value < 1 and not isinstance(value, bool):  # sizes, all of them
+            raise ModelError(f"model.args.{key}={value}: give 1 or more")
     model = BUILDERS[name](**args)
     model.architecture = {"builder": name, "args": args}
     return model

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ModelError
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
@@ -84,5 +86,13 @@ def gpt(
     dropout: float = 0.0,
     tie_embeddings: bool = False,
 ) -> GPT:
-    """Return the network; its defaults read bytes."""
+    """Return the network; its defaults read bytes.
+
+    Raises:
+        ModelError: heads that do not divide the width, or a dropout that is no probability.
+    """
+    if width % heads:
+        raise ModelError(f"model.args.heads={heads} does not divide model.args.width={width}")
+    if not 0 <= dropout <= 1:
+        raise ModelError(f"model.args.dropout={dropout}: give a number from 0 to 1")
     return GPT(vocabulary, width, depth, heads, context, dropout, tie_embeddings)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import numerics
-from ..errors import LayerError
 from ..numerics import QuantizedTensor, quantize_tensor, stored_scale
 from ..spec import Init, QuantSpec
 from . import asymmetric
@@ -43,8 +42,6 @@ class WeightMinMax(nn.Module):
         Raises:
             LayerError: the weight holds NaN or infinity.
         """
-        if not weight.isfinite().all():
-            raise LayerError("the weight holds NaN or infinity")
         step_size, zero_point = step_and_zero(weight, self.spec)
         zero_point = None if zero_point is None else zero_point.to(torch.int8)
         return quantize_tensor(weight, stored_scale(step_size, self.spec), self.spec, zero_point)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..accumulation import weight_quantizers
 from ..calibration import activation_quantizers, calibrate, weights_wait
+from ..checkpoint import random_input
 from ..errors import TrainingError
-from ..layers import quant_layers
+from ..layers import is_prepared, quant_layers
 from ..memory import estimate
 from ..numerics import stored_scale
 from ..ptq import Options
 from ..quantizers import LearnedStepSize, Quantizer
+from ..reach import check
 from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
 from .metrics import cross_entropy, logits_of, run
@@ -39,6 +41,8 @@ class Calibration(Callback):
     """
 
     def __init__(self, batches: int = 8, options: dict[str, Any] | None = None) -> None:
+        if batches < 1:
+            raise TrainingError(f"callbacks.calibration.batches={batches}: give 1 or more")
         self.batches, self.options = batches, Options(**(options or {}))
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
@@ -52,6 +56,32 @@ class Calibration(Callback):
             calibrate(task.model, batches, lambda _, batch: task(*batch), self.options, rank_zero_only.rank == 0)
         if waiting:
             rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
+
+
+class Reach(Callback):
+    """Says before the first step which layers are not reached, and whose weights miss their fake quantization.
+
+    It runs one random example, as ``qat.check`` has it.
+    """
+
+    def on_fit_start(self, trainer: Trainer, task: Task) -> None:
+        """Check a prepared model."""
+        if task.example is None or not is_prepared(task.model):
+            return
+        example = random_input(task.example, batch=1).to(task.device)
+        try:
+            with trainer.strategy.precision_plugin.forward_context():
+                lines = check(task.model, example, run)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as error:  # not for such a batch
+            lines = [f"not checked which layers a batch reaches: {str(error).splitlines()[0]}"]
+        for line in lines:
+            rank_zero_only(print)(f"warning     {line}")
 
 
 class MemoryEstimate(Callback):
@@ -83,6 +113,8 @@ class FakeQuantStart(Callback):
     """
 
     def __init__(self, step: int) -> None:
+        if step < 0:
+            raise TrainingError(f"callbacks.fake_quant_start.step={step}: give 0 or more")
         self.step = step
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
@@ -161,6 +193,8 @@ class ScaleMonitor(Callback):
     """
 
     def __init__(self, every_n_logs: int = 1) -> None:
+        if every_n_logs < 1:
+            raise TrainingError(f"callbacks.scales.every_n_logs={every_n_logs}: give 1 or more")
         self.every_n_logs = every_n_logs
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -215,7 +249,8 @@ class Report(Callback):
 
 def is_log_step(trainer: Trainer) -> bool:
     """Return whether Lightning logs at the step that has just been taken."""
-    return trainer.global_step % trainer.log_every_n_steps == 0
+    every = trainer.log_every_n_steps
+    return every > 0 and trainer.global_step % every == 0
 
 
 def log(trainer: Trainer, values: dict[str, float]) -> None:

@@ -35,23 +35,47 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: str, every_n_steps: int = 1000, monitor: str | None = None, mode: str = "max") -> None:
         if mode not in ("max", "min"):
             raise TrainingError(f"callbacks.checkpoints.mode={mode}: give max or min")
+        if every_n_steps < 1:
+            raise TrainingError(f"callbacks.checkpoints.every_n_steps={every_n_steps}: give 1 or more")
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
         self._saved_at = 0
+        self._stops = False  # SIGTERM came during validation
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Count from the step that a resumed run is at."""
         self._saved_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Save when due, unless validation or the epoch's end comes first."""
+        """Save when due, unless validation or the epoch's end comes first; and where max_steps cuts an epoch.
+
+        There validation changes nothing that is saved, and at the end of training Lightning calls the epoch complete.
+        """
+        if batch_index + 1 >= trainer.num_training_batches:
+            return
         every = trainer.val_check_batch
         validates = bool(every) and every != float("inf") and (batch_index + 1) % every == 0
-        if not validates and batch_index + 1 < trainer.num_training_batches:
+        if trainer.global_step == trainer.max_steps and trainer.global_step != self._saved_at:
+            self._save(trainer, task, LAST)
+        elif not validates:
             self._save_if_due(trainer, task)
+
+    def on_validation_batch_end(self, trainer: Trainer, task: Task, *args: Any, **kwargs: Any) -> None:
+        """Let validation end where SIGTERM comes: Lightning would stop here, with all since the last save lost."""
+        if trainer.received_sigterm and not trainer.sanity_checking:
+            self._stops, trainer._signal_connector.received_sigterm = True, False
+
+    def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_index: int) -> None:
+        """Stop after the next step, which is saved."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if self._stops:
+            self._stops, trainer._signal_connector.received_sigterm = False, True
 
     def on_train_epoch_end(self, trainer: Trainer, task: Task) -> None:
         """Save the best, and the last when due."""
+        self._stop(trainer)
         if self.monitor is not None and self.monitor in trainer.callback_metrics:
             value = float(trainer.callback_metrics[self.monitor])
             if self.best is None or (value > self.best if self.mode == "max" else value < self.best):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from ..errors import QATError, did_you_mean
 
@@ -34,6 +35,14 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
         hydra_main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, sys.argv[1:]))
+    except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
+        fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
+        fail(f"the run folder {error.filename} cannot be made: {error.strerror}; choose another with {fix}")
+    except ValueError as error:
+        nulls = [word for word in sys.argv[1:] if word.endswith("=null")]
+        if not nulls or "Config group override" not in str(error):
+            raise
+        fail(f"{nulls[0]}: a group of files takes the name of one of them, as in logger=none or callbacks.NAME=null")
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
@@ -67,6 +76,9 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     if isinstance(error, MissingMandatoryValue):
         key = text.rsplit(" ", 1)[-1] if error.full_key is None else error.full_key
         return f"{key} is not given: add {key}=VALUE"
+    if isinstance(error, InterpolationKeyError) and (match := re.match(r"Interpolation key '([^']+)'", text)):
+        group = match[1].split(".")[0]
+        return f"{error.full_key} is that of {match[1]}, which is not there: choose another {group}=NAME for this model"
     if match := re.match(r"Could not override '([^']+)'", text):
         key = match[1].split("@")[0]
         known = known_keys(config_name, overrides, without=key) if config_name else []

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import DataError
 from .image_data import ImageData
 from .instruction_data import InstructionData, require_apart
-from .metrics import ClassificationMetrics, LanguageMetrics, logits_of, run
+from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, run
 from .text_data import TextData
 
 Data = ImageData | TextData | InstructionData
@@ -31,7 +31,8 @@ def evaluate(
             (see LanguageMetrics). Moved to the device, and left in eval mode.
 
     Raises:
-        DataError: another kind of data, a reference for images, or a model that does not keep packed examples apart.
+        DataError: another kind of data, or data that do not fit the model; a reference for images; or a model that
+            does not keep packed examples apart.
     """
     if type(data) not in METRICS:
         raise DataError(f"cannot evaluate on {type(data).__name__}: give ImageData, TextData or InstructionData")
@@ -45,8 +46,11 @@ def evaluate(
     if isinstance(data, InstructionData) and data.pack:
         require_apart(model, device)
     with torch.inference_mode():
-        for inputs, targets in data.test_loader(device):
+        for index, (inputs, targets) in enumerate(data.test_loader(device)):
+            logits = logits_of(run(model, inputs)) if index else first_logits(model, inputs)
+            if not index:
+                check_targets(logits, targets)
             more = () if reference is None else (logits_of(run(reference, inputs)),)
-            metrics.update(logits_of(run(model, inputs)), targets, *more)
+            metrics.update(logits, targets, *more)
     model.train(training)
     return {name: value.item() for name, value in metrics.compute().items()}

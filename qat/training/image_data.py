@@ -103,8 +103,8 @@ class ImageData(InMemoryData):
         seed: of the order and the augmentations.
 
     Raises:
-        DataError: see ``load_images``; mean and std that do not fit the channels; a cutout that leaves nothing; fewer
-            images than one batch.
+        DataError: see ``load_images``; mean and std that do not fit the channels; a negative crop_padding; a cutout
+            that leaves nothing; fewer images than one batch.
     """
 
     def __init__(
@@ -121,18 +121,18 @@ class ImageData(InMemoryData):
         test: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        super().__init__(batch_size, eval_batch_size, seed)
         self.mean, self.std, self.crop_padding, self.flip, self.cutout = mean, std, crop_padding, flip, cutout
         self.train_images, self.test_images = load_images(source, train, test)
         channels, *size = self.train_images.pixels.shape[1:]
         if not len(mean) == len(std) == channels:
             raise DataError(f"the images have {channels} channels: data.mean and data.std need as many numbers")
+        if min(std) <= 0:
+            raise DataError(f"data.std={list(std)}: give positive numbers, the spread of pixels from 0 to 1")
+        if crop_padding < 0:
+            raise DataError(f"data.crop_padding={crop_padding}: give 0 or more")
         if not 0 <= cutout < min(size):
             raise DataError(f"data.cutout={cutout}: the images are {size[0]} x {size[1]}, give 0 to {min(size) - 1}")
-        for key, images in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if images < 1:
-                raise DataError(f"data.{key}={images}: give 1 or more")
         if batch_size > len(self.train_images.labels):
             raise DataError(f"data.batch_size={batch_size} exceeds the {len(self.train_images.labels)} training images")
 

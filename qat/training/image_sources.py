@@ -62,24 +62,30 @@ def read_parquet(path: str | None, name: str) -> Images:
     """Read images with the columns img or image {bytes, path}, and label, of one size.
 
     Raises:
-        DataError: no path, nothing there, other columns, or images of several sizes.
+        DataError: no path, nothing there, a damaged file or image, other columns, or images of several sizes.
     """
     files = _parquet_files(path, name)
     try:
         from PIL import Image
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DataError(f"parquet files of images need {error.name}: pip install 'qat-lsq[data]'") from None
     encoded, labels = [], []
     for file in files:
-        columns = parquet.read_schema(file).names
-        image = _column(columns, ("img", "image"), "image", file)
-        label = _column(columns, ("label", "fine_label", "labels"), "label", file)
-        table = parquet.read_table(file, columns=[image, label])
+        try:
+            columns = parquet.read_schema(file).names
+            image = _column(columns, ("img", "image"), "image", file)
+            label = _column(columns, ("label", "fine_label", "labels"), "label", file)
+            table = parquet.read_table(file, columns=[image, label])
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{file} is no parquet file, or damaged: {str(error).splitlines()[0]}") from None
         labels += table[label].to_pylist()
         encoded += [row["bytes"] for row in table[image].to_pylist()]
-    with ThreadPoolExecutor() as threads:
-        pixels = list(threads.map(lambda data: np.asarray(Image.open(io.BytesIO(data))), encoded, chunksize=256))
+    try:
+        with ThreadPoolExecutor() as threads:
+            pixels = list(threads.map(lambda data: np.asarray(Image.open(io.BytesIO(data))), encoded, chunksize=256))
+    except OSError as error:  # of which Pillow's own is one
+        raise DataError(f"an image in {path} cannot be decoded: {error}") from None
     if len({array.shape for array in pixels}) != 1:
         raise DataError(f"the images in {path} differ in size or channels: resize them to one size first")
     stacked = torch.from_numpy(np.stack(pixels))

@@ -5,14 +5,32 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningDataModule
 
+from ..errors import DataError
 from .loader import Loader
 
 
 class InMemoryData(LightningDataModule):
-    """Makes each rank's loaders on its device; subclasses say how, in ``train_loader`` and ``test_loader``."""
+    """Makes each rank's loaders on its device; subclasses say how, in ``train_loader`` and ``test_loader``.
 
-    def __init__(self) -> None:
+    Args:
+        batch_size: of a training step, on each device.
+        eval_batch_size: of a test step.
+        seed: of the order.
+
+    Raises:
+        DataError: a batch of nothing, or a negative seed.
+    """
+
+    def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise DataError(f"data.{key}={value}: give {least} or more")
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self._train_loader: Loader | None = None
 
     def train_loader(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> Loader:

@@ -78,9 +78,12 @@ class InstructionData(InMemoryData):
         eval_batch_size: int = 4,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.seq_len, self.batch_size, self.eval_batch_size, self.seed = seq_len, batch_size, eval_batch_size, seed
-        self.pack, self.tokenizer = pack, load_tokenizer(tokenizer)
+        super().__init__(batch_size, eval_batch_size, seed)
+        if seq_len < 1:
+            raise DataError(f"data.seq_len={seq_len}: give 1 or more")
+        if val is None and not 0 < val_fraction < 1:
+            raise DataError(f"data.val_fraction={val_fraction}: give a share between 0 and 1, or a file as data.val")
+        self.seq_len, self.pack, self.tokenizer = seq_len, pack, load_tokenizer(tokenizer)
 
         def read(path: str) -> list[Example]:
             found = (encode(line, self.tokenizer, completion_only, where) for where, line in read_lines(path))

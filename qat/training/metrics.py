@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from ..errors import DataError, QATError
+
 IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
 
 
@@ -30,6 +32,39 @@ def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
 def logits_of(output: Any) -> Tensor:
     """Return a model's logits: its output, or the field ``logits`` of a transformers output."""
     return getattr(output, "logits", output)
+
+
+def first_logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+    """Return a model's logits for the first batch of some data.
+
+    Raises:
+        DataError: the model cannot run on such inputs.
+    """
+    try:
+        return logits_of(run(model, inputs))
+    except (IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, QATError | torch.OutOfMemoryError):
+            raise
+        shapes = inputs if isinstance(inputs, dict) else {"shape": inputs}
+        described = ", ".join(f"{name} {list(value.shape)}" for name, value in shapes.items())
+        raise DataError(
+            f"the model cannot run on these data, {described}: {str(error).splitlines()[0]} (HYDRA_FULL_ERROR=1 shows "
+            "where); the model and the data have to fit each other"
+        ) from error
+
+
+def check_targets(logits: Tensor, targets: Tensor) -> None:
+    """Compare targets (...) with logits (..., C), with one transfer from the device.
+
+    Raises:
+        DataError: a target that the model has no output for.
+    """
+    highest, outputs = int(targets.max()), logits.shape[-1]
+    if highest >= outputs:
+        raise DataError(
+            f"the data have a target {highest}, and the model has outputs for 0 to {outputs - 1}: it needs more "
+            "classes, as with model.args.num_classes, or a larger vocabulary"
+        )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -55,9 +55,18 @@ def total_steps(trainer: Trainer) -> float:
     """Return the optimizer steps of the whole run; infinity where nothing ends it.
 
     Lightning's own estimate would set up the data loader before a checkpoint's position in it is read.
+
+    Raises:
+        TrainingError: validation would come after more batches than an epoch has.
     """
     batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    every = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is not None and isinstance(every, int) and batches and not 0 < every <= batches:
+        raise TrainingError(
+            f"trainer.val_check_interval={every}: an epoch has {batches} batches; give 1 to {batches}, a share such as "
+            "0.5, or trainer.check_val_every_n_epoch=null to count across epochs"
+        )
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import signal
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,19 +24,30 @@ from torch import nn
 from ..adapters import save_adapter
 from ..artifact import save
 from ..checkpoint import TOKENIZER, load_state, read_checkpoint
-from ..errors import CheckpointError, QATError, TrainingError
+from ..errors import CheckpointError, TrainingError, did_you_mean
 from ..formats import format_of, read
 from ..freezing import freeze
 from ..layers import is_frozen, is_prepared
 from ..models import architecture_of, build
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
+from ..surgery import stored_size
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
+from .instantiation import check_least, check_types, make
+from .result import remove_result, write_result
 from .tasks import Task
 from .tokenizer import keep_tokenizer
 
 QUANTIZERS = (".weight_quantizer.", ".activation_quantizer.")
+LEAST = {  # of Lightning's numbers: below it fails late, or does something else in silence
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
+PRECISIONS = ("highest", "high", "medium")
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -47,7 +59,9 @@ def train(config: DictConfig) -> dict[str, float]:
     Raises:
         QATError: see the parts.
     """
+    _check(config)
     run_dir = _run_dir(config)
+    rank_zero_only(remove_result)(run_dir)
     resume = _resume_from(config.resume, run_dir)
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
@@ -80,6 +94,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if tokenizer is not None:
         rank_zero_only(keep_tokenizer)(tokenizer, model, run_dir / TOKENIZER)
     callbacks = [make(callback) for callback in config.callbacks.values() if callback]
+    if config.trainer.get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     logger = make(config.logger) if config.logger else False
     trainer = make(config.trainer, logger=logger, callbacks=callbacks)
     checkpoint = run_dir / LAST
@@ -91,12 +107,33 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
+    rank_zero_only(write_result)(run_dir, metrics, None if config.adapter else stored_size(task.model))
     if config.adapter:
         _ship_adapter(run_dir, model, metrics)
     else:
         own = _own_model(config.model, task.model)
         _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
     return metrics
+
+
+def _check(config: DictConfig) -> None:
+    """Refuse at once what would fail late, or without a word that helps."""
+    if not 0 <= config.seed < 2**32:
+        raise TrainingError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
+    if config.threads is not None and config.threads < 1:
+        raise TrainingError(f"threads={config.threads}: give 1 or more, or null to leave it to PyTorch")
+    if config.matmul_precision not in PRECISIONS:
+        known = did_you_mean(config.matmul_precision, PRECISIONS)
+        raise TrainingError(f"matmul_precision={config.matmul_precision!r} is unknown{known}")
+    check_types(config.optim)
+    check_types(config.trainer)
+    check_least(config.trainer, LEAST)
+    accelerator = config.trainer.get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise TrainingError(
+            f"trainer.accelerator={accelerator}: PyTorch sees no GPU here (python -m qat.doctor shows what it sees); "
+            "trainer.accelerator=auto takes what there is"
+        )
 
 
 def _start(model: nn.Module, path: str) -> QuantizedModel | None:
@@ -146,31 +183,9 @@ def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
         return last if last.exists() else None
     if not Path(resume).is_file():
         raise CheckpointError(f"resume={resume}: there is no checkpoint at that path; resume=auto finds the run's own")
+    if not zipfile.is_zipfile(resume):  # as torch.save writes it, its index last
+        raise CheckpointError(f"resume={resume} is damaged, or no checkpoint; resume=auto finds the run's own")
     return Path(resume)
-
-
-def make(node: DictConfig, **arguments: Any) -> Any:
-    """Instantiate a ``_target_``.
-
-    Raises:
-        QATError: as its own code raises it; a value of the wrong type or out of range; or a file or a name on the Hub
-            that cannot be read.
-    """
-    target = instantiate(node, _partial_=True)
-    try:
-        return target(**arguments)
-    except QATError:
-        raise
-    except OSError as error:
-        name = next((node[key] for key in ("name", "pretrained_model_name_or_path") if key in node), "")
-        raise TrainingError(f"{node._target_}({name}): {str(error).splitlines()[0]}") from error
-    except pickle.UnpicklingError:
-        raise TrainingError(
-            f"{node._target_}: the weights are a pickle with more than tensors, which is never executed: "
-            "take a copy in safetensors"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise TrainingError(f"{node._target_}: {error} (HYDRA_FULL_ERROR=1 shows where)") from error
 
 
 def _model(node: DictConfig) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import describe
-from ..errors import TrainingError
+from ..errors import TrainingError, did_you_mean
 from ..models import architecture_of
 from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
@@ -23,8 +23,19 @@ from ..spec import as_member
 from ..surgery import prepare
 from .chunked_loss import check_head, chunked_loss
 from .instruction_data import InstructionData, require_apart
-from .metrics import IGNORED, ClassificationMetrics, LanguageMetrics, cross_entropy, logits_of, run
+from .metrics import (
+    IGNORED,
+    ClassificationMetrics,
+    LanguageMetrics,
+    check_targets,
+    cross_entropy,
+    first_logits,
+    logits_of,
+    run,
+)
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
+
+BLOCKS = "blocks"  # our own compile mode
 
 
 class Task(LightningModule):
@@ -75,10 +86,15 @@ class Task(LightningModule):
         self.policy, self.optimizer = policy, optimizer
         self.schedule, self.warmup = as_member(Schedule, "task.schedule", schedule), warmup
         self.step_size_lr_scale, self.label_smoothing = step_size_lr_scale, label_smoothing
-        if temperature <= 0:
+        for key, share in (("warmup", warmup), ("label_smoothing", label_smoothing), ("teacher_share", teacher_share)):
+            if not 0 <= share <= 1:
+                raise TrainingError(f"task.{key}={share}: give a share from 0 to 1")
+        if not step_size_lr_scale >= 0:
+            raise TrainingError(f"task.step_size_lr_scale={step_size_lr_scale}: give a number that is not negative")
+        if not temperature > 0:
             raise TrainingError(f"task.temperature={temperature}: give a positive number")
-        if not 0 <= teacher_share <= 1:
-            raise TrainingError(f"task.teacher_share={teacher_share}: give a share from 0 to 1")
+        if compile_mode not in (None, BLOCKS):
+            check_compile_mode(compile_mode)
         self.temperature, self.teacher_share, self.compile_mode = temperature, teacher_share, compile_mode
         self.mixup = 0.0
         self.model = model
@@ -94,10 +110,17 @@ class Task(LightningModule):
         self._compiled: list[nn.Module] = []
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
         self.changed_at_end = False  # a callback changed the network after the last step
+        self._ran = self._targets_fit = False
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-        """Return the network's logits."""
-        return logits_of(run(self.model, inputs))
+        """Return the network's logits.
+
+        Raises:
+            DataError: the network cannot run on the data, found at the first batch.
+        """
+        logits = logits_of(run(self.model, inputs)) if self._ran else first_logits(self.model, inputs)
+        self._ran = True
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
@@ -108,6 +131,7 @@ class Task(LightningModule):
         if self.compile_mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         logits = self(inputs)
+        self._check_targets(logits, targets)
         taught = None
         if self._teachers:
             with torch.no_grad():
@@ -119,7 +143,15 @@ class Task(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
         inputs, targets = batch
-        self.metrics.update(self(inputs), targets)
+        logits = self(inputs)
+        self._check_targets(logits, targets)
+        self.metrics.update(logits, targets)
+
+    def _check_targets(self, logits: Tensor, targets: Tensor) -> None:
+        """Compare the first batch's targets with the network's outputs."""
+        if not self._targets_fit:
+            check_targets(logits, targets)
+            self._targets_fit = True
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, which are the same on every rank."""
@@ -130,9 +162,13 @@ class Task(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""
         lr = getattr(self.optimizer, "keywords", {}).get("lr")
-        if not isinstance(lr, int | float) or lr < 0:
+        if not isinstance(lr, int | float) or not lr >= 0:
             raise TrainingError(f"optim.lr={lr!r}: give a number that is not negative")
-        optimizer = self.optimizer(parameter_groups(self.model, lr, self.step_size_lr_scale))
+        groups = parameter_groups(self.model, lr, self.step_size_lr_scale)
+        try:
+            optimizer = self.optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"optim: {error}") from error
         factor = learning_rate_factor(self.schedule, self.warmup, total_steps(self.trainer))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -152,7 +188,7 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         """Compile, now that calibration is over, and go on with the random state that a resumed run had."""
         if self.compile_mode is not None:
-            by_block = self.compile_mode == "blocks"
+            by_block = self.compile_mode == BLOCKS
             mode = "default" if by_block else self.compile_mode
             networks = (self.model, *self._teachers)
             parts = [part for network in networks for part in (repeated(network) if by_block else [network])]
@@ -253,6 +289,13 @@ class CausalLanguageModel(Task):
             check_head(self.model, inputs)
             self._head_checked = True
         return chunked_loss(self.model, inputs, targets, self.loss_rows)
+
+
+def check_compile_mode(name: str) -> None:
+    """Raise TrainingError unless ``torch.compile`` knows a mode of that name."""
+    modes = torch._inductor.list_mode_options()
+    if name not in modes:
+        raise TrainingError(f"compile_mode={name!r} is unknown{did_you_mean(name, [*modes, BLOCKS])}")
 
 
 def training_loss(

@@ -91,9 +91,13 @@ class TextData(InMemoryData):
         val_window: int | None = None,
         val_windows: int | None = None,
     ) -> None:
-        super().__init__()
-        self.seq_len, self.batch_size, self.eval_batch_size, self.seed = seq_len, batch_size, eval_batch_size, seed
-        self.val_window, self.val_windows = val_window, val_windows
+        super().__init__(batch_size, eval_batch_size, seed)
+        self.seq_len, self.val_window, self.val_windows = seq_len, val_window, val_windows
+        for key, value in (("seq_len", seq_len), ("val_windows", val_windows)):
+            if value is not None and value < 1:
+                raise DataError(f"data.{key}={value}: give 1 or more")
+        if val is None and not 0 < val_fraction < 1:
+            raise DataError(f"data.val_fraction={val_fraction}: give a share between 0 and 1, or a text as data.val")
         if val_window is not None and val_window < 2:
             raise DataError(f"data.val_window={val_window}: a window needs 2 tokens to predict one of them")
         train_text, val_text = _texts(source, train, val, val_fraction)
@@ -164,7 +168,10 @@ def _read_files(name: str, paths: str | Sequence[str]) -> str:
         file = Path(path).expanduser()
         if not file.is_file():
             raise DataError(f"data.{name}={path}: there is no text file at that path")
-        parts.append(file.read_text(encoding="utf-8"))
+        try:
+            parts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"data.{name}={path} is no text in UTF-8: {error}") from None
     return "\n".join(parts)
 
 

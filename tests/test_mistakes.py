@@ -1,0 +1,181 @@
+"""What the commands say when something is wrong: one line that names the key, the file or the layer, and the fix."""
+
+import pytest
+import torch
+
+import qat
+from qat import evaluate as evaluate_command
+from qat.arguments import wrong_types
+from qat.errors import SpecError
+
+SHORT = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=3 trainer.limit_val_batches=1"
+TEXT = "data=topics data.seq_len=16 model=gpt task=language model.args.width=8 model.args.depth=1 trainer.max_steps=1"
+W4 = "policy=conv_w4a4"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("optim.lr=1e30 trainer.log_every_n_steps=1", "lower optim.lr"),
+        ("data=cifar10 data.train=/no/such data.test=/no/such", "data.train=/no/such: there is nothing at that path"),
+        ("data=cifar10 data.test=x", "data.train=PATH"),
+        ("trainer.accelerator=cuda", "trainer.accelerator=cuda: PyTorch sees no GPU here"),
+        ("init_from=nowhere.ckpt", "there is no checkpoint at nowhere.ckpt"),
+        ("resume=nowhere.ckpt", "resume=auto finds the run's own"),
+        ("policy=conv_w4a4 policy.weight.bits=30", "bits=30: give a whole number from 2 to 8"),
+        ("policy=lm_w4", "the rule with match='lm_head' matched no layer"),
+        ("model.builder=resnet2", "did you mean 'resnet20'?"),
+        ("task.schedule=cosin", "did you mean 'cosine'?"),
+        ("optim.lr=fast", "optim.lr='fast': give a number"),
+        ("optim.lr=-1", "optim.lr=-1: give a number that is not negative"),
+        ("trainer.precision=low", "trainer.precision='low': give 64"),
+    ],
+)
+def test_mistake_is_one_line(fails, overrides, said):
+    if "cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert said in fails(f"{SHORT} {overrides}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("seed=-1", "seed=-1: give a whole number from 0 to 4294967295"),
+        ("threads=0", "threads=0: give 1 or more, or null"),
+        ("matmul_precision=hihg", "matmul_precision='hihg' is unknown (did you mean 'high'?)"),
+        ("optim.lr=nan", "optim.lr=nan: give a number that is not negative"),
+        ("optim.momentum=-1", "optim: Invalid momentum value: -1"),
+        ("optim.nesterov=maybe", "optim.nesterov='maybe': give true or false"),
+        ("optim=adamw optim.betas=0.9", "optim.betas=0.9: give a list, each a number"),
+        ("+optim.foo=3", "optim: SGD.__init__() got an unexpected keyword argument 'foo'"),
+        ("optim._target_=torch.optim.Foo", "optim._target_=torch.optim.Foo cannot be found"),
+        ("+model._target_=foo.Bar", "model._target_=foo.Bar cannot be found: No module named 'foo'"),
+        ("optim=null", "optim=null: a group of files takes the name of one of them"),
+        ("model=gpt", "model.args.context is that of data.seq_len, which is not there: choose another data=NAME"),
+        ("task.label_smoothing=2", "task.label_smoothing=2: give a share from 0 to 1"),
+        ("task.warmup=x", "task.warmup='x': give a number"),
+        ("task.warmup=-1", "task.warmup=-1: give a share from 0 to 1"),
+        ("task.step_size_lr_scale=-1", "task.step_size_lr_scale=-1: give a number that is not negative"),
+        ("task.temperature=nan", "task.temperature=nan: give a positive number"),
+        ("data.batch_size=0", "data.batch_size=0: give 1 or more"),
+        ("data.batch_size=1.5", "data.batch_size=1.5: give a whole number"),
+        ("data.seed=-1", "data.seed=-1: give 0 or more"),
+        ("data.std=[0]", "data.std=[0]: give positive numbers"),
+        ("data.mean=[x]", 'data.mean=["x"]: give a list, each a number'),
+        ("data.crop_padding=-1", "data.crop_padding=-1: give 0 or more"),
+        ("data.source=parquet +data.train=afile +data.test=afile", "afile is no parquet file, or damaged"),
+        ("model.args.width=0", "model.args.width=0: give 1 or more"),
+        ("model.args.width=x", "model.args.width='x': give a whole number"),
+        ("model.args.in_channels=3", "the model cannot run on these data, shape [32, 1, 8, 8]: Given groups=1"),
+        ("model.args.num_classes=5", "the data have a target 9, and the model has outputs for 0 to 4"),
+        ("model.args.num_classes=5 trainer.max_epochs=0", "the data have a target 9, and the model has outputs"),
+        ("init_from=afile", "afile cannot be read: it is no checkpoint, or damaged"),
+        ("resume=afile", "resume=afile is damaged, or no checkpoint"),
+        ("run_dir=afile", "the run folder afile cannot be made: File exists; choose another with run_dir=DIR"),
+        ("run_dir=afile/run", "the run folder afile/run cannot be made: Not a directory"),
+        ("compile=true compile_mode=blokcs", "compile_mode='blokcs' is unknown (did you mean 'blocks'?)"),
+        ("trainer.max_epochs=1.5", "trainer.max_epochs=1.5: give a whole number or null"),
+        ("trainer.precision=int3", "trainer.precision='int3': give"),
+        ("trainer.accelerator=tpu", "lightning.pytorch.Trainer(): Requirement 'torch_xla"),
+        ("trainer.log_every_n_steps=-1", "trainer.log_every_n_steps=-1: give 0 or more"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0: give 1 or more"),
+        ("trainer.val_check_interval=1000", "trainer.val_check_interval=1000: an epoch has 44 batches; give 1 to 44"),
+        ("trainer.limit_val_batches=2.5", "trainer: You have passed invalid value 2.5 for limit_val_batches"),
+        (f"{W4} callbacks.calibration.batches=-1", "callbacks.calibration.batches=-1: give 1 or more"),
+        ("callbacks.scales.every_n_logs=0", "callbacks.scales.every_n_logs=0: give 1 or more"),
+        ("callbacks.checkpoints.every_n_steps=0", "callbacks.checkpoints.every_n_steps=0: give 1 or more"),
+        ("callbacks=delayed callbacks.fake_quant_start.step=-1", "callbacks.fake_quant_start.step=-1: give 0 or more"),
+        (f"{W4} policy.weight.bits=1", "bits=1: give a whole number from 2 to 8"),
+        (f"{W4} policy.weight.granularity=group policy.weight.group_size=0", "needs a positive group_size, not 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_its_key(fails, tmp_path, overrides, said):
+    (tmp_path / "afile").write_text("x")
+    assert said in fails(f"{SHORT} {overrides}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("data.seq_len=0", "data.seq_len=0: give 1 or more"),
+        ("data.val_fraction=2", "data.val_fraction=2: give a share between 0 and 1"),
+        ("data.eval_batch_size=0", "data.eval_batch_size=0: give 1 or more"),
+        ("model.args.heads=3", "model.args.heads=3 does not divide model.args.width=8"),
+        ("model.args.dropout=2", "model.args.dropout=2: give a number from 0 to 1"),
+        ("model.args.context=4", "the model cannot run on these data, shape [16, 16]: index out of range"),
+        ("data=text data.train=bytes", "data.train=bytes is no text in UTF-8"),
+    ],
+)
+def test_of_text_too(fails, tmp_path, overrides, said):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert said in fails(f"{TEXT} {overrides}")
+
+
+def test_a_sweep_with_too_many_overrides_for_a_folder_name_can_count_instead(fails, train, tmp_path):
+    """Hydra names the folder of a job by its overrides."""
+    sweep = f"-m {SHORT} +long={'x' * 300} trainer.max_epochs=0 seed=0,1"
+    assert "choose another with hydra.sweep.subdir='${hydra.job.num}'" in fails(sweep)
+    train(f"{sweep} hydra.sweep.subdir=${{hydra.job.num}}")
+    assert len(list((tmp_path / "runs" / "run").glob("[01]/last.ckpt"))) == 2
+
+
+def test_the_progress_bar_can_be_switched_off(train, tmp_path):
+    train(f"{SHORT} trainer.enable_progress_bar=false trainer.log_every_n_steps=0")
+    assert (tmp_path / "runs" / "run" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.ckpt", "data=digits"], "there is no checkpoint at nowhere.ckpt"),
+        (["x", "data=digit"], "there is no data=digit (did you mean 'digits'?)"),
+        (["x", "data=digits", "data.sourc=x"], "did you mean 'data.source'?"),
+        (["x", "data.source=x"], "data=<OPTION>"),
+        (["run.ckpt", "data=topics"], "the model cannot run on these data, shape [64, 128]"),
+        (["run.ckpt", "data=digits", "--device", "foo"], "--device foo: "),
+        (["run.ckpt", "data=digits", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder "),
+    ],
+)
+def test_evaluate_says_what_is_wrong(train, tmp_path, arguments, said, capsys):
+    if "run.ckpt" in arguments:
+        train(f"{SHORT} trainer.max_epochs=0")
+        (tmp_path / "runs" / "run" / "last.ckpt").rename(tmp_path / "run.ckpt")
+        capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate_command.main(arguments)
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and said in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("signed", "yes"), ("signed", 1), ("symmetric", None), ("symmetric", "no")]
+)
+def test_a_spec_takes_no_word_for_true_or_false(field, value):
+    with pytest.raises(SpecError, match=f"{field}={value!r}: give True or False"):
+        qat.QuantSpec(**{field: value})
+
+
+class Typed:
+    def __init__(self, size: int, rate: float = 0.1, names: list[str] | None = None, free=None, late: "Missing" = 1):  # noqa: F821
+        pass
+
+
+class Inherits(Typed):
+    def __init__(self, *args, flag: bool | str = False, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def test_types_are_compared_where_hints_say_something():
+    def function(size: int, rate: float | torch.Tensor = 0.1, pair: tuple[float, float] = (0, 1), module: type = int):
+        pass
+
+    good = {"size": 3, "rate": 1, "pair": [0, 0.5], "module": "anything"}
+    assert list(wrong_types(function, {key: good[key] for key in ("size", "rate", "pair")})) == []
+    bad = {"size": True, "rate": "x", "pair": [0, "x"]}
+    assert list(wrong_types(function, bad)) == [
+        ("size", "a whole number"),
+        ("rate", "a number"),
+        ("pair", "a list, each a number"),
+    ]
+    assert list(wrong_types(Typed, {"size": "x"})) == []  # one of its hints cannot be evaluated
+    assert list(wrong_types(Inherits, {"flag": 3, "unknown": 1})) == [("flag", "true or false or a text")]

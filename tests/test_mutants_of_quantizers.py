@@ -1,0 +1,474 @@
+"""Wrong lines in the quantizers: LSQ, LSQ+, PACT and min-max."""
+
+import pytest
+from mutants import Mutant, load_checks, modules, must_notice, must_pass
+
+lsq = load_checks("test_lsq")
+lsq_plus = load_checks("test_lsq_plus")
+others = load_checks("test_other_quantizers")
+
+LSQ = "qat.quantizers.lsq"
+LSQ_PLUS = "qat.quantizers.lsq_plus"
+PACT = "qat.quantizers.pact"
+MINMAX = "qat.quantizers.minmax"
+
+MUTANTS = [
+    # LSQ
+    Mutant(
+        "N of the whole tensor",
+        LSQ,
+        "weight.numel() // self.step_size.numel()",
+        "weight.numel()",
+        lsq.check_weight_gradient_scale,
+    ),
+    Mutant(
+        "N counts the batch",
+        LSQ,
+        "x.numel() // x.shape[0] if x.dim() > 1",
+        "x.numel() if x.dim() > 1",
+        lsq.check_activation_gradient_scale,
+    ),
+    Mutant(
+        "N is the last axis",
+        LSQ,
+        "x.numel() // x.shape[0] if x.dim() > 1",
+        "x.shape[-1] if x.dim() > 1",
+        lsq.check_activation_gradient_scale,
+    ),
+    Mutant(
+        "Q_N in the weights' gradient scale",
+        LSQ,
+        "self.step_size.numel() * self.spec.q_p)",
+        "self.step_size.numel() * self.spec.q_n)",
+        lsq.check_weight_gradient_scale,
+    ),
+    Mutant(
+        "fixed Q_P in the inputs' gradient scale",
+        LSQ,
+        "math.sqrt(features(x) * self.spec.q_p)",
+        "math.sqrt(features(x) * 7)",
+        lsq.check_unsigned_gradient_scale,
+    ),
+    Mutant(
+        "no Q_P in the gradient scale",
+        LSQ,
+        "math.sqrt(features(x) * self.spec.q_p)",
+        "math.sqrt(features(x))",
+        lsq.check_activation_gradient_scale,
+    ),
+    Mutant(
+        "weights start at the maximum",
+        LSQ,
+        "lsq_step_size(magnitude.mean(-1), spec)",
+        "lsq_step_size(magnitude.amax(-1), spec)",
+        lsq.check_weight_start,
+    ),
+    Mutant(
+        "weights start without the factor 2",
+        LSQ,
+        "return 2 * mean_magnitude",
+        "return mean_magnitude",
+        lsq.check_weight_start,
+    ),
+    Mutant(
+        "start divided by Q_P, not its root", LSQ, "/ math.sqrt(spec.q_p)\n", "/ spec.q_p\n", lsq.check_weight_start
+    ),
+    Mutant(
+        "weights start from the mean, not the mean magnitude",
+        LSQ,
+        "weight.detach().abs().float()",
+        "weight.detach().float()",
+        lsq.check_weight_start,
+    ),
+    Mutant(
+        "inputs start from the last batch",
+        LSQ,
+        "self.sums += torch.stack",
+        "self.sums = torch.stack",
+        lsq.check_activation_start,
+    ),
+    Mutant("sign detection inverted", LSQ, "negative > 0 if", "negative <= 0 if", lsq.check_sign_detection),
+    Mutant(
+        "sign detected from the last batch",
+        LSQ,
+        "self.extremes = self.extremes.maximum(",
+        "self.extremes = torch.zeros_like(self.extremes).maximum(",
+        lsq.check_sign_detection,
+    ),
+    Mutant(
+        "a given sign ignored",
+        LSQ,
+        "negative > 0 if self.spec.signed is None else self.spec.signed",
+        "negative > 0",
+        lsq.check_sign_detection,
+    ),
+    Mutant("sign not saved", LSQ, "self.signed.fill_(signed)", "pass", lsq.check_sign_detection),
+    Mutant("project missing", LSQ, "self.step_size.clamp_(min=MIN_SCALE)", "pass", lsq.check_project),
+    # LSQ+
+    Mutant(
+        "LSQ+: Q_P alone in the gradient scale",
+        LSQ_PLUS,
+        "features(x) * (self.spec.q_n + self.spec.q_p)",
+        "features(x) * self.spec.q_p",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: the range starts over Q_P steps",
+        LSQ_PLUS,
+        "return (high - low) / (spec.q_n + spec.q_p)",
+        "return (high - low) / spec.q_p",
+        lsq_plus.check_start_at_the_range,
+    ),
+    Mutant(
+        "LSQ+: the offset starts at the high end",
+        LSQ_PLUS,
+        "self.offset.copy_(low)",
+        "self.offset.copy_(high)",
+        lsq_plus.check_start_at_the_range,
+    ),
+    Mutant(
+        "LSQ+: the offset does not start",
+        LSQ_PLUS,
+        "self.offset.copy_(low)",
+        "pass",
+        lsq_plus.check_start_at_the_range,
+    ),
+    Mutant(
+        "LSQ+: starts from the magnitude of the lowest value",
+        LSQ_PLUS,
+        "torch.tensor([[-negative]])",
+        "torch.tensor([[negative]])",
+        lsq_plus.check_start_at_the_range,
+    ),
+    Mutant(
+        "LSQ+: starts at the range where the least error is asked for",
+        LSQ_PLUS,
+        "if self.init is Init.mse:",
+        "if False:",
+        lsq_plus.check_start_at_the_least_error,
+    ),
+    Mutant(
+        "LSQ+: a stored zero point counts from 0",
+        LSQ_PLUS,
+        "(zero_point.float() + self.spec.q_n)",
+        "(zero_point.float())",
+        lsq_plus.check_start,
+    ),
+    Mutant(
+        "LSQ+: zero points rounded down",
+        LSQ_PLUS,
+        "/ scale.float()).round()",
+        "/ scale.float()).floor()",
+        lsq_plus.check_zero_has_a_code,
+    ),
+    Mutant(
+        "LSQ+: zero points outside the codes",
+        LSQ_PLUS,
+        "(steps - spec.q_n).clamp(-spec.q_n, spec.q_p)",
+        "(steps - spec.q_n)",
+        lsq_plus.check_zero_has_a_code,
+    ),
+    Mutant(
+        "LSQ+: zero points count from 0",
+        LSQ_PLUS,
+        "(steps - spec.q_n).clamp",
+        "steps.clamp",
+        lsq_plus.check_zero_has_a_code,
+    ),
+    Mutant(
+        "LSQ+: zero points of the sign of the offset",
+        LSQ_PLUS,
+        "(-offset.detach()",
+        "(offset.detach()",
+        lsq_plus.check_zero_has_a_code,
+    ),
+    Mutant(
+        "LSQ+: the grid keeps an open sign",
+        LSQ_PLUS,
+        "self._set_signed(True)",
+        "pass",
+        lsq_plus.check_grid_is_signed,
+    ),
+    Mutant(
+        "LSQ+: values passed on are rounded",
+        LSQ_PLUS,
+        "if self.passes(x):",
+        "if False:",
+        lsq_plus.check_enabled,
+    ),
+    Mutant(
+        "LSQ+: values of the unrounded step size",
+        LSQ_PLUS,
+        "scale = stored_scale(step_size, spec)\n    zero",
+        "scale = step_size\n    zero",
+        lsq_plus.check_stored_scale,
+    ),
+    Mutant(
+        "LSQ+: gradients of the unrounded step size",
+        LSQ_PLUS,
+        "scale = stored_scale(step_size, spec)\n    working",
+        "scale = step_size\n    working",
+        lsq_plus.check_stored_scale,
+    ),
+    Mutant(
+        "LSQ+: the mask includes the lower bound",
+        LSQ_PLUS,
+        "(ratio > -spec.q_n",
+        "(ratio >= -spec.q_n",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: the mask includes the upper bound",
+        LSQ_PLUS,
+        "(ratio < spec.q_p",
+        "(ratio <= spec.q_p",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: the mask of a grid without an offset",
+        LSQ_PLUS,
+        "(ratio > -spec.q_n - zero) & (ratio < spec.q_p - zero)",
+        "(ratio > -spec.q_n) & (ratio < spec.q_p)",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: codes of the step size's gradient count from the middle",
+        LSQ_PLUS,
+        "float(spec.q_n + spec.q_p), 0.0)",
+        "float(spec.q_p), -float(spec.q_n))",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: slope without the ratio",
+        LSQ_PLUS,
+        "ratio.round() - ratio, ends",
+        "ratio.round(), ends",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: the step size's gradient without its scale",
+        LSQ_PLUS,
+        "(grad * slope).sum() * grad_scale",
+        "(grad * slope).sum()",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: the offset's gradient without its scale",
+        LSQ_PLUS,
+        "masked_fill(inside, 0).sum() * grad_scale",
+        "masked_fill(inside, 0).sum()",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: the offset learns from what is not clipped",
+        LSQ_PLUS,
+        "grad.masked_fill(inside, 0)",
+        "grad.masked_fill(~inside, 0)",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: clipped values pass their gradient",
+        LSQ_PLUS,
+        "grad_output.masked_fill(~inside, 0)",
+        "grad_output",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: gradients swapped",
+        LSQ_PLUS,
+        "for value in (grad_step, grad_offset)]",
+        "for value in (grad_offset, grad_step)]",
+        lsq_plus.check_values_and_gradients,
+    ),
+    Mutant(
+        "LSQ+: gradients summed in bf16",
+        LSQ_PLUS,
+        "grad = grad_output.to(working)\n",
+        "grad, slope = grad_output, slope.to(grad_output.dtype)\n",
+        lsq_plus.check_bf16_inputs,
+    ),
+    Mutant(
+        "LSQ+: ratios in bf16",
+        LSQ_PLUS,
+        "working = torch.promote_types(x.dtype, torch.float32)",
+        "working = x.dtype",
+        lsq_plus.check_bf16_inputs,
+    ),
+    # PACT
+    Mutant(
+        "PACT: a bound of Q_P, not its square", PACT, "1 / self.spec.q_p**2", "1 / self.spec.q_p", others.check_pact
+    ),
+    Mutant("PACT: values passed on are rounded", PACT, "if self.passes(x):", "if False:", others.check_pact_waits),
+    Mutant(
+        "PACT: the mask includes the lower bound",
+        PACT,
+        "(ratio > -spec.q_n)",
+        "(ratio >= -spec.q_n)",
+        others.check_pact,
+    ),
+    Mutant(
+        "PACT: the mask includes the upper bound", PACT, "(ratio < spec.q_p)", "(ratio <= spec.q_p)", others.check_pact
+    ),
+    Mutant("PACT: the bound learns from all", PACT, ".masked_fill(inside, 0)", "", others.check_pact),
+    Mutant(
+        "PACT: the bound learns as the step size of LSQ does",
+        PACT,
+        "slope = ratio.clamp(-spec.q_n, spec.q_p).masked_fill(inside, 0)",
+        "slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)",
+        others.check_pact,
+    ),
+    Mutant(
+        "PACT: what is clipped counts for its size",
+        PACT,
+        "ratio.clamp(-spec.q_n, spec.q_p).masked_fill",
+        "ratio.masked_fill",
+        others.check_signed_pact,
+    ),
+    Mutant(
+        "PACT: the lower end is always 0",
+        PACT,
+        "ratio.clamp(-spec.q_n, spec.q_p)",
+        "ratio.clamp(0, spec.q_p)",
+        others.check_signed_pact,
+    ),
+    Mutant("PACT: the gradient without its scale", PACT, ".sum() * grad_scale", ".sum()", others.check_pact),
+    Mutant("PACT: clipped values pass their gradient", PACT, ".masked_fill(~inside, 0)", "", others.check_pact),
+    Mutant(
+        "PACT: gradients of the unrounded step size",
+        PACT,
+        "stored_scale(step_size, spec).to(working)",
+        "step_size.to(working)",
+        others.check_pacts_stored_scale,
+    ),
+    Mutant(
+        "PACT: the gradient summed in bf16",
+        PACT,
+        "(grad_output.to(working) * slope).sum()",
+        "(grad_output * slope.to(grad_output.dtype)).sum()",
+        others.check_pact_in_bf16,
+    ),
+    # Min-max
+    Mutant("min-max: a tenth of each batch", MINMAX, "MOMENTUM = 0.01", "MOMENTUM = 0.1", others.check_minmax_input),
+    Mutant(
+        "min-max: follows evaluation too",
+        MINMAX,
+        "if self.training and not passes:",
+        "if not passes:",
+        others.check_minmax_input,
+    ),
+    Mutant(
+        "min-max: follows what passes",
+        MINMAX,
+        "if self.training and not passes:",
+        "if self.training:",
+        others.check_minmax_input,
+    ),
+    Mutant(
+        "min-max: what follows stays a parameter",
+        MINMAX,
+        "delattr(self, key)\n            self.register_buffer(key, parameter.detach())",
+        "pass",
+        others.check_minmax_input,
+    ),
+    Mutant(
+        "min-max: the highest value, not magnitude",
+        MINMAX,
+        "torch.maximum(-low, high)",
+        "high",
+        others.check_minmax_input,
+    ),
+    Mutant(
+        "min-max: an unsigned grid follows the magnitude",
+        MINMAX,
+        "torch.maximum(-low, high) if self.spec.q_n else high",
+        "torch.maximum(-low, high)",
+        others.check_unsigned_minmax_input,
+    ),
+    Mutant(
+        "min-max: the range without 0",
+        MINMAX,
+        "ends = torch.maximum(ends, torch.stack([-low, high]).float())",
+        "ends = torch.stack([-low, high]).float()",
+        others.check_minmax_input_with_an_offset,
+    ),
+    Mutant(
+        "min-max: the offset jumps to each batch",
+        MINMAX,
+        "self.offset.lerp_(low.reshape(1, 1), MOMENTUM)",
+        "self.offset.copy_(low.reshape(1, 1))",
+        others.check_minmax_input_with_an_offset,
+    ),
+    Mutant(
+        "min-max: the offset stays",
+        MINMAX,
+        "self.offset.lerp_(low.reshape(1, 1), MOMENTUM)",
+        "pass",
+        others.check_minmax_input_with_an_offset,
+    ),
+    Mutant(
+        "min-max: the step size of an offset grid stays",
+        MINMAX,
+        "self.step_size.lerp_(step_of(low, high, self.spec).reshape(1, 1), MOMENTUM)",
+        "pass",
+        others.check_minmax_input_with_an_offset,
+    ),
+    Mutant(
+        "min-max: weights start as LSQ's do",
+        MINMAX,
+        "weight_step_size(weight, spec, Init.minmax)",
+        "weight_step_size(weight, spec, Init.lsq)",
+        others.check_minmax_weights,
+    ),
+    Mutant(
+        "min-max: a weight's gradient halved",
+        MINMAX,
+        "return grad_output, None",
+        "return grad_output / 2, None",
+        others.check_minmax_weights,
+    ),
+    Mutant(
+        "min-max: a weight is rounded before its start",
+        MINMAX,
+        "if self.enabled else weight",
+        "if True else weight",
+        others.check_minmax_weights,
+    ),
+    Mutant(
+        "min-max: integers of the unrounded step size",
+        MINMAX,
+        "quantize_tensor(weight, stored_scale(step_size, self.spec), self.spec, zero_point)",
+        "quantize_tensor(weight, step_size, self.spec, zero_point)",
+        others.check_minmax_weights,
+    ),
+    Mutant(
+        "min-max: integers without a zero point",
+        MINMAX,
+        "stored_scale(step_size, self.spec), self.spec, zero_point)",
+        "stored_scale(step_size, self.spec), self.spec, zero_point * 0)",
+        others.check_asymmetric_minmax_weight,
+    ),
+    Mutant(
+        "min-max: values without a zero point",
+        MINMAX,
+        "asymmetric.fake_quantized(weight, step_size, zero_point, spec)",
+        "asymmetric.fake_quantized(weight, step_size, zero_point * 0, spec)",
+        others.check_asymmetric_minmax_weight,
+    ),
+    Mutant(
+        "min-max: a weight's sign stays open",
+        MINMAX,
+        'spec.override({"signed": True})',
+        "spec",
+        others.check_signed_minmax_weight,
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.wrong for mutant in MUTANTS])
+def test_the_check_notices(monkeypatch, mutant):
+    must_notice(monkeypatch, mutant)
+
+
+@pytest.mark.parametrize("module", modules(MUTANTS))
+def test_a_faithful_copy_passes_every_check(monkeypatch, module):
+    must_pass(monkeypatch, module, MUTANTS)
