@@ -6,8 +6,9 @@ name and no data; ``insert_quantized`` puts in its place (opset 21; ``onnx_weigh
     a Linear's product   com.microsoft MatMulNBits
     an Embedding's rows  com.microsoft GatherBlockQuantized
     any other weight     DequantizeLinear, and Reshape where a convolution has groups
-    an activation        Clip to [-Q_N s, Q_P s] where the type is wider than the codes, QuantizeLinear to UINT4, INT4,
-                         UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even, clamp
+    an activation        Max with -Q_N s and Min with Q_P s where the type is wider than the codes, QuantizeLinear to
+                         UINT4, INT4, UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even,
+                         clamp. Max too before any 4-bit type, where it changes no integer: see ``_Builder.activation``
 """
 
 from __future__ import annotations
@@ -63,9 +64,12 @@ class Exported(nn.Module):
             y = self._placeholder("linear", x, (*x.shape[:-1], self.entry.shape[0]))
             return y if layer.bias is None else y + layer.bias
         weight = matrix(layer) if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
-        if isinstance(layer, FrozenLinear):
-            return F.linear(x, weight, layer.bias)
-        return layer._conv_forward(x, weight, layer.bias)
+        linear = isinstance(layer, FrozenLinear)
+        y = F.linear(x, weight) if linear else layer._conv_forward(x, weight, None)
+        if layer.bias is None:
+            return y
+        # A node of its own: inside Conv and Gemm, onnxruntime rounds it to the product of the two scales.
+        return y + (layer.bias if linear else layer.bias.view(-1, 1, 1))
 
     def _placeholder(self, kind: str, x: Tensor, shape: Any) -> Tensor:
         attributes = {"layer": self.name}
@@ -255,10 +259,14 @@ class _Builder:
         z = torch.zeros((), dtype=torch.int8)
         z = z if spec.symmetric else self.model.activation_zero_point(self.name).reshape(())
         zero = self._initialiser("activation_zero_point", kind, (), lambda: z, self.name)
-        if spec.bits not in (4, 8):
+        if spec.bits != 8:
+            # onnxruntime 1.32 moves QuantizeLinear before a MaxPool, which has no 4-bit type, and cannot open a graph
+            # in which a Clip (ReLU6) comes before one to 4 bits. Neither happens with a Max between.
             low = self._initialiser("activation_low", "FLOAT", (), lambda: (-spec.q_n - z.float()) * scale, self.name)
+            x = self._node("Max", [x, low])
+        if spec.bits not in (4, 8):
             high = self._initialiser("activation_high", "FLOAT", (), lambda: (spec.q_p - z.float()) * scale, self.name)
-            x = self._node("Clip", [x, low, high])
+            x = self._node("Min", [x, high])
         codes = self._node("QuantizeLinear", [x, step, zero])
         return self._node("DequantizeLinear", [codes, step, zero])
 
