@@ -27,6 +27,7 @@ from .layers import (
     matrix,
     plain_type,
     set_dtype_,
+    split_attentions_,
 )
 from .numerics import QuantizedTensor
 from .outline import parameters_on_meta, to_meta_
@@ -221,6 +222,7 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
         raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
     model = unwrapped(model)
     call_every_layer_(model)
+    split_attentions_(model, {*quantized.layers, *quantized.dense, *quantized.tied})
     packed: dict[str, PackedWeight | None] = {}
     for name, entry in quantized.layers.items():
         layer = matching_layer(model, name, entry, quantized.source)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import backend
 from .adapters import own_modules
-from .errors import LayerError, PolicyError, StateError
+from .errors import LayerError, PolicyError, QATError, StateError
 from .layers import (
     FAKE_QUANT,
     Conv1D,
@@ -23,6 +23,7 @@ from .layers import (
     make_fake_quant_,
     matrix,
     plain_type,
+    split_attentions_,
 )
 from .layers.int8_product import obstacle
 from .numerics import parameter_bits, scale_shape
@@ -67,7 +68,8 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
 
     Args:
         model: any module; its ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` layers can be quantized, and
-            ``nn.Embedding`` layers are where a rule gives them a weight spec.
+            ``nn.Embedding`` layers are where a rule gives them a weight spec. An ``nn.MultiheadAttention`` becomes a
+            ``SplitAttention`` with four linear layers, q_proj, k_proj, v_proj and out_proj, whatever the policy says.
         policy: a QuantPolicy; or its fields as a dict, a YAML file, or the name of one that ships ("conv_w4a4").
         verbose: print the summary.
 
@@ -84,10 +86,15 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
     if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     require_materialised(model)
-    decisions = decide(model, policy)
-    check_shapes(decisions)
-    _require_any(model, policy, decisions)
-    _check_init(decisions, policy.init)
+    undo = split_attentions_(model)
+    try:
+        decisions = decide(model, policy)
+        check_shapes(decisions)
+        _require_any(model, policy, decisions)
+        _check_init(decisions, policy.init)
+    except QATError:
+        undo()
+        raise
     weight_quantizers: dict[int, OfWeight] = {}
     for decision in decisions:
         if decision.weight is None and decision.activation is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight
 from ..wrappers import unwrapped
+from .attention import SplitAttention, split_attentions_
 from .conv import FrozenConv2d, QuantConv2d
 from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
 from .embedding import FrozenEmbedding, QuantEmbedding
@@ -23,9 +24,11 @@ __all__ = [
     "JointLoraLinear",
     "PackedWeight",
     "QALoraLinear",
+    "SplitAttention",
     "make_joint_",
     "make_qa_lora_",
     "set_dtype_",
+    "split_attentions_",
 ]  # of the modules beside this one
 
 FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Conv1D: QuantConv1D, nn.Embedding: QuantEmbedding}
