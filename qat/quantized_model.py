@@ -43,7 +43,7 @@ class QuantizedLayer:
     """What one quantized layer is, without its tensors.
 
     Attributes:
-        type: "Linear", "Conv2d" or "Embedding".
+        type: "Linear", "Conv2d", "Embedding" and so on.
         shape: of the weight.
         weight: its spec; None where only the input is quantized.
         activation: the input's spec, or how the runtime rounds it; None where the input is left alone.

@@ -48,7 +48,8 @@ def test_matmul_operands_to_the_nibble():
 
 def test_wide_codes_are_stored_unsigned():
     tensor = random_tensor([4, 3, 3, 3], qat.QuantSpec(bits=8, signed=True))
-    codes, scales, zero_points = onnx_weights.dequantize_operands(tensor)
+    layer = QuantizedLayer("Conv2d", [4, 3, 3, 3], tensor.spec, None)
+    codes, scales, zero_points = onnx_weights.dequantize_operands(tensor, layer)
     assert codes.dtype == torch.uint8 and zero_points.tolist() == [128] * 4 and scales.shape == (4,)
     assert torch.equal(codes.int() - 128, tensor.codes.int())
 
@@ -66,7 +67,7 @@ def test_operands_keep_every_code(bits, symmetric, group, rows, multiple, seed):
     spec = qat.QuantSpec(bits=bits, signed=True, symmetric=symmetric, **grid)
     shape = [rows, (group if isinstance(group, int) else 37) * multiple]
     tensor, layer = random_tensor(shape, spec, seed), QuantizedLayer("Linear", shape, spec, None)
-    forms = [(onnx_weights.DEQUANTIZE_PARTS, onnx_weights.dequantize_operands(tensor))]
+    forms = [(onnx_weights.DEQUANTIZE_PARTS, onnx_weights.dequantize_operands(tensor, layer))]
     block = onnx_weights.matmul_block(layer)
     assert (block is None) == (group in (3, 24))
     if block is not None:

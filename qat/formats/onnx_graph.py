@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..layers import FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
+from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
+from ..layers.conv_transpose import convolve
 from ..numerics import QuantizedTensor
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -64,12 +65,14 @@ class Exported(nn.Module):
             y = self._placeholder("linear", x, (*x.shape[:-1], self.entry.shape[0]))
             return y if layer.bias is None else y + layer.bias
         weight = matrix(layer) if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
-        linear = isinstance(layer, FrozenLinear)
-        y = F.linear(x, weight) if linear else layer._conv_forward(x, weight, None)
-        if layer.bias is None:
-            return y
+        if isinstance(layer, FrozenLinear):
+            y, bias = F.linear(x, weight), layer.bias
+        else:
+            transposed = isinstance(layer, FrozenConvTranspose)
+            y = convolve(layer, x, weight, None) if transposed else layer._conv_forward(x, weight, None)
+            bias = None if layer.bias is None else layer.bias.view(-1, *[1] * len(layer.kernel_size))
         # A node of its own: inside Conv and Gemm, onnxruntime rounds it to the product of the two scales.
-        return y + (layer.bias if linear else layer.bias.view(-1, 1, 1))
+        return y if bias is None else y + bias
 
     def _placeholder(self, kind: str, x: Tensor, shape: Any) -> Tensor:
         attributes = {"layer": self.name}
@@ -302,7 +305,9 @@ class _Builder:
         shapes, kinds = (stored, scale_shape, scale_shape), (kind, "FLOAT", kind)
         count = 2 if spec.symmetric and kind == "INT4" else 3
         operands = [
-            self._initialiser(part, kind, size, lambda index=index: dequantize_operands(self._tensor())[index])
+            self._initialiser(
+                part, kind, size, lambda index=index: dequantize_operands(self._tensor(), self.layer)[index]
+            )
             for index, (part, kind, size) in enumerate(list(zip(DEQUANTIZE_PARTS, kinds, shapes, strict=True))[:count])
         ]
         blocks = {"axis": 1, "block_size": spec.group_size} if spec.granularity == "group" else {"axis": 0}
