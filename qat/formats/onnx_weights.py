@@ -80,7 +80,7 @@ def matmul_operands(tensor: QuantizedTensor, block: int) -> tuple[Tensor, Tensor
 def dequantize_shapes(layer: QuantizedLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of DequantizeLinear's codes and scales; with groups, a weight is a matrix.
 
-    The only scale of a transposed convolution is repeated for each channel: its codes are transposed after the operator,
+    The only scale of a transposed convolution is repeated for each channel: its codes are turned after the operator,
     over which OpenVINO 2026.4 moves a single scale and then computes something else.
     """
     shape, spec = tuple(layer.shape), layer.weight
