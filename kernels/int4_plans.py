@@ -68,6 +68,8 @@ ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
 
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
 MANY_TOKENS = 4096
+# With a table of levels the kernel does more for each weight and product, and gives way earlier.
+MANY_TOKENS_BY_TABLE = 2048
 
 
 def choose(

@@ -14,7 +14,7 @@ from qat import backend
 
 from . import int4_batch, int4_decode, int4_portable
 from .int4_layout import INPUTS, ROWS, Int4Weight
-from .int4_plans import ANY_TOKENS, Decode, Dequantize, choose
+from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Decode, Dequantize, choose
 from .nested_scale import nested_scale
 from .rounding import INTERPRETED
 
@@ -39,7 +39,7 @@ def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     if suits:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = ANY_TOKENS if one_plan else _plan(x_MK, weight.out_features)
+        plan = ANY_TOKENS if one_plan else _plan(x_MK, weight)
         if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
             plan = plan._replace(early=0)
         y_MN = run_plan(plan, x_MK, weight, bias)
@@ -82,8 +82,11 @@ def limits(index: int) -> tuple[str, int, int]:
     return _devices[index]
 
 
-def _plan(x_MK: Tensor, out_features: int):
+def _plan(x_MK: Tensor, weight: Int4Weight):
     tokens, in_features = x_MK.shape
+    if weight.levels is not None and tokens > MANY_TOKENS_BY_TABLE:
+        return Dequantize()
+    out_features = weight.out_features
     key = tokens, out_features, in_features, x_MK.device.index, x_MK.dtype
     if key not in _plans:
         kind = "float16" if x_MK.dtype == torch.float16 else "bfloat16"

@@ -30,23 +30,20 @@ For two H100s: --steps 700 --batch-size 8 --calibration 16 --methods gptq awq --
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import runpy
 import shutil
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
+Rows = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))["Rows"]
 MODEL = formats["MODEL"]
 OUT = Path("runs/smollm2_comparison")
 PTQ = ("minmax", "mse", "gptq", "gptaq", "awq", "signround", "blockwise")
@@ -56,12 +53,7 @@ FULL, TUNED = "full precision", "full precision, tuned"
 
 def main() -> None:
     """Run what is missing, and print the table."""
-    if sys.argv[1:2] == ["--commands"]:
-        run_here(json.loads(sys.argv[2]))
-        return
     options = arguments()
-    for folder in ("results", "logs"):
-        (OUT / folder).mkdir(parents=True, exist_ok=True)
     if not MODEL.exists():
         formats["unpack"]()
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -73,12 +65,7 @@ def main() -> None:
     (OUT / "comparison.md").write_text(table(summary))
     (OUT / "comparison.svg").write_text(plot(summary))
     print("\n" + table(summary))
-    problems = [future.exception() for future in futures if future.exception() is not None]
-    failures = [problem for problem in problems if not isinstance(problem, subprocess.TimeoutExpired)]
-    if failures and not options.table:
-        sys.exit(f"error: {len(failures)} of {len(futures)} rows failed, the first one: {failures[0]}")
-    if problems and not options.table:
-        print(f"{len(problems)} of {len(futures)} rows are left after {options.seconds:g} s: the same command goes on")
+    options.rows.close(futures)
 
 
 def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
@@ -154,7 +141,7 @@ def arguments() -> argparse.Namespace:
     if options.quick:
         options.bits, options.methods, options.seeds = [4], ["minmax", "gptq"], 1
         options.steps, options.batch_size, options.calibration, options.windows = 4, 2, 4, 4
-    options.gpus, options.end = Gpus(), time.monotonic() + options.seconds
+    options.rows = Rows(OUT, options.jobs, options.seconds, options.table)
     return options
 
 
@@ -163,7 +150,7 @@ def full_precision(options: argparse.Namespace) -> dict:
     if options.teacher == "original" and not options.table:
         original_checkpoint(options)
     name = FULL.replace(" ", "_")
-    return {"row": FULL, "bits": 32, "seed": 0, **result(name, [evaluation(name, MODEL, options)], options)}
+    return {"row": FULL, "bits": 32, "seed": 0, **options.rows.result(name, [evaluation(name, MODEL, options)])}
 
 
 def lsq(start: str, bits: int, seed: int, options: argparse.Namespace) -> dict:
@@ -185,7 +172,7 @@ def measured(row: str, bits: int, seed: int, options: argparse.Namespace, init: 
         measures = folder / "artifact"
         commands.append(["qat.convert", str(folder / "last.ckpt"), "--to", "native", "--out", str(measures)])
     commands.append(evaluation(name, measures, options))
-    metrics = result(name, commands, options, weight=4 if trained else 1)
+    metrics = options.rows.result(name, commands, weight=4 if trained else 1)
     if init is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return {"row": row, "bits": bits, "seed": seed, **metrics}
@@ -224,12 +211,12 @@ def original_checkpoint(options: argparse.Namespace) -> None:
     """Make a checkpoint of the original model: what a teacher is read from."""
     folder = OUT / "original"
     if not (folder / "last.ckpt").exists():
-        run("original", [train_command(FULL, 32, 0, options, None, False, folder)], options)
+        options.rows.run("original", [train_command(FULL, 32, 0, options, None, False, folder)])
 
 
 def evaluation(name: str, path: Path, options: argparse.Namespace) -> list[str]:
     """Return the command that measures perplexity, and divergence from and agreement with the original."""
-    command = ["qat.evaluate", str(path), "--reference", str(MODEL), "--json", str(result_file(name))]
+    command = ["qat.evaluate", str(path), "--reference", str(MODEL), "--json", str(options.rows.file(name))]
     windows = ["data.val_window=512", f"data.val_windows={options.windows}", "data.eval_batch_size=4"]
     return [*command, "data=text", f"data.val={options.test}", f"data.tokenizer={MODEL}", *windows]
 
@@ -241,84 +228,8 @@ def torchao_row(bits: int, seed: int, options: argparse.Namespace) -> dict:
     settings |= {"batch_size": options.batch_size, "windows": options.windows, "model": str(MODEL)}
     settings |= {"train": options.train, "test": options.test, "bf16": any("bf16" in o for o in options.overrides)}
     script = str(Path(__file__).with_name("torchao_qat.py"))
-    commands = [[script, json.dumps(settings), "--json", str(result_file(name))]]
-    return {"row": "torchao QAT", "bits": bits, "seed": seed, **result(name, commands, options, weight=4)}
-
-
-def result_file(name: str) -> Path:
-    """Return where a row's metrics are kept."""
-    return OUT / "results" / f"{name}.json"
-
-
-def result(name: str, commands: list[list[str]], options: argparse.Namespace, weight: int = 1) -> dict[str, float]:
-    """Return a row's metrics, which the last command writes; nothing runs where they are there already."""
-    if not result_file(name).exists():
-        if options.table:
-            raise FileNotFoundError(result_file(name))
-        run(name, commands, options, weight)
-    return json.loads(result_file(name).read_text())
-
-
-def run(name: str, commands: list[list[str]], options: argparse.Namespace, weight: int = 1) -> None:
-    """Print commands and run them in one process; a failure is an error.
-
-    Args:
-        name: of the log.
-        commands: a module or a script with its arguments, each.
-        options: of the command line.
-        weight: what the process takes of a GPU, beside others.
-    """
-    shown = "".join(f"\n$ python {'' if line[0].endswith('.py') else '-m '}{' '.join(line)}" for line in commands)
-    if time.monotonic() > options.end:
-        raise subprocess.TimeoutExpired(name, options.seconds)
-    print(shown, flush=True)
-    command, start = [sys.executable, __file__, "--commands", json.dumps(commands)], time.monotonic()
-    with options.gpus.one(weight) as environment, contextlib.ExitStack() as stack:
-        log = stack.enter_context((OUT / "logs" / f"{name}.log").open("a")) if options.jobs > 1 else None
-        left = None if math.isinf(options.end) else max(0.1, options.end - start)
-        output = {"stdout": log, "stderr": log and subprocess.STDOUT}
-        subprocess.run(command, env=os.environ | environment, timeout=left, check=True, **output)
-    print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
-
-
-def run_here(commands: list[list[str]]) -> None:
-    """Run modules and scripts one after another as if each were a process, but import what they share once."""
-    for program, *rest in commands:
-        sys.argv = [program, *rest]
-        try:
-            if program.endswith(".py"):
-                runpy.run_path(program, run_name="__main__")
-            else:
-                runpy.run_module(program, run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            if end.code or type(end) is not SystemExit:  # Lightning's, of a training that was stopped
-                raise
-
-
-class Gpus:
-    """Gives each process the GPU that is least loaded."""
-
-    def __init__(self) -> None:
-        import torch
-
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        self.names = visible if visible != [""] else [str(index) for index in range(torch.cuda.device_count())]
-        self.load, self.lock = [0] * len(self.names), threading.Lock()
-
-    @contextlib.contextmanager
-    def one(self, weight: int) -> Iterator[dict[str, str]]:
-        """Yield the environment of a process that runs on it; empty without a GPU."""
-        if not self.load:
-            yield {}
-            return
-        with self.lock:
-            chosen = min(range(len(self.load)), key=self.load.__getitem__)
-            self.load[chosen] += weight
-        try:
-            yield {"CUDA_VISIBLE_DEVICES": self.names[chosen]}
-        finally:
-            with self.lock:
-                self.load[chosen] -= weight
+    commands = [[script, json.dumps(settings), "--json", str(options.rows.file(name))]]
+    return {"row": "torchao QAT", "bits": bits, "seed": seed, **options.rows.result(name, commands, weight=4)}
 
 
 def summarise(rows: list[dict]) -> list[dict]:

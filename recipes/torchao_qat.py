@@ -1,10 +1,12 @@
-"""torchao's quantization-aware training of a language model, for smollm2_comparison.py: the peer, in its own words.
+"""torchao's quantization-aware training of a language model, for other recipes: the peer, in its own words.
 
     python recipes/torchao_qat.py '{"model": DIR, "train": [TEXT], "test": TEXT, "bits": 4, "seed": 0, ...}' --json FILE
 
 Symmetric weights in groups of 64 on every linear layer but lm_head, with torchao's fake quantization of weights, which
-takes max|w| of each group anew in every step. Batches, optimizer, schedule and protocol are those of the other rows;
-what is measured is the model after torchao's own conversion.
+takes max|w| of each group anew in every step. With "rank" and "alpha" that is QAT + LoRA: peft's adapters on all these
+layers train beside the fake-quantized weights, FQ(W) x + B A x, and are merged before the conversion. Batches,
+optimizer, schedule and protocol are those of the other rows; what is measured is the model after torchao's own
+conversion.
 """
 
 import argparse
@@ -35,7 +37,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).to(device).train()
     grid = IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{settings['bits']}"),
-        granularity=PerGroup(64),
+        granularity=PerGroup(settings.get("group_size", 64)),
         mapping_type=MappingType.SYMMETRIC,
     )
 
@@ -43,11 +45,19 @@ def main() -> None:
         return isinstance(module, torch.nn.Linear) and "lm_head" not in name
 
     quantize_(model, QATConfig(grid, step="prepare"), filter_fn=chosen)
+    if "rank" in settings:
+        from peft import LoraConfig, get_peft_model
+
+        ranks = {"r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": 0.0}
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", **ranks))
     train(model, settings, device)
+    if "rank" in settings:
+        model = model.merge_and_unload()
     quantize_(model, QATConfig(grid, step="convert"), filter_fn=chosen)
     reference = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
-    test = {"val": settings["test"], "val_window": 512, "val_windows": settings["windows"], "eval_batch_size": 4}
-    data = TextData("files", 512, 1, tokenizer=settings["model"], **test)
+    length = settings.get("seq_len", 512)
+    test = {"val": settings["test"], "val_window": length, "val_windows": settings["windows"], "eval_batch_size": 4}
+    data = TextData("files", length, 1, tokenizer=settings["model"], **test)
     metrics = evaluate(model, data, device, reference)
     print(metrics)
     options.json.write_text(json.dumps(metrics))
@@ -57,8 +67,11 @@ def train(model: torch.nn.Module, settings: dict, device: str) -> None:
     """Take the steps that python -m qat.train takes with optim=adamw and a cosine."""
     size, steps = settings["batch_size"], settings["steps"]
     options = {"train": settings["train"], "val_fraction": 0.002, "seed": settings["seed"]}
-    loader = TextData("files", 512, size, tokenizer=settings["model"], **options).train_loader(device)
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    loader = TextData("files", settings.get("seq_len", 512), size, tokenizer=settings["model"], **options).train_loader(
+        device
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     factor = learning_rate_factor(Schedule.cosine, 0.05, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     epoch = step = 0
@@ -69,7 +82,7 @@ def train(model: torch.nn.Module, settings: dict, device: str) -> None:
                 loss = cross_entropy(model(inputs).logits, targets)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             step += 1

