@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .compiled import grid
 from .layers import product as products
+from .layers.conv import CHANNELS_LAST, in_channels_last
 from .layers.product import Convolution
 from .quantizers.rounding import Rounding
 from .spec import Dynamic
@@ -50,7 +51,10 @@ def _flat_convolution(convolution: Convolution | None) -> list[int]:
 
 
 def _convolution(flat: list[int]) -> Convolution | None:
-    return Convolution(flat[0:2], flat[2:4], flat[4:6], flat[6]) if flat else None
+    if not flat:
+        return None
+    n = len(flat) // 3
+    return Convolution(flat[:n], flat[n : 2 * n], flat[2 * n : 3 * n], flat[-1])
 
 
 @torch.library.custom_op("qat::product", mutates_args=())
@@ -131,8 +135,7 @@ def _gradient_layouts(grad, x, weight, x_step, weight_step, wanted) -> list[Tens
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    in_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if in_channels_last else torch.contiguous_format
+    return CHANNELS_LAST[x.dim()] if in_channels_last(x) else torch.contiguous_format
 
 
 def _keep_product(ctx, inputs, output) -> None:

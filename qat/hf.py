@@ -33,7 +33,7 @@ from .errors import ArtifactError, LayerError, PolicyError
 from .formats import native
 from .formats.companions import PATTERNS, copy_files
 from .kv_cache import int8_cache as int8_cache
-from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix
+from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix, split_attentions_
 from .policy import QuantPolicy
 from .quantized_model import from_model, matching_layer
 from .quantizers import DynamicActivation, FrozenActivation
@@ -92,6 +92,9 @@ class QATQuantizer(HfQuantizer):
             raise ArtifactError("a quantized model is opened from its folder: from_pretrained(DIR) without state_dict")
         with torch.device("cpu"):  # transformers builds the model on the meta device
             self.source = formats.read(Path(checkpoint_files[0]).parent)
+        prefix = f"{model.base_model_prefix}."
+        names = [*self.source.layers, *self.source.dense, *self.source.tied]
+        split_attentions_(model, [form for name in names for form in (name, name.removeprefix(prefix), prefix + name)])
         self.layers = _layers_in(model, list(self.source.layers))
         if not self.layers:
             raise ArtifactError(f"{self.source.source} does not fit {type(model).__name__}: no layer has a name in it")

@@ -27,6 +27,7 @@ from .layers import (
     matrix,
     plain_type,
     set_dtype_,
+    split_attentions_,
 )
 from .numerics import QuantizedTensor
 from .outline import parameters_on_meta, to_meta_
@@ -42,7 +43,7 @@ class QuantizedLayer:
     """What one quantized layer is, without its tensors.
 
     Attributes:
-        type: "Linear", "Conv2d" or "Embedding".
+        type: "Linear", "Conv2d", "Embedding" and so on.
         shape: of the weight.
         weight: its spec; None where only the input is quantized.
         activation: the input's spec, or how the runtime rounds it; None where the input is left alone.
@@ -220,6 +221,7 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
         raise StateError("load fills a plain model: give it a fresh instance, neither prepared nor frozen")
     model = unwrapped(model)
     call_every_layer_(model)
+    split_attentions_(model, {*quantized.layers, *quantized.dense, *quantized.tied})
     packed: dict[str, PackedWeight | None] = {}
     for name, entry in quantized.layers.items():
         layer = matching_layer(model, name, entry, quantized.source)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import formats
 from .checkpoint import load_state
 from .errors import ArtifactError, LayerError
-from .layers import Conv1D, QuantLayer, matrix, plain_type, quant_layers
+from .layers import QuantLayer, matrix, quant_layers, turned
 from .models import build
 from .numerics import MIN_SCALE
 from .policy import QuantPolicy
@@ -71,7 +71,7 @@ def fill(model: nn.Module, quantized: QuantizedModel) -> nn.Module:
         if entry.weight is None:
             continue
         value = quantized.quantized(entry.tied or name).dequantize()
-        state[f"{name}.weight"] = value.t().contiguous() if plain_type(layer) is Conv1D else value
+        state[f"{name}.weight"] = turned(layer, value).contiguous()
     own = model.state_dict()
     cast = {name: value.to(own[name].dtype) if name in own else value for name, value in state.items()}
     load_state(model, cast, quantized.source, ArtifactError)

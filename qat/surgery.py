@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from . import backend
 from .adapters import own_modules
-from .errors import LayerError, PolicyError, StateError
+from .errors import LayerError, PolicyError, QATError, StateError
 from .layers import (
     FAKE_QUANT,
-    Conv1D,
     FrozenLayer,
     FrozenLinear,
     PackedWeight,
@@ -25,6 +24,7 @@ from .layers import (
     make_fake_quant_,
     matrix,
     plain_type,
+    split_attentions_,
 )
 from .layers.int8_product import obstacle
 from .numerics import parameter_bits, scale_shape
@@ -49,6 +49,9 @@ from .quantizers.dynamic import BLOCK
 from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer
 from .wrappers import call_every_layer_, require_materialised, unwrapped
 
+# Left alone unless a rule says otherwise: a table of vectors, and what models with state spaces hold and do not call.
+ON_REQUEST = {nn.Embedding, nn.Conv1d}
+
 
 @dataclass
 class Decision:
@@ -68,8 +71,10 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
     weights whose init reads data, wait for ``qat.calibrate``. Tied weights stay tied and share one quantizer.
 
     Args:
-        model: any module; its ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` layers can be quantized, and
-            ``nn.Embedding`` layers are where a rule gives them a weight spec.
+        model: any module; its ``nn.Linear``, convolutions, transposed ones and transformers' ``Conv1D`` layers can be
+            quantized, and ``nn.Embedding`` and ``nn.Conv1d`` layers are where a rule gives them a spec. An
+            ``nn.MultiheadAttention`` becomes a ``SplitAttention`` with four linear layers, q_proj, k_proj, v_proj and
+            out_proj, whatever the policy says.
         policy: a QuantPolicy; or its fields as a dict, a YAML file, or the name of one that ships ("conv_w4a4").
         verbose: print the summary.
 
@@ -86,10 +91,15 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
     if is_prepared(model) or is_frozen(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
     require_materialised(model)
-    decisions = decide(model, policy)
-    check_shapes(decisions)
-    _require_any(model, policy, decisions)
-    _check_init(decisions, policy.init)
+    undo = split_attentions_(model)
+    try:
+        decisions = decide(model, policy)
+        check_shapes(decisions)
+        _require_any(model, policy, decisions)
+        _check_init(decisions, policy.init)
+    except QATError:
+        undo()
+        raise
     weight_quantizers: dict[int, OfWeight] = {}
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
@@ -138,7 +148,7 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     """Return what the policy means for each layer that holds a matrix, in definition order."""
     layers = [(name, layer) for name, layer in unwrapped(model).named_modules() if _holds_matrix(layer)]
     adapters = own_modules(model)
-    counted = set(FAKE_QUANT) - {nn.Embedding}  # as the first or the last layer
+    counted = set(FAKE_QUANT) - ON_REQUEST  # as the first or the last layer
     described = [
         (name, type(layer).__name__, plain_type(layer) in counted and id(layer) not in adapters)
         for name, layer in layers
@@ -151,19 +161,27 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
             decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
         elif type(layer) is nn.Embedding:
             decisions.append(_decide_embedding(name, layer, weight, rule))
+        elif type(layer) is nn.Conv1d and not _asks(rule):
+            decisions.append(
+                Decision(name, layer, None, None, "Conv1d stays in full precision without a rule of its own")
+            )
         elif plain_type(layer) in FAKE_QUANT:
             nothing = weight is None and activation is None
             said = f"rule match={rule['match']!r}" if rule else "policy"
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
-        elif rule is not None and (rule.get("weight") is not None or rule.get("activation") is not None):
-            known = ", ".join(plain.__name__ for plain in FAKE_QUANT)
+        elif _asks(rule):
             raise PolicyError(
                 f"the rule with match={rule['match']!r} asks to quantize {name!r}, a {type(layer).__name__}: "
-                f"only {known} can be; let the rule match less, or set its weight and activation to null"
+                f"only {_names(FAKE_QUANT)} can be; let the rule match less, or set its weight and activation to null"
             )
         else:
             decisions.append(Decision(name, layer, None, None, f"{type(layer).__name__} stays in full precision"))
     return decisions
+
+
+def _asks(rule: dict[str, Any] | None) -> bool:
+    """Return whether a rule gives a layer a spec."""
+    return rule is not None and (rule.get("weight") is not None or rule.get("activation") is not None)
 
 
 def _decide_embedding(
@@ -229,14 +247,20 @@ def _holds_matrix(layer: nn.Module) -> bool:
 
 def _require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision]) -> None:
     """Raise LayerError if the policy quantizes what layers get by default, and the model has no layer for it."""
-    if (policy.weight or policy.activation) is None or any(plain_type(d.layer) in FAKE_QUANT for d in decisions):
+    if (policy.weight or policy.activation) is None:
+        return
+    default = set(FAKE_QUANT) - ON_REQUEST
+    if any(plain_type(d.layer) in default or d.weight is not None or d.activation is not None for d in decisions):
         return
     kinds = sorted({type(decision.layer).__name__ for decision in decisions})
-    known = ", ".join(plain.__name__ for plain in FAKE_QUANT)
     raise LayerError(
-        f"{type(unwrapped(model)).__name__} has no layer that can be quantized ({known}); its layers with weights are "
-        f"{', '.join(kinds) or 'none'}"
+        f"{type(unwrapped(model)).__name__} has no layer that can be quantized ({_names(default)}; with a rule that "
+        f"matches them {_names(ON_REQUEST)}); its layers with weights are {', '.join(kinds) or 'none'}"
     )
+
+
+def _names(kinds: Iterable[type[nn.Module]]) -> str:
+    return ", ".join(plain.__name__ for plain in FAKE_QUANT if plain in kinds)
 
 
 def check_shapes(decisions: list[Decision]) -> None:
@@ -282,13 +306,16 @@ def check_shapes(decisions: list[Decision]) -> None:
 
 def _check_init(decisions: list[Decision], init: Init) -> None:
     """Raise a LayerError that names the layers which an init that reads data does not know."""
+    known = (nn.Linear, nn.Conv2d, nn.Embedding)
     quantized = [decision for decision in decisions if decision.weight is not None]
+    others = [decision for decision in quantized if plain_type(decision.layer) not in known]
     for what, kind in (
-        ("Conv1D layers", [repr(d.name) for d in quantized if plain_type(d.layer) is Conv1D]),
-        ("zero points", [repr(d.name) for d in quantized if not d.weight.symmetric]),
+        (f"{' or '.join(sorted({plain_type(d.layer).__name__ for d in others}))} layers", others),
+        ("zero points", [decision for decision in quantized if not decision.weight.symmetric]),
     ):
         if init.reads_data and kind:
-            raise LayerError(f"init={init.value} does not know {what} ({', '.join(kind)}): use init=mse")
+            names = ", ".join(repr(decision.name) for decision in kind)
+            raise LayerError(f"init={init.value} does not know {what} ({names}): use init=mse, or weight: null there")
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -302,7 +329,7 @@ def _is_embedding(decision: Decision) -> bool:
 
 def _dynamic_problems(decision: Decision) -> list[str]:
     kind, layer = decision.activation.value, decision.layer
-    if plain_type(layer) is nn.Conv2d:
+    if hasattr(layer, "kernel_size"):
         fix = "give it a rule with a spec (bits: 8) or null for its activation"
         return [f"{decision.name!r}: {kind} is for linear layers, not for a {type(layer).__name__}: {fix}"]
     inputs = matrix(layer).shape[1]

@@ -239,7 +239,7 @@ def test_onnx_holds_rows_of_any_grid(width, bits, symmetric, grid, operator, tmp
     assert symmetric or torch.equal(read.zero_point, tensor.zero_point)
 
 
-def quantized_llama(weight, embedding, tied=True, dynamic=None, dtype=torch.float32):
+def quantized_llama(weight, embedding, tied=True, dynamic=None, dtype=torch.float32, trained_norms=True):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -247,9 +247,9 @@ def quantized_llama(weight, embedding, tied=True, dynamic=None, dtype=torch.floa
         **sizes, num_key_value_heads=1, vocab_size=96, max_position_embeddings=64, tie_word_embeddings=tied
     )
     model = transformers.LlamaForCausalLM(config).to(dtype)
-    with torch.no_grad():  # a norm of ones would leave rows on the embedding's grid, where q8_0 rounds exact halves
+    with torch.no_grad():  # a norm of ones leaves rows on the embedding's grid, where q8_0 meets exact halves
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and trained_norms:
                 parameter.uniform_(0.5, 1.5)
     rules = [{"match": name, "weight": embedding} for name in ("Embedding", *(["lm_head"] if tied else []))]
     policy = qat.QuantPolicy(weight=weight, rules=rules, dynamic=dynamic)
@@ -261,6 +261,20 @@ def test_formats_without_embeddings_refuse_by_name(to, tmp_path):
     model = quantized_llama({"group_size": 32}, {"group_size": 32})
     with pytest.raises(ArtifactError, match=r"'model.embed_tokens' is an Embedding, .*--to gguf, mlx or onnx holds it"):
         formats.module(to).write(model, tmp_path)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("embedding", [{"bits": 8, "group_size": 32}, {"bits": 8}, {"bits": 4, "group_size": 64}])
+def test_llama_cpp_takes_our_side_of_exact_halves(embedding, tmp_path):
+    """Its norms' last bits decide more than a thousand of these inputs; the bar is that of any model."""
+    for client in ("gguf", "xllamacpp"):
+        pytest.importorskip(client)
+    gguf = formats.module("gguf")
+    model = quantized_llama({"group_size": 32}, embedding, trained_norms=False)
+    gguf.write(model, tmp_path)
+    seen = dict(gguf.verify(tmp_path, model))["llama.cpp"]
+    nearer = float(re.search(r"and (\S+) \(root mean square\) of ours", seen)[1])
+    assert nearer < 1e-6, seen
 
 
 @pytest.mark.clients

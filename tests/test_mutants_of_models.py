@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "shapes that do not fit are skipped",
         SURGERY,
-        "    check_shapes(decisions)\n    _require_any",
-        "    _require_any",
+        "        check_shapes(decisions)\n        _require_any",
+        "        _require_any",
         surgery.check_shapes_that_do_not_fit,
     ),
     Mutant(

@@ -108,6 +108,8 @@ def _problem(layer: QuantizedLayer) -> str | None:
     spec = layer.weight
     if layer.type == "Embedding":
         return EMBEDDING_FORMATS.format(METHOD)
+    if layer.type not in ("Linear", "Conv2d"):
+        return f"is a {layer.type}, which our {METHOD} files have no place for; --to onnx holds it"
     if spec is not None and not spec.holds_integers:
         return other_grid(layer, METHOD)
     if layer.activation is Dynamic.q8_0:

@@ -113,7 +113,7 @@ class _OtherOrder(TorchFunctionMode):
         self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        axis = {F.linear: -1, F.conv2d: 1}.get(function)
+        axis = {F.linear: -1, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}.get(function)
         if axis is not None and args[0].shape[axis] == args[1].shape[1]:  # else it is a convolution with groups
             order = torch.randperm(args[1].shape[1], generator=self._generator)
             args = (args[0].index_select(axis, order), args[1].index_select(1, order), *args[2:])

@@ -17,7 +17,7 @@ from ..quantized_model import QuantizedModel, shares_embedding, to_model
 from ..quantizers import DynamicActivation
 from .float_error import in_other_orders, root_mean_square
 from .gguf_names import ARCHITECTURES, ROPE_FREQUENCIES, gguf_names, row_order
-from .gguf_rounding import DTYPES, round_inputs_
+from .gguf_rounding import DTYPES, round_as_llama_cpp_
 
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 MOST_LIKELY = 100  # tokens whose probabilities are compared
@@ -167,7 +167,7 @@ def compare_outputs(file: Path, model: QuantizedModel, config: dict[str, Any]) -
     if find_spec("xllamacpp") is None:
         return [row, ("llama.cpp", "not installed: pip install xllamacpp")]
     found = _run_llama_cpp(file, tokens)
-    round_inputs_(frozen, file, config)
+    round_as_llama_cpp_(frozen, file, config)
     with torch.no_grad():
         rounded = frozen(tokens).logits
     return [row, _compare_llama_cpp(file, found, rounded, in_other_orders(frozen, tokens), expected)]

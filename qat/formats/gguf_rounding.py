@@ -1,4 +1,4 @@
-"""How llama.cpp rounds the inputs of its products, put on a frozen model of ours: what a GGUF file computes there.
+"""How llama.cpp rounds, put on a frozen model of ours: what a GGUF file computes there.
 
 ggml multiplies a matrix with inputs in the type that goes with the matrix's own (``type_traits_cpu.vec_dot_type``):
 
@@ -7,6 +7,10 @@ ggml multiplies a matrix with inputs in the type that goes with the matrix's own
                  stands in the product for d8 * sum q
     F16, BF16    that type
     F32          none
+
+An input in the middle of two codes goes where the last bit of the norm before it says, and an untrained norm of ones
+after an 8-bit embedding, which gives whole numbers times one factor, leaves many there: so norms are ggml's to the bit,
+y = x * (1 / sqrt(float32(sum x^2 / n) + eps)), float32 squares summed in float64 (``ggml_compute_forward_rms_norm``).
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ from .gguf_names import gguf_names, row_order
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def round_inputs_(frozen: nn.Module, file: Path, config: dict[str, Any]) -> None:
-    """Let every linear layer of a frozen float32 model round its input as llama.cpp does for a file's matrix."""
+def round_as_llama_cpp_(frozen: nn.Module, file: Path, config: dict[str, Any]) -> None:
+    """Let a frozen float32 model's linear layers round their inputs as llama.cpp does for a file, and its norms too."""
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     owners = {parameter: name for name, parameter in frozen.named_parameters()}  # of the head perhaps the embedding
     for name, layer in frozen.named_modules():
+        if type(layer).__name__.endswith("RMSNorm"):  # all architectures' norms have this formula
+            layer.register_forward_hook(lambda norm, inputs, _: _norm(inputs[0], norm.weight, norm.variance_epsilon))
         if not isinstance(layer, nn.Linear):
             continue
         if not isinstance(layer, FrozenLinear):
@@ -50,6 +56,13 @@ def round_inputs_(frozen: nn.Module, file: Path, config: dict[str, Any]) -> None
             layer.register_forward_hook(
                 lambda _, inputs, y, minima=minima: y + _rounding_of_sums(inputs[0]) @ minima.t()
             )
+
+
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return ggml's norm of float32 x (..., K)."""
+    mean = (x * x).double().mean(-1, keepdim=True).float()
+    scale = 1 / (mean + epsilon).sqrt()
+    return x * scale * weight
 
 
 def _minima(blocks: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ name and no data; ``insert_quantized`` puts in its place (opset 21; ``onnx_weigh
     a Linear's product   com.microsoft MatMulNBits
     an Embedding's rows  com.microsoft GatherBlockQuantized
     any other weight     DequantizeLinear, and Reshape where a convolution has groups
-    an activation        Clip to [-Q_N s, Q_P s] where the type is wider than the codes, QuantizeLinear to UINT4, INT4,
-                         UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even, clamp
+    an activation        Max with -Q_N s and Min with Q_P s where the type is wider than the codes, QuantizeLinear to
+                         UINT4, INT4, UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even,
+                         clamp. Max too before any 4-bit type, where it changes no integer: see ``_Builder.activation``
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..layers import FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
+from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
+from ..layers.conv_transpose import convolve
 from ..numerics import QuantizedTensor
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -64,8 +66,13 @@ class Exported(nn.Module):
             return y if layer.bias is None else y + layer.bias
         weight = matrix(layer) if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
         if isinstance(layer, FrozenLinear):
-            return F.linear(x, weight, layer.bias)
-        return layer._conv_forward(x, weight, layer.bias)
+            y, bias = F.linear(x, weight), layer.bias
+        else:
+            transposed = isinstance(layer, FrozenConvTranspose)
+            y = convolve(layer, x, weight, None) if transposed else layer._conv_forward(x, weight, None)
+            bias = None if layer.bias is None else layer.bias.view(-1, *[1] * len(layer.kernel_size))
+        # A node of its own: inside Conv and Gemm, onnxruntime rounds it to the product of the two scales.
+        return y if bias is None else y + bias
 
     def _placeholder(self, kind: str, x: Tensor, shape: Any) -> Tensor:
         attributes = {"layer": self.name}
@@ -255,10 +262,14 @@ class _Builder:
         z = torch.zeros((), dtype=torch.int8)
         z = z if spec.symmetric else self.model.activation_zero_point(self.name).reshape(())
         zero = self._initialiser("activation_zero_point", kind, (), lambda: z, self.name)
-        if spec.bits not in (4, 8):
+        if spec.bits != 8:
+            # onnxruntime 1.32 moves QuantizeLinear before a MaxPool, which has no 4-bit type, and cannot open a graph
+            # in which a Clip (ReLU6) comes before one to 4 bits. Neither happens with a Max between.
             low = self._initialiser("activation_low", "FLOAT", (), lambda: (-spec.q_n - z.float()) * scale, self.name)
+            x = self._node("Max", [x, low])
+        if spec.bits not in (4, 8):
             high = self._initialiser("activation_high", "FLOAT", (), lambda: (spec.q_p - z.float()) * scale, self.name)
-            x = self._node("Clip", [x, low, high])
+            x = self._node("Min", [x, high])
         codes = self._node("QuantizeLinear", [x, step, zero])
         return self._node("DequantizeLinear", [codes, step, zero])
 
@@ -294,7 +305,9 @@ class _Builder:
         shapes, kinds = (stored, scale_shape, scale_shape), (kind, "FLOAT", kind)
         count = 2 if spec.symmetric and kind == "INT4" else 3
         operands = [
-            self._initialiser(part, kind, size, lambda index=index: dequantize_operands(self._tensor())[index])
+            self._initialiser(
+                part, kind, size, lambda index=index: dequantize_operands(self._tensor(), self.layer)[index]
+            )
             for index, (part, kind, size) in enumerate(list(zip(DEQUANTIZE_PARTS, kinds, shapes, strict=True))[:count])
         ]
         blocks = {"axis": 1, "block_size": spec.group_size} if spec.granularity == "group" else {"axis": 0}

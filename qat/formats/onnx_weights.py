@@ -78,24 +78,29 @@ def matmul_operands(tensor: QuantizedTensor, block: int) -> tuple[Tensor, Tensor
 
 
 def dequantize_shapes(layer: QuantizedLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of DequantizeLinear's codes and scales; with groups, a weight is a matrix."""
+    """Return the shapes of DequantizeLinear's codes and scales; with groups, a weight is a matrix.
+
+    The only scale of a transposed convolution is repeated for each channel: its codes are turned after the operator,
+    over which OpenVINO 2026.4 moves a single scale and then computes something else.
+    """
     shape, spec = tuple(layer.shape), layer.weight
     if spec.granularity is Granularity.group:
         inputs = math.prod(shape[1:])
         return (shape[0], inputs), (shape[0], inputs // spec.group_size)
-    return shape, () if spec.granularity is Granularity.tensor else (shape[0],)
+    single = spec.granularity is Granularity.tensor and not layer.type.startswith("ConvTranspose")
+    return shape, () if single else (shape[0],)
 
 
-def dequantize_operands(tensor: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def dequantize_operands(tensor: QuantizedTensor, layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return DequantizeLinear's codes, scales and zero points (None if symmetric in 4 bits), int8 or uint8."""
-    layer = QuantizedLayer("", list(tensor.codes.shape), tensor.spec, None)
     stored, scales = dequantize_shapes(layer)
     codes, zero_point = tensor.codes, tensor.zero_point
     if stored_bits(tensor.spec) == 8:
         zero_point = _flipped(torch.zeros(tensor.scale.shape, dtype=torch.int8) if zero_point is None else zero_point)
         codes = _flipped(codes)
-    zero_point = None if zero_point is None else zero_point.reshape(scales)
-    return codes.reshape(stored), tensor.scale.float().reshape(scales), zero_point
+    rows = scales[0] if scales else 1
+    zero_point = None if zero_point is None else zero_point.expand(rows, -1).reshape(scales)
+    return codes.reshape(stored), tensor.scale.float().expand(rows, -1).reshape(scales), zero_point
 
 
 def decode(tensors: Mapping[str, Tensor], name: str, layer: QuantizedLayer) -> QuantizedTensor:
@@ -109,6 +114,8 @@ def decode(tensors: Mapping[str, Tensor], name: str, layer: QuantizedLayer) -> Q
         codes = tensors[f"{name}.weight_codes"]
         if bits == 8:
             codes, zero_point = _flipped(codes), None if zero_point is None else _flipped(zero_point)
+        scale = scale.flatten()[: math.prod(shape)]  # of a transposed convolution it may be repeated
+        zero_point = None if zero_point is None else zero_point.flatten()[: math.prod(shape)]
     else:
         packed = tensors[f"{name}.{part}_nbits"]
         rows, blocks = packed.shape[0], scale.numel() // packed.shape[0]

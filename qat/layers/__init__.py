@@ -11,8 +11,29 @@ from torch import Tensor, nn
 
 from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight
 from ..wrappers import unwrapped
-from .conv import FrozenConv2d, QuantConv2d
+from .attention import SplitAttention, split_attentions_
+from .conv import (
+    FrozenConv,
+    FrozenConv1d,
+    FrozenConv2d,
+    FrozenConv3d,
+    QuantConv,
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+)
 from .conv1d import Conv1D, FrozenConv1D, QuantConv1D
+from .conv_transpose import (
+    FrozenConvTranspose,
+    FrozenConvTranspose1d,
+    FrozenConvTranspose2d,
+    FrozenConvTranspose3d,
+    QuantConvTranspose,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    other_side_first,
+)
 from .embedding import FrozenEmbedding, QuantEmbedding
 from .joint_lora import JointLoraLinear, make_joint_
 from .linear import FrozenLinear, QuantLinear
@@ -20,18 +41,33 @@ from .packed import PackedWeight, set_dtype_
 from .qa_lora import QALoraLinear, make_qa_lora_
 
 __all__ = [
+    "TRANSPOSED",
     "JointLoraLinear",
     "PackedWeight",
     "QALoraLinear",
+    "SplitAttention",
     "make_joint_",
     "make_qa_lora_",
     "set_dtype_",
+    "split_attentions_",
 ]  # of the modules beside this one
 
-FAKE_QUANT = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, Conv1D: QuantConv1D, nn.Embedding: QuantEmbedding}
-FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d, Conv1D: FrozenConv1D, nn.Embedding: FrozenEmbedding}
-QuantLayer = QuantLinear | QuantConv2d | QuantEmbedding
-FrozenLayer = FrozenLinear | FrozenConv2d | FrozenEmbedding
+TWINS = {  # each plain layer's fake-quant and frozen one
+    nn.Linear: (QuantLinear, FrozenLinear),
+    nn.Conv2d: (QuantConv2d, FrozenConv2d),
+    Conv1D: (QuantConv1D, FrozenConv1D),
+    nn.Embedding: (QuantEmbedding, FrozenEmbedding),
+    nn.Conv1d: (QuantConv1d, FrozenConv1d),
+    nn.Conv3d: (QuantConv3d, FrozenConv3d),
+    nn.ConvTranspose1d: (QuantConvTranspose1d, FrozenConvTranspose1d),
+    nn.ConvTranspose2d: (QuantConvTranspose2d, FrozenConvTranspose2d),
+    nn.ConvTranspose3d: (QuantConvTranspose3d, FrozenConvTranspose3d),
+}
+FAKE_QUANT = {plain: twins[0] for plain, twins in TWINS.items()}
+FROZEN = {plain: twins[1] for plain, twins in TWINS.items()}
+QuantLayer = QuantLinear | QuantConv | QuantConvTranspose | QuantEmbedding
+FrozenLayer = FrozenLinear | FrozenConv | FrozenConvTranspose | FrozenEmbedding
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -55,7 +91,7 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def plain_type(layer: nn.Module) -> type[nn.Module]:
-    """Return nn.Linear, nn.Conv2d, Conv1D or nn.Embedding for a fake-quant or frozen one, else the layer's own type."""
+    """Return nn.Linear, nn.Conv2d and so on for a fake-quant or frozen one, else the layer's own type."""
     if Conv1D.is_type_of(layer):
         return Conv1D
     if isinstance(layer, JointLoraLinear | QALoraLinear):
@@ -71,7 +107,14 @@ def matrix(layer: nn.Module) -> Tensor:
     """Return the weight that a layer's codes are made from, with its outputs first."""
     if isinstance(layer, JointLoraLinear):
         return layer.merged()
-    return layer.weight.t() if plain_type(layer) is Conv1D else layer.weight
+    return turned(layer, layer.weight)
+
+
+def turned(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight as it is stored in a plain layer with its outputs first, or the other way round."""
+    if plain_type(layer) is Conv1D:
+        return weight.t()
+    return other_side_first(weight, layer.groups) if isinstance(layer, TRANSPOSED) else weight
 
 
 def make_fake_quant_(

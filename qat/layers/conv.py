@@ -1,4 +1,4 @@
-"""Conv2d: the fake-quant layer that trains and its frozen twin that ships."""
+"""Conv1d, Conv2d and Conv3d: the fake-quant layers that train and their frozen twins that ship."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from .linear import match_dtypes, roundings
 from .packed import Frozen
 from .product import Convolution, product
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of an input
 
-class QuantConv2d(nn.Conv2d):
-    """``nn.Conv2d`` whose weight, and input where asked for, pass through quantizers.
+
+class QuantConv:
+    """A convolution whose weight, and input where asked for, pass through quantizers.
 
     Attributes:
         weight_quantizer: None leaves the weight alone.
@@ -26,7 +28,8 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""
         x, x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
-        if x.dim() == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+        batched = x.dim() == weight.dim()
+        if batched and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
             return product(x, weight, self.bias, x_rounding, weight_rounding, convolution)
         x = x if x_rounding is None else x_rounding(x)
@@ -34,7 +37,19 @@ class QuantConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-class FrozenConv2d(Frozen, nn.Conv2d):
+class QuantConv1d(QuantConv, nn.Conv1d):
+    """``nn.Conv1d`` with fake quantization."""
+
+
+class QuantConv2d(QuantConv, nn.Conv2d):
+    """``nn.Conv2d`` with fake quantization."""
+
+
+class QuantConv3d(QuantConv, nn.Conv3d):
+    """``nn.Conv3d`` with fake quantization."""
+
+
+class FrozenConv(Frozen):
     """A convolution that holds packed codes and dequantizes them on use.
 
     Attributes:
@@ -51,8 +66,25 @@ class FrozenConv2d(Frozen, nn.Conv2d):
             return self._conv_forward(x, self.weight, self.bias)
         x, bias = match_dtypes(x, self.bias)
         weight = self.packed_weight.dequantize(x.dtype)
-        in_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if in_channels_last and self.packed_weight.spec.granularity != Granularity.group:
+        if in_channels_last(x) and self.packed_weight.spec.granularity != Granularity.group:
             # As in training (where groups need the other layout): each layout has its own order of summation.
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            weight = weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
         return self._conv_forward(x, weight, bias)
+
+
+class FrozenConv1d(FrozenConv, nn.Conv1d):
+    """``nn.Conv1d`` with packed codes."""
+
+
+class FrozenConv2d(FrozenConv, nn.Conv2d):
+    """``nn.Conv2d`` with packed codes."""
+
+
+class FrozenConv3d(FrozenConv, nn.Conv3d):
+    """``nn.Conv3d`` with packed codes."""
+
+
+def in_channels_last(x: Tensor) -> bool:
+    """Return whether the channels of x (B, C, ...) lie side by side in memory, and its pixels do not."""
+    layout = CHANNELS_LAST.get(x.dim())
+    return layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous()

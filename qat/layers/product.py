@@ -20,9 +20,11 @@ from torch.autograd.function import once_differentiable
 from ..errors import LayerError
 from ..quantizers.rounding import Rounding
 
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by dimensions
+
 
 class Convolution(NamedTuple):
-    """How ``nn.Conv2d`` convolves; None in its place means a linear map."""
+    """How a convolution of 1, 2 or 3 dimensions convolves; None in its place means a linear map."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -41,8 +43,8 @@ def product(
     """Return the linear map or convolution of the rounded x and weight, in the dtype of x (autocast's, where it is on).
 
     Args:
-        x: (..., K), or (B, C, H, W) for a convolution.
-        weight: (N, K), or (N, C / groups, h, w).
+        x: (..., K), or (B, C, ...) for a convolution.
+        weight: (N, K), or (N, C / groups, ...).
         bias: (N,) or None.
         x_rounding: None leaves x as it is.
         weight_rounding: None leaves the weight as it is.
@@ -80,7 +82,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convol
     """Return the plain linear map or convolution."""
     if convolution is None:
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, *convolution)
+    return CONVOLUTIONS[len(convolution.stride)](x, weight, bias, *convolution)
 
 
 def value(
@@ -142,7 +144,9 @@ def gradients(
         input_side(dtype)
         weight_side(None)
     if bias_wanted and grad_bias is None:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if convolution is None else grad.sum((0, 2, 3))
+        grad_bias = (
+            grad.reshape(-1, grad.shape[-1]).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
+        )
     return grad_x, grad_weight, grad_bias, grad_x_step, grad_weight_step
 
 
