@@ -31,7 +31,8 @@ say language, with more computed again
 more="realize_reads_threshold=8 realize_opcount_threshold=100"
 timeout 40 $step --parts language --variants plain qat --modes compiled --inductor $more --out "$out/more"
 say vision
-timeout 75 $step --profile --parts vision --modes compiled eager --out "$out"
+timeout 40 $step --profile --parts vision --modes eager --out "$out"
+timeout 60 $step --profile --parts vision --modes compiled --out "$out/compiled"
 say kernels
 timeout 30 $step --parts kernels --out "$out"
 say peers

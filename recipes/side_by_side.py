@@ -61,7 +61,7 @@ class Rows:
         with self.gpus.one(weight) as environment, contextlib.ExitStack() as stack:
             file = self.out / "logs" / f"{name}.log"
             log = stack.enter_context(file.open("a")) if self.jobs > 1 else None
-            left = None if math.isinf(self.end) else max(0.1, self.end - start)
+            left = None if math.isinf(self.end) else max(0.1, self.end - time.monotonic())
             output = {"stdout": log, "stderr": log and subprocess.STDOUT}
             try:
                 subprocess.run(command, env=os.environ | environment, timeout=left, check=True, **output)
@@ -82,14 +82,19 @@ class Rows:
 
 
 class Gpus:
-    """Gives each process the GPU that is least loaded."""
+    """Gives each process the GPU that is least loaded, and lets it wait where that is full.
 
-    def __init__(self) -> None:
+    Args:
+        limit: the most weight on a GPU at once. A training, of weight 4, took 9 GB at 8 windows of 512 tokens: nine at
+            once are too many for 80 GB.
+    """
+
+    def __init__(self, limit: int = 28) -> None:
         import torch
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         self.names = visible if visible != [""] else [str(index) for index in range(torch.cuda.device_count())]
-        self.load, self.lock = [0] * len(self.names), threading.Lock()
+        self.load, self.limit, self.changed = [0] * len(self.names), limit, threading.Condition()
 
     @contextlib.contextmanager
     def one(self, weight: int) -> Iterator[dict[str, str]]:
@@ -97,14 +102,16 @@ class Gpus:
         if not self.load:
             yield {}
             return
-        with self.lock:
+        with self.changed:
+            self.changed.wait_for(lambda: not min(self.load) or min(self.load) + weight <= self.limit)
             chosen = min(range(len(self.load)), key=self.load.__getitem__)
             self.load[chosen] += weight
         try:
             yield {"CUDA_VISIBLE_DEVICES": self.names[chosen]}
         finally:
-            with self.lock:
+            with self.changed:
                 self.load[chosen] -= weight
+                self.changed.notify_all()
 
 
 def run_here(commands: list[list[str]]) -> None:

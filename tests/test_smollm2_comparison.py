@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,3 +99,24 @@ def test_the_time_that_is_given_stops_a_row_and_starts_no_other(side_by_side, tm
         with pytest.raises(subprocess.TimeoutExpired):
             rows.run("slow", [[str(slow)]])
     assert time.monotonic() < rows.end + 30
+
+
+def test_a_full_gpu_lets_the_next_one_wait(side_by_side, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    gpus, entered = side_by_side.Gpus(limit=4), threading.Event()
+
+    def third():
+        with gpus.one(1) as environment:
+            found.append(environment)
+            entered.set()
+
+    found = []
+    with gpus.one(4) as first:
+        with gpus.one(9) as second:  # alone it may be too much
+            waiting = threading.Thread(target=third)
+            waiting.start()
+            assert not entered.wait(0.1)
+        assert entered.wait(60)
+        waiting.join()
+    assert [first, second, *found] == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("3", "5", "5")]
+    assert gpus.load == [0, 0]
