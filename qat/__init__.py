@@ -20,7 +20,7 @@ _HOME = {
     "QuantizedTensor": "numerics",
     "prepare": "surgery",
     "start_from": "starting",
-    "summary": "surgery",
+    "summary": "table",
     "calibrate": "calibration",
     "check": "reach",
     "kept_weights": "accumulation",

@@ -105,7 +105,7 @@ def read_source(source: Path, model: str | None) -> QuantizedModel:
     from . import formats, freezing
     from .checkpoint import TOKENIZER, read_checkpoint
     from .quantized_model import from_model
-    from .surgery import summary
+    from .table import summary
 
     if not is_checkpoint(source):
         return formats.read(source)

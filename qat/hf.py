@@ -34,11 +34,11 @@ from .formats import native
 from .formats.companions import PATTERNS, copy_files
 from .kv_cache import int8_cache as int8_cache
 from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix, split_attentions_
-from .policy import QuantPolicy
+from .policy import Decision, QuantPolicy
 from .quantized_model import from_model, matching_layer
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
-from .surgery import Decision, check_shapes, decide, weight_quantizer
+from .surgery import check_shapes, decide, weight_quantizer
 
 METHODS = ("bitsandbytes_4bit", "gptq", "awq", "compressed-tensors", "torchao")  # as transformers calls them
 

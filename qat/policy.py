@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from .errors import PolicyError, did_you_mean
 from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer, as_member
+
+if TYPE_CHECKING:
+    from torch import nn
 
 RULE_KEYS = ("match", "weight", "activation")
 FIRST, LAST = "@first", "@last"
@@ -176,6 +179,17 @@ class QuantPolicy:
             raise PolicyError(f"{path} does not hold a policy: expected the keys weight, activation, rules")
         values.pop("defaults", None)  # Hydra's own key
         return cls.from_dict(values)
+
+
+@dataclass
+class Decision:
+    """What a policy means for one layer: its specs, or why it is left alone."""
+
+    name: str
+    layer: nn.Module
+    weight: QuantSpec | None
+    activation: QuantSpec | Dynamic | None
+    reason: str = ""
 
 
 def match_rules(

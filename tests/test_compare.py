@@ -15,7 +15,7 @@ from qat import compare, convert
 from qat.compare import Run, as_markdown, averaged, ordered, rows_of
 from qat.layers import quant_layers
 from qat.models import build
-from qat.surgery import stored_size
+from qat.table import stored_size
 
 ONE = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=3 trainer.limit_val_batches=1"
 SWEEP = f"-m {ONE} policy=conv_w4a4 name=which policy.weight.bits=2,4 seed=0,1"

@@ -14,7 +14,8 @@ from qat.adapters import BASE, fingerprint, load_adapter, save_adapter, wrapping
 from qat.errors import ArtifactError, PolicyError, StateError
 from qat.layers import FrozenLinear
 from qat.lora import lora, split_weight
-from qat.surgery import Decision, weight_quantizer
+from qat.policy import Decision
+from qat.surgery import weight_quantizer
 
 pytest.importorskip("peft")
 

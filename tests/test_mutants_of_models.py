@@ -15,7 +15,7 @@ layers = load_checks("test_layers")
 embedding = load_checks("test_embedding")
 
 POLICY = "qat.policy"
-SURGERY = "qat.surgery"
+SURGERY, TABLE = "qat.surgery", "qat.table"
 CALIBRATION = "qat.calibration"
 FREEZING = "qat.freezing"
 LINEAR = "qat.layers.linear"
@@ -89,16 +89,16 @@ MUTANTS = [
     Mutant(
         "layers left alone are not printed",
         SURGERY,
-        "[(name, layer) for name, layer in unwrapped(model).named_modules() if _holds_matrix(layer)]",
+        "[(name, layer) for name, layer in unwrapped(model).named_modules() if holds_matrix(layer)]",
         "[(name, layer) for name, layer in unwrapped(model).named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]",
         surgery.check_table,
     ),
     Mutant(
         "scales cost nothing",
-        SURGERY,
+        TABLE,
         "bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights",
         "bits = float(decision.weight.bits)",
-        surgery.check_table,
+        surgery.check_summary,
     ),
     # Calibration
     Mutant("calibrated again", CALIBRATION, " if not quantizer.is_initialised]", "]", calibration.check_only_once),

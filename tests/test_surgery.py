@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import qat.surgery
+import qat.table
 from qat import QuantPolicy, QuantSpec
 from qat.errors import LayerError, PolicyError, StateError
 from qat.layers import QuantConv2d, QuantLinear
@@ -138,6 +139,17 @@ def check_table(surgery):
     )
 
 
+def check_summary(table):
+    model = prepare(Net(), QuantPolicy(weight=W4, rules=[{"match": "head", "weight": None}]))
+    text = table.summary(model)
+    assert row_of(text, "conv") == ["conv", "8x3x3x3", "int4 channel", "-", f"{4 + 16 / 27:.2f}"]
+    assert row_of(text, "fc") == ["fc", "16x8", "int4 channel", "-", "6.00"]
+    assert row_of(text, "head") == ["head", "4x16", "-", "-", "32.00", "not quantized"]
+    bits, size = table.stored_size(model)
+    assert bits == pytest.approx((216 * 4 + 8 * 16 + 128 * 6 + (64 + 80) * 32) / 488)
+    assert size >= 488 * bits / 8
+
+
 def test_rules():
     check_rules(qat.surgery)
 
@@ -156,6 +168,10 @@ def test_prepared_twice():
 
 def test_table():
     check_table(qat.surgery)
+
+
+def test_summary():
+    check_summary(qat.table)
 
 
 def test_frozen_models_cannot_be_prepared():

@@ -31,7 +31,7 @@ from ..layers import is_frozen, is_prepared
 from ..models import architecture_of, build
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
-from ..surgery import stored_size
+from ..table import stored_size
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
 from .instantiation import check_least, check_types, make
