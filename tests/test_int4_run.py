@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from qat.kernels import int4_linear as module
 from qat.kernels import int4_run, int8_run
 from qat.kernels.int4_layout import prepack
-from qat.kernels.int4_plans import Batch, Decode, Int8
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
 from qat.kernels.int8_codes import int8_codes
 
 from qat import codebook
@@ -230,3 +230,15 @@ def test_subclasses_modes_and_transforms_go_through_the_dispatcher():
     seen = []
     torch.vmap(lambda t: (seen.append(module._is_plain(t)), t)[1])(x)
     assert seen == [False]
+
+
+def test_a_table_of_levels_gives_way_to_the_library_earlier(kernel):
+    plain, table = weight(), weight(levels=torch.tensor(codebook.NF4))
+    for tokens, dequantizes in (
+        (2048, (False, False)),
+        (2049, (False, True)),
+        (4096, (False, True)),
+        (4097, (True, True)),
+    ):
+        x = torch.empty(tokens, plain.in_features, dtype=torch.bfloat16)
+        assert tuple(isinstance(int4_run._plan(x, w), Dequantize) for w in (plain, table)) == dequantizes
