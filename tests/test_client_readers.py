@@ -14,7 +14,7 @@ from test_starting import random_llama
 from torch import nn
 
 import qat
-from qat.formats import awq, executorch, gguf_blocks, gptq, onnx_client, onnx_weights
+from qat.formats import awq, executorch, gguf_blocks, gptq, onnx_parts, onnx_weights
 from qat.quantized_model import QuantizedLayer, from_model
 
 pytestmark = pytest.mark.clients
@@ -74,7 +74,7 @@ def test_onnxruntime_at_accuracy_level_0(bits, group, symmetric, rows, multiple,
     graph = onnx.helper.make_graph([node], "one", [x], [y], stored)
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     made = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    (found,) = onnx_client.session(made.SerializeToString()).run(["y"], {"x": torch.eye(inputs).numpy()})
+    (found,) = onnx_parts.session(made.SerializeToString()).run(["y"], {"x": torch.eye(inputs).numpy()})
     assert torch.equal(torch.from_numpy(found).t(), tensor.dequantize())
 
 

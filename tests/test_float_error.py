@@ -1,10 +1,13 @@
 """What float32 leaves open: our own other orders of summation pass, a slightly different model does not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from qat.formats.float_error import FloatError, _OtherOrder, float_error
+from qat.formats import float_error as float_error_module
+from qat.formats.float_error import FloatError, _OtherOrder, double_, float_error
 
 
 class Deep(nn.Module):
@@ -55,6 +58,34 @@ def test_the_reference_is_float64_throughout():
         exact = exact + (normed @ layer.weight.double().t() + layer.bias.double()).relu()
     error = float_error(exact, network, x)
     assert error.typical < 1e-6 and error.overall < 1e-6
+
+
+class Tied(nn.Module):
+    """An embedding, whose weight is also the head's, and a linear layer of another module between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.inner(self.embed(x)).relu())
+
+
+@torch.no_grad()
+def test_large_weights_are_float64_where_they_are_used(monkeypatch):
+    network, x = Tied(), torch.randint(50, (3, 7))
+    exact = copy.deepcopy(network).double()(x)
+    for large in (1, 33 * 32, 2**20):  # all weights, a row of one at a time; the tied one; none
+        monkeypatch.setattr(float_error_module, "LARGE", large)
+        held = double_(network)
+        assert len(held) == {1: 2, 33 * 32: 1}.get(large, 0)
+        assert all(weight.dtype == torch.float32 and weight.numel() for weight in held)
+        network.float()
+        assert network.head.weight is network.embed.weight
+        error = float_error(exact, network, x)
+        assert error.typical < 1e-6 and error.overall < 1e-6
+        assert float_error(network(x), network, x).explained()
 
 
 @torch.no_grad()

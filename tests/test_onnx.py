@@ -10,7 +10,7 @@ from torch import nn
 
 import qat
 from qat.errors import ArtifactError
-from qat.formats import onnx, onnx_graph, onnx_weights
+from qat.formats import onnx, onnx_graph, onnx_parts, onnx_weights
 from qat.models import build
 from qat.numerics import QuantizedTensor, scale_shape
 from qat.quantized_model import QuantizedLayer, from_model, to_model
@@ -188,7 +188,7 @@ def test_vision_models_with_trained_activations(tmp_path, builder):
     _, rows = written(model, tmp_path)
     assert rows["onnxruntime, outputs"].endswith("argmax equal in 100.00%")
     assert f"{len(matrices)} layers equal q*s" in rows["onnxruntime, weights"]
-    session = onnx.onnx_client.session(tmp_path / onnx.FILE)
+    session = onnx_parts.session(tmp_path / onnx.FILE)
     for batch in (1, 7):  # the batch axis is free
         x = onnx.random_input(example, batch, seed=batch)
         expected = to_model(model)(x)
@@ -296,7 +296,7 @@ def test_a_language_model_of_ours(tmp_path, qdq, group):
     counts = {"MatMulNBits": products, "DequantizeLinear": 5 - products}
     assert notes[0] == "model.onnx: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     assert rows["onnxruntime, outputs"].endswith("argmax equal in 100.00%")
-    session = onnx.onnx_client.session(tmp_path / onnx.FILE)
+    session = onnx_parts.session(tmp_path / onnx.FILE)
     tokens = onnx.random_input({**TOKENS, "shape": [31]}, 3)  # both axes are free
     expected = to_model(model)(tokens).detach()
     found = torch.from_numpy(session.run(None, {"input_ids": tokens.numpy()})[0])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ORDERS = 4  # beside the plain one
+LARGE = 2**20  # elements, from which a weight becomes float64 a piece at a time, where it is used
 FEW = 4  # products at a time in the running sum: one at a time takes minutes for a layer of 14,336 inputs
 TYPICAL = 2.0  # times the error that one of our own orders has at the same row
 OVERALL = 5.0  # times the root mean square over all outputs, which one ill-conditioned row decides
@@ -62,8 +63,9 @@ def float_error(found: Tensor, network: nn.Module, x: Tensor) -> FloatError:
     ours = [outputs(network, x), *in_other_orders(network, x)]
     with _OneAfterAnother():
         ours.append(outputs(network, x))
-    with _Float64():
-        exact = outputs(network.double(), x.double() if x.is_floating_point() else x)
+    large = double_(network)
+    with _Float64(large):
+        exact = outputs(network, x.double() if x.is_floating_point() else x)
     network.float()
     errors = [_rows(other - exact) for other in (found, *ours)]
     own = torch.stack(errors[1:])
@@ -83,6 +85,19 @@ def in_other_orders(network: nn.Module, x: Tensor) -> list[Tensor]:
         with _OtherOrder(seed):
             found.append(outputs(network, x))
     return found
+
+
+def double_(network: nn.Module) -> set[Tensor]:
+    """Make a network's floats float64, in place, but for large weights of layers; return these."""
+    layers = (nn.Linear, nn.Embedding)
+    held = {layer.weight for layer in network.modules() if type(layer) in layers and layer.weight.numel() >= LARGE}
+    kept = {weight: weight.data for weight in held}
+    for weight in held:
+        weight.data = weight.new_empty(0)
+    network.double()
+    for weight, values in kept.items():
+        weight.data = values
+    return held
 
 
 def root_mean_square(values: Tensor) -> float:
@@ -134,10 +149,25 @@ class _OneAfterAnother(TorchFunctionMode):
 
 
 class _Float64(TorchFunctionMode):
-    """Keeps float64 where a model says float32, as transformers' norms do."""
+    """Keeps float64 where a model says float32, as transformers' norms do; takes large float32 weights as float64."""
+
+    def __init__(self, large: set[Tensor]) -> None:
+        super().__init__()
+        self._large = large
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in (F.linear, F.embedding) and len(args) > 1 and args[1] in self._large:
+            return self._with_large(function, *args, **(kwargs or {}))
         function = torch.Tensor.double if function is torch.Tensor.float else function
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
         return function(*args, **kwargs)
+
+    @staticmethod
+    def _with_large(function: Any, x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if function is F.embedding:
+            return function(x, weight, *rest, **named).double()
+        (bias,) = (*rest, *named.values()) or (None,)
+        rows = max(1, LARGE // weight.shape[1])
+        y = torch.cat([function(x, part.double()) for part in weight.split(rows)], -1)
+        return y if bias is None else y + bias

@@ -24,7 +24,7 @@ from ..packing import unpack
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
 from .comparison import compare, compare_logits, small
-from .onnx_client import TOLERANCE, session
+from .onnx_parts import TOLERANCE, session
 
 CLIENT = "onnxruntime-genai"
 # Without these its builder would round the head, the embedding, and the inputs of all products.
