@@ -70,7 +70,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
         for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
             if layer in replaced:
                 wrapped.set_submodule(name, replaced[layer])
-        program = lower(wrapped, example, longest, model.source)
+        program = lower(wrapped, example, longest, model.source, disk)
         with (folder / FILE).open("wb") as stream:
             program.write_to_file(stream)
     copy_companions(model, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from ..packing import pack
 from ..quantized_model import QuantizedModel
 from ..quantizers import DynamicActivation
 from ..spec import Dynamic
+from .executorch_disk import OnDisk
 from .executorch_layers import FLOAT32, INT4, int4_operands, int8_constants, int8_operands, kind
 from .executorch_program import lower, lowered_layer, quantized_weights
 from .float_error import TYPICAL, float_error
-from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
+from .onnx_client import ROUNDING_TOLERANCE
 from .onnx_graph import LogitsOnly
+from .onnx_parts import TOLERANCE
 
 
 def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
@@ -88,7 +91,9 @@ def _compare_layer(model: QuantizedModel, frozen: nn.Module, kinds: dict[str, st
         if kinds[name] != FLOAT32:
             size = (64, layer.in_features) if model.layers[name].type == "Linear" else (1, layer.in_channels, 16, 16)
             x = torch.randn(size, generator=torch.Generator().manual_seed(0))
-            program = bytes(lower(lowered_layer(model, name, layer).eval(), x, None, name).buffer)
+            with tempfile.TemporaryDirectory() as folder:
+                lowered = lower(lowered_layer(model, name, layer).eval(), x, None, name, OnDisk(Path(folder)))
+                program = bytes(lowered.buffer)
             gap, largest = _gap(run(program, x, batched=True), layer(x), TOLERANCE, f"the outputs of {name!r} alone")
             return [(f"ExecuTorch, {name}", f"differs by at most {gap:.3g} (largest {largest:.3g}) on {list(x.shape)}")]
     return []

@@ -1,8 +1,14 @@
-"""Tensors of a program in files, mapped: ExecuTorch's compiler wants them all at once, and reads each for a moment."""
+"""A program's tensors in files: those that ExecuTorch's compiler reads, mapped, and those that it has made of them.
+
+The compiler wants all tensors at once, and reads each for a moment. What it makes of them it keeps until the program is
+written; its serialiser takes a file in the place of bytes (``FileBackedData``, since 1.5), but its own backends hand it
+bytes, so two names in its modules are replaced while a program is lowered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +29,19 @@ class OnDisk:
         tensor = tensor.detach().cpu().contiguous()
         if tensor.nbytes < LEAST_BYTES:
             return tensor
-        file, self._count = self._folder / str(self._count), self._count + 1
+        file = self._next()
         tensor.numpy().tofile(file)
         return torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+
+    def keep_bytes(self, content: Any) -> Any:
+        """Return bytes as ExecuTorch's ``FileBackedData``; few bytes, or what lies in a file already, as it is."""
+        from executorch.exir._serialize._cord import FileBackedData
+
+        if not isinstance(content, bytes) or len(content) < LEAST_BYTES:
+            return content
+        file = self._next()
+        file.write_bytes(content)
+        return FileBackedData(str(file))
 
     def keep_(self, module: nn.Module) -> nn.Module:
         """Put a lowered layer's codes and weights into files, in place; return it."""
@@ -42,6 +58,34 @@ class OnDisk:
     def floats(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return float tensors in float32, and others as they are, each put into a file when it is asked for."""
         return _Mapped(tensors, lambda tensor: self.keep(tensor.float() if tensor.is_floating_point() else tensor))
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """While it is open, put into files what ExecuTorch makes of a program's constants.
+
+        XNNPACK's constants go to a ``NamedDataStore`` of its module, the others to a ``Buffer`` of the emitter's. The
+        program can be written for as long as the folder is there.
+        """
+        from executorch.backends.xnnpack import xnnpack_preprocess
+        from executorch.exir.emit import _emitter
+
+        disk, buffer = self, _emitter.Buffer
+
+        class Store(xnnpack_preprocess.NamedDataStore):
+            def add_named_data(self, key: str, data: Any, *args: Any, **kwargs: Any) -> None:
+                super().add_named_data(key, disk.keep_bytes(data), *args, **kwargs)
+
+        before = xnnpack_preprocess.NamedDataStore
+        xnnpack_preprocess.NamedDataStore = Store
+        _emitter.Buffer = lambda storage: buffer(storage=disk.keep_bytes(storage))
+        try:
+            yield
+        finally:
+            xnnpack_preprocess.NamedDataStore, _emitter.Buffer = before, buffer
+
+    def _next(self) -> Path:
+        self._count += 1
+        return self._folder / str(self._count)
 
 
 class _Mapped(Mapping[str, Tensor]):

@@ -12,33 +12,39 @@ from ..errors import ArtifactError
 from ..layers import FrozenLayer
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
-from .executorch_disk import share_when_copied_
+from .executorch_disk import OnDisk, share_when_copied_
 from .executorch_layers import lowered
 
 
-def lower(network: nn.Module, example: Tensor, longest: int | None, source: str) -> Any:
+def lower(network: nn.Module, example: Tensor, longest: int | None, source: str, disk: OnDisk) -> Any:
     """Return an ExecuTorch program; with ``longest``, for any number of tokens up to it.
+
+    Its constants lie in files of ``disk``: it must be written while these are there.
 
     Raises:
         ArtifactError: torch cannot export the network, or XNNPACK leaves a quantized layer out.
+        OSError: the disk is full, or cannot be written.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     shapes = None if longest is None else ({1: torch.export.Dim("tokens", min=2, max=longest)},)
-    try:
-        # To this form ExecuTorch brings a program anyway; from here on its tensors stay the same objects.
-        exported = torch.export.export(network, (example,), dynamic_shapes=shapes).run_decompositions({})
-        share_when_copied_(exported)
-        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-    except Exception as error:  # torch.export's and ExecuTorch's own, which share no base
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{source} cannot become an ExecuTorch program: {reason}") from error
-    nodes = [str(node.target) for node in edge.exported_program().graph.nodes]
-    left = [name for name in nodes if any(kind in name for kind in ("quantize_affine", "quantized_decomposed"))]
-    if left:
-        raise ArtifactError(f"XNNPACK does not take {len(left)} operations of quantized layers of {source}")
-    return edge.to_executorch()
+    with disk.compiled():
+        try:
+            # To this form ExecuTorch brings a program anyway; from here on its tensors stay the same objects.
+            exported = torch.export.export(network, (example,), dynamic_shapes=shapes).run_decompositions({})
+            share_when_copied_(exported)
+            edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        except OSError:
+            raise
+        except Exception as error:  # torch.export's and ExecuTorch's own, which share no base
+            reason = " ".join(str(error).split())[:300]
+            raise ArtifactError(f"{source} cannot become an ExecuTorch program: {reason}") from error
+        nodes = [str(node.target) for node in edge.exported_program().graph.nodes]
+        left = [name for name in nodes if any(kind in name for kind in ("quantize_affine", "quantized_decomposed"))]
+        if left:
+            raise ArtifactError(f"XNNPACK does not take {len(left)} operations of quantized layers of {source}")
+        return edge.to_executorch()
 
 
 def lowered_layer(model: QuantizedModel, name: str, layer: FrozenLayer) -> nn.Module:
