@@ -16,7 +16,7 @@ from qat import formats
 from qat.checkpoint import random_input
 from qat.convert import main
 from qat.errors import ArtifactError
-from qat.formats import executorch, executorch_client, executorch_layers
+from qat.formats import executorch, executorch_client, executorch_disk, executorch_layers
 from qat.formats.float_error import _OtherOrder
 from qat.formats.onnx_client import _edges
 from qat.layers import frozen_layers
@@ -323,3 +323,44 @@ def test_a_language_model_of_any_length(tmp_path, capsys):
         expected = model(tokens).logits
     found = executorch_client.run(tmp_path / "out" / executorch.FILE, tokens)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.clients
+def test_a_program_from_files_is_the_same_to_the_byte(tmp_path, monkeypatch):
+    """Codes and scales of XNNPACK's, a constant of the emitter's (an embedding), and bytes that two layers share."""
+    client()
+    from executorch.backends.xnnpack import xnnpack_preprocess
+    from executorch.exir.emit import _emitter
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.a, self.b = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+            self.b.load_state_dict(self.a.state_dict())
+
+        def forward(self, x):
+            return self.b(self.a(self.words(x)).relu())
+
+    torch.manual_seed(0)
+    rules = [{"match": "words", "weight": None}]
+    policy = QuantPolicy(weight={"group_size": 32}, dynamic="int8_token", rules=rules)
+    model = from_model(qat.freeze(qat.prepare(Words(), policy, verbose=False)))
+    model.example = {"shape": [6], "dtype": "int64", "low": 0, "high": 49}
+    before = xnnpack_preprocess.NamedDataStore, _emitter.Buffer
+    written, kept = [], executorch_disk.OnDisk.keep_bytes
+    for least in (1, 2**40):
+        files = []
+        monkeypatch.setattr(executorch_disk, "LEAST_BYTES", least)
+        monkeypatch.setattr(
+            executorch_disk.OnDisk,
+            "keep_bytes",
+            lambda self, content, files=files: files.append(kept(self, content)) or files[-1],
+        )
+        folder = tmp_path / str(least)
+        folder.mkdir()
+        executorch.write(model, folder, Words())
+        on_disk = [content for content in files if not isinstance(content, bytes)]
+        assert len(on_disk) > 3 if least == 1 else not on_disk
+        written.append((folder / executorch.FILE).read_bytes())
+        assert before == (xnnpack_preprocess.NamedDataStore, _emitter.Buffer)
+    assert written[0] == written[1]

@@ -49,7 +49,8 @@ class OnDisk:
             for store in (owner._parameters, owner._buffers):
                 for name, tensor in store.items():
                     if hasattr(tensor, "qdata"):  # torchao's
-                        tensor.qdata = self.keep(tensor.qdata)
+                        for part in ("qdata", "scale", "zero_point"):
+                            setattr(tensor, part, self.keep(getattr(tensor, part)))
                     elif tensor is not None:
                         kept = self.keep(tensor)
                         store[name] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
