@@ -4,6 +4,7 @@ Tests marked "clients" need executorch, which is large: `make test-executorch` i
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(executorch, "find_spec", lambda name: None)
     with pytest.raises(ArtifactError, match="pip install executorch"):
         executorch.write(net(), tmp_path)
+
+
+def test_a_disk_without_room_is_refused_before_compiling(tmp_path, monkeypatch):
+    model = net()
+    kinds = {name: executorch_layers.kind(entry) for name, entry in model.layers.items()}
+    assert kinds == {"0": "int4", "2": "int4", "4": "int4"}
+    codes, biases = 64 * 96 + 96 * 32 + 32 * 5, 96 + 5  # one layer has no bias
+    need = codes + 2 * codes * 4.5 / 8 + 12 * biases
+    monkeypatch.setattr(executorch.shutil, "disk_usage", lambda folder: SimpleNamespace(free=need - 1))
+    with pytest.raises(ArtifactError, match=r"needs 0\.0 GiB of disk at .* until it is done, and 0\.0 are"):
+        executorch._check_room(model, kinds, tmp_path)
+    monkeypatch.setattr(executorch.shutil, "disk_usage", lambda folder: SimpleNamespace(free=need))
+    assert "compiler takes about 0.0 GiB of memory" in executorch._check_room(model, kinds, tmp_path)
 
 
 def test_a_program_is_recognised_and_not_read(tmp_path):

@@ -13,6 +13,7 @@ At run time XNNPACK rounds the input of a linear layer without a trained scale t
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
@@ -50,7 +51,8 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
         network: an untrained instance of the user's own architecture, as for ``qat.load``.
 
     Raises:
-        ArtifactError: names the layers that XNNPACK cannot hold exactly; or torch cannot export the model.
+        ArtifactError: names the layers that XNNPACK cannot hold exactly; or torch cannot export the model; or the disk
+            has no room for what compiling takes.
         OSError: the disk is full, or cannot be written.
     """
     refuse_beside(model, METHOD)
@@ -62,7 +64,7 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
         disk = OnDisk(Path(made))
         frozen = to_model(replace(model, dense=disk.floats(model.dense)), network, codes=False).float()
         kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
-        print(_memory(model, kinds), flush=True)
+        print(_check_room(model, kinds, folder), flush=True)
         wrapped = LogitsOnly(frozen).eval()
         replaced = {}
         for name, layer in frozen_layers(frozen):
@@ -158,16 +160,28 @@ def _notes(model: QuantizedModel, kinds: dict[str, str]) -> list[str]:
     return notes
 
 
-def _memory(model: QuantizedModel, kinds: dict[str, str]) -> str:
-    """Return a line about the memory that ExecuTorch's compiler takes: the whole program, and a layer in float32."""
+def _check_room(model: QuantizedModel, kinds: dict[str, str], folder: Path) -> str:
+    """Return a line about the memory and the disk that compiling takes: a tensor at a time, and files for all of them.
+
+    Raises:
+        ArtifactError: the disk has less, which would otherwise be seen after many minutes.
+    """
     bits = {INT4: 4.5, INT8: 8, FLOAT32: 32}  # of groups of 32
     sizes = {name: math.prod(model.layers[name].shape) for name in kinds if model.layers[name].weight is not None}
-    quantized = sum(size * bits[kinds[name]] / 8 for name, size in sizes.items())
-    dense = 4 * sum(tensor.numel() for tensor in model.dense.values())
-    temporary = sum(sizes.values()) + dense
+    program = sum(size * bits[kinds[name]] / 8 for name, size in sizes.items())
+    before = sum(size * (4 if kinds[name] == FLOAT32 else 1) for name, size in sizes.items())
+    dense = [4 * tensor.numel() for tensor in model.dense.values()]
+    disk = before + 2 * program + 3 * sum(dense)  # as the compiler reads them, as it makes them, and in FILE
+    free = shutil.disk_usage(folder).free
+    if free < disk:
+        raise ArtifactError(
+            f"{METHOD}'s compiler needs {disk / 2**30:.1f} GiB of disk at {folder.parent} until it is done, and "
+            f"{free / 2**30:.1f} are free"
+        )
+    largest = max([6 * size / 4 for size in dense] + [4 * size for size in sizes.values()])
     return (
-        f"{METHOD}'s compiler holds the whole program: about {(quantized + dense) / 2**30:.1f} GiB of memory beside "
-        f"its own, and {temporary / 2**30:.1f} GiB of temporary files"
+        f"{METHOD}'s compiler takes about {largest / 2**30:.1f} GiB of memory beside its own, for the largest tensor, "
+        f"and {disk / 2**30:.1f} GiB of disk, of which {(program + sum(dense)) / 2**30:.1f} stay"
     )
 
 
