@@ -348,11 +348,14 @@ def test_the_clients_reader_gives_q_times_s(tmp_path_factory, bits, group, symme
 
 
 @pytest.mark.clients
-def test_transformers_runs_zero_points(tmp_path):
-    """By its dequantizing loader, the only one that takes them."""
+@pytest.mark.parametrize(
+    ("dtype", "how"), [(torch.float32, ""), (torch.bfloat16, ", with q*s rounded to bfloat16")], ids=["fp32", "bf16"]
+)
+def test_transformers_runs_zero_points(tmp_path, dtype, how):
+    """By its dequantizing loader, the only one that takes them, and which rounds to the scales' dtype."""
     pytest.importorskip("compressed_tensors")
     policy = qat.QuantPolicy(weight=weight(group_size=32), rules=head(None))
-    model = from_model(llama(policy))
+    model = from_model(llama(policy, dtype=dtype, attention_bias=True))
     symmetric, spec = model.quantized, weight(group_size=32, symmetric=False)
 
     def quantized(name):
@@ -366,4 +369,4 @@ def test_transformers_runs_zero_points(tmp_path):
         layer.weight = spec
     compressed_tensors.write(model, tmp_path)
     rows = dict(compressed_tensors.verify(tmp_path, model))
-    assert rows["logits, transformers"].startswith("differ by at most 0 ")
+    assert rows[f"logits, transformers{how}"].startswith("differ by at most 0 ")

@@ -297,6 +297,19 @@ def test_onnxruntime_genai_runs_it_with_the_trained_logits(tmp_path, method, gro
 
 
 @pytest.mark.clients
+def test_rows_that_are_no_block_of_onnxruntimes_are_said(tmp_path):
+    """One scale a row: the builder makes a block of it, and onnxruntime does not open one of 192."""
+    pytest.importorskip("onnxruntime_genai")
+    model = llama(weight(granularity="channel"), hidden_size=192, intermediate_size=320)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    gptq.write(with_tokenizer(model, tmp_path / "tokenizer"), folder)
+    rows = dict(gptq.verify(folder, model))
+    assert rows["weights, onnxruntime-genai"] == "equal to q*s in every float32 bit"
+    assert rows["logits, onnxruntime-genai"].startswith("not compared: its builder makes a block of 192 inputs")
+
+
+@pytest.mark.clients
 def test_onnxruntime_genai_reads_version_2_wrongly_which_verify_notices(tmp_path):
     """Why version 1 is written."""
     pytest.importorskip("onnxruntime_genai")

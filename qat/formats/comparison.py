@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..layers import frozen_layers
 from ..quantized_model import QuantizedModel, to_model
 from .integer_linears import grid, tensors
 
@@ -65,7 +66,11 @@ def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, 
 
 
 def compare_logits(
-    model: QuantizedModel, client: Callable[[Tensor], Tensor], name: str, tolerance: float
+    model: QuantizedModel,
+    client: Callable[[Tensor], Tensor],
+    name: str,
+    tolerance: float,
+    rounded: torch.dtype | None = None,
 ) -> tuple[str, str]:
     """Compare a client's logits for 16 random tokens with our frozen float32 model's; return a row of a table.
 
@@ -74,18 +79,31 @@ def compare_logits(
         client: tokens (1, 16) int64 -> logits (1, 16, vocabulary) float32.
         name: the client's, for the table.
         tolerance: of the largest logit.
+        rounded: to which the client rounds each weight before it computes in float32.
 
     Raises:
         ArtifactError: they differ by more.
     """
     tokens = torch.randint(0, vocabulary(model), (1, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = to_model(model).float()(tokens).logits
+        network = to_model(model).float()
+        if rounded is not None:
+            for layer_name, layer in list(frozen_layers(network)):
+                network.set_submodule(layer_name, _plain(model.quantized(layer_name).dequantize(rounded), layer.bias))
+        expected = network(tokens).logits
         gap = (client(tokens) - expected).abs().max().item()
     largest = expected.abs().max().item()
     if not gap <= tolerance * largest:
         raise ArtifactError(f"the logits of {name} differ by {gap:g} from the trained model's (largest {largest:g})")
-    return f"logits, {name}", f"differ by at most {gap:g} (largest {largest:g})"
+    how = "" if rounded is None else f", with q*s rounded to {str(rounded).removeprefix('torch.')}"
+    return f"logits, {name}{how}", f"differ by at most {gap:g} (largest {largest:g})"
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight, linear.bias = nn.Parameter(weight.float(), requires_grad=False), bias
+    return linear
 
 
 def vocabulary(model: QuantizedModel) -> int:
