@@ -24,6 +24,8 @@ from .onnx_client import ROUNDING_TOLERANCE
 from .onnx_graph import LogitsOnly
 from .onnx_parts import TOLERANCE
 
+NEAR = 2**26  # bytes before the last part that was found, where the next may lie
+
 
 def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
     """Compare a program with a model; return (what, what was seen) rows.
@@ -54,7 +56,7 @@ def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> l
     Raises:
         ArtifactError: some are not there; the layers are named.
     """
-    total, count, missing = 0, 0, []
+    total, count, missing, last = 0, 0, [], 0
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for name, layer, tensor in quantized_weights(model):
             if kinds[name] == FLOAT32:
@@ -63,12 +65,20 @@ def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> l
             constants = () if scale is None else int8_constants(layer.activation)
             four = kinds[name] == INT4
             parts = _int4_parts(tensor, constants) if four else _int8_parts(tensor, constants, scale)
-            if any(content.find(part.contiguous().view(torch.uint8).numpy().tobytes()) < 0 for part in parts):
+            found = [_find(content, part.contiguous().view(torch.uint8).numpy().tobytes(), last) for part in parts]
+            if min(found) < 0:
                 missing.append(name)
+            last = max(last, *found)
             total, count = total + tensor.codes.numel(), count + 1
     if missing:
         raise ArtifactError(f"{file} lacks the codes or scales of {', '.join(missing)}")
     return [("codes and scales in the file", f"{count} layers, {total:,} codes, equal in every bit")]
+
+
+def _find(content: mmap.mmap, part: bytes, last: int) -> int:
+    """Return where a part lies, or -1; parts lie in the layers' order, but for those of the same block."""
+    found = content.find(part, max(0, last - NEAR))
+    return found if found >= 0 else content.find(part)
 
 
 def _int4_parts(tensor: QuantizedTensor, constants: tuple[float, ...]) -> tuple[Tensor, Tensor]:
