@@ -27,6 +27,7 @@ CONFIG = {
     "num_hidden_layers": 1,
     "vocab_size": 7,
 }
+QWEN2 = {**CONFIG, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -182,6 +183,7 @@ def test_trained_activations_and_convolutions_are_refused_by_name(tmp_path):
         ({"builder": "cnn"}, "use --to onnx"),
         ({"transformers": {**CONFIG, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}}, "GPT2LMHeadModel"),
         ({"transformers": {**CONFIG, "hidden_act": "gelu"}}, "silu only"),
+        ({"transformers": {**QWEN2, "head_dim": 16}}, "heads of hidden_size / num_attention_heads only"),
         ({"transformers": {**CONFIG, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}}, "'yarn'"),
     ],
 )

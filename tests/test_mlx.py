@@ -183,3 +183,17 @@ def test_mlx_lm_runs_it_with_the_trained_logits(tmp_path, spec, rules, options):
     rows = dict(mlx.verify(tmp_path, quantized))
     assert rows["codes, mlx"].startswith("0 of")
     assert rows["logits, mlx-lm"].startswith("differ by at most")
+
+
+@pytest.mark.clients
+def test_a_model_that_mlx_lm_does_not_open_is_said(tmp_path):
+    """Its Qwen2 has heads of hidden_size / num_attention_heads, whatever the config says."""
+    pytest.importorskip("mlx_lm")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("qwen2", **LLAMA, head_dim=48)
+    policy = qat.QuantPolicy(weight=weight(group_size=32), rules=[{"match": "lm_head", "weight": None}])
+    model = from_model(qat.freeze(qat.prepare(AutoModelForCausalLM.from_config(config), policy, verbose=False)))
+    mlx.write(model, tmp_path)
+    with pytest.raises(ArtifactError, match="mlx-lm does not open"):
+        mlx.verify(tmp_path, model)

@@ -45,6 +45,8 @@ def language_config(architecture: dict[str, Any] | None) -> dict[str, Any]:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ArtifactError(f"llama.cpp runs {names[0]} with silu only, not {config['hidden_act']!r}: {OTHERS}")
+    if row[0] == "qwen2" and head_size(config) * config["num_attention_heads"] != config["hidden_size"]:
+        raise ArtifactError(f"llama.cpp runs {names[0]} with heads of hidden_size / num_attention_heads only: {OTHERS}")
     rope = rope_parameters(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         known = "default, linear, llama3"

@@ -137,7 +137,10 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows += compare(model, one, METHOD)
     if not small(model) or hf.model_dtype(model) != torch.float32:
         return [*rows, ("logits, mlx-lm", "not compared: this is no small language model in float32")]
-    client, _ = load_model(folder)
+    try:
+        client, _ = load_model(folder)
+    except ValueError as error:  # a kind of model that it does not know, or whose heads it does not
+        raise ArtifactError(f"mlx-lm does not open {folder}: {error}") from error
 
     def logits(tokens: Tensor) -> Tensor:
         return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
