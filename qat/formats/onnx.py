@@ -136,9 +136,9 @@ def verify(folder: Path, model: QuantizedModel, network: nn.Module | None = None
     total = 0
     for name, layer in model.layers.items():
         if layer.weight is not None and layer.tied is None:
-            codes = model.quantized(name).codes
-            off = int((stored.quantized(name).codes != codes).sum())
-            if off:
+            codes, found = model.quantized(name).codes, stored.quantized(name).codes
+            if not torch.equal(found, codes):
+                off = int((found != codes).sum())
                 raise ArtifactError(f"{name} differs in {file}: {off} of {codes.numel()} codes")
             total += codes.numel()
     rows = [("codes in the file", f"0 of {total:,} differ")]
