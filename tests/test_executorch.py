@@ -94,7 +94,7 @@ def test_a_disk_without_room_is_refused_before_compiling(tmp_path, monkeypatch):
     kinds = {name: executorch_layers.kind(entry) for name, entry in model.layers.items()}
     assert kinds == {"0": "int4", "2": "int4", "4": "int4"}
     codes, biases = 64 * 96 + 96 * 32 + 32 * 5, 96 + 5  # one layer has no bias
-    need = codes + 2 * codes * 4.5 / 8 + 12 * biases
+    need = codes + 2 * codes * 4.5 / 8 + 8 * biases
     monkeypatch.setattr(executorch.shutil, "disk_usage", lambda folder: SimpleNamespace(free=need - 1))
     with pytest.raises(ArtifactError, match=r"needs 0\.0 GiB of disk at .* until it is done, and 0\.0 are"):
         executorch._check_room(model, kinds, tmp_path)
