@@ -7,10 +7,13 @@ from torch import nn
 
 import qat
 from qat import codebook
+from qat.checkpoint import read_checkpoint
+from qat.convert import main as convert
 from qat.double_quantization import dynamic_map, nest
 from qat.errors import LayerError, StateError
 from qat.layers import quant_layers
 from qat.ptq.gptq import factorize, gptq_to_levels
+from qat.train import main as train
 
 LEVELS = torch.tensor(codebook.NF4)
 POLICY = {"weight": {"codebook": "nf4", "group_size": 32}, "init": "gptq"}
@@ -107,3 +110,18 @@ def test_methods_that_move_step_sizes_refuse_codebooks(init, kind, what):
     policy = qat.QuantPolicy.from_dict({"weight": {"codebook": kind, "group_size": 32}, "init": init})
     with pytest.raises(LayerError, match=rf"init={init} does not know {what} \('0'\)"):
         qat.prepare(nn.Sequential(nn.Linear(64, 8)), policy, verbose=False)
+
+
+def test_from_the_command_line_to_an_artifact(tmp_path, monkeypatch, capsys):
+    """policy=lm_nf4 policy.init=gptq trainer.max_steps=0, convert; what is loaded has the calibrated codes."""
+    monkeypatch.chdir(tmp_path)
+    run = ["experiment=topics_w4", "policy=lm_nf4", "policy.init=gptq", "trainer.max_steps=0", "run_dir=run"]
+    monkeypatch.setattr("sys.argv", ["train", *run, "trainer.accelerator=cpu", "callbacks.calibration.batches=2"])
+    train()
+    assert "gptq: " in capsys.readouterr().out
+    assert convert(["run/last.ckpt", "--out", "out", "--verify"]) in (0, None)
+    trained = qat.quantized_tensors(read_checkpoint("run/last.ckpt").build())
+    shipped = qat.quantized_tensors(qat.load("out"))
+    assert trained.keys() == shipped.keys() and len(trained) > 4
+    for name, tensor in trained.items():
+        assert torch.equal(tensor.codes, shipped[name].codes) and torch.equal(tensor.scale, shipped[name].scale)
