@@ -55,6 +55,7 @@ class PackedWeight(FixedDtype):
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
         gpu_operands: by the dtype of x, what the int4 kernels read; empty where they do not take the weight.
+        int4_linear: of ``qat.kernels.int4_linear``, beside ``gpu_operands``; an import at each call takes its time.
         looked_up: an embedding reads rows of ``packed``, which therefore stays.
         meets_codes: a layer has int8 inputs, whose zero points take ``row_sums``.
         row_sums: float32 (O,), beside ``gpu_operands`` where integer kernels take the weight.
@@ -82,6 +83,7 @@ class PackedWeight(FixedDtype):
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
         self.gpu_operands: dict[torch.dtype, Int4Weight] = {}
+        self.int4_linear: Callable[[Tensor, Int4Weight, Tensor | None], Tensor] | None = None
         self.looked_up = self.meets_codes = False
         self.row_sums: Tensor | None = None
 
@@ -104,6 +106,7 @@ class PackedWeight(FixedDtype):
     def prepack(self) -> None:
         """Lay 4-bit codes out for the int4 kernels, in the place of ``packed``; done by itself on a GPU."""
         from qat.kernels.int4_layout import GROUP_MULTIPLE, prepack  # kernels are not needed elsewhere
+        from qat.kernels.int4_linear import int4_linear
         from qat.kernels.nested_scale import join
 
         group_size = self.spec.group_size or self.columns
@@ -114,6 +117,7 @@ class PackedWeight(FixedDtype):
             return
         levels = self.levels.view(16) if one_table else None
         scale, nest = (self.scale_codes, join(self._nested())) if self.double else (self.scale, None)
+        self.int4_linear = int4_linear
         stored = prepack(self.packed, scale, self.zero_point, self.columns, group_size, levels, nest)
         self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
         for dtype in (torch.bfloat16, torch.float16):  # on an even grid, fastest with the scale in the dtype of x
