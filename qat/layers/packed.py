@@ -165,7 +165,8 @@ class PackedWeight(FixedDtype):
         if dtype in self.gpu_operands:
             from qat.kernels.int4_linear import int4_dequantize
 
-            return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
+            matrix = int4_dequantize(self.gpu_operands[dtype], dtype)
+            return matrix if matrix.shape == self.shape else matrix.view(self.shape)
         return self.quantized_tensor().dequantize(dtype)
 
     def _nested(self) -> NestedScale:
