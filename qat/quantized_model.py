@@ -6,7 +6,7 @@ Tensors are made when asked for, one at a time, so that a model larger than memo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class QuantizedModel:
         files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
         adapter: writes peft's folder of the adapter on the model; None if there is none, or one in ``files``.
         activation_zero_point: layer name -> its input's zero point, int8 (1, 1), where its spec is asymmetric.
+        stored: layer name -> its packed weight's tensors as a state dict names them, where they are at hand so.
     """
 
     architecture: dict[str, Any] | None
@@ -110,6 +111,7 @@ class QuantizedModel:
     files: Path | None = None
     adapter: Callable[[Path], None] | None = None
     activation_zero_point: Callable[[str], Tensor] = {}.__getitem__
+    stored: Callable[[str], dict[str, Tensor]] | None = None
 
 
 def shares_embedding(model: QuantizedModel, name: str) -> bool:
@@ -180,9 +182,12 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None, codes: b
     state.update(quantized.dense)
     state.update({name: quantized.dense[owner] for name, owner in quantized.tied.items()})
     load_state(model, state, quantized.source, ArtifactError)
+    del state  # so that codes laid out for a GPU take the place of those it holds
     for _, layer in frozen_layers(model):
         if layer.packed_weight is None:  # its dtype and device were the untrained weight's
             set_dtype_(layer, layer.weight.dtype, layer.weight.device)
+        elif codes:
+            layer.packed_weight.lay_out()
     return (model if given is None else given).eval()
 
 
@@ -228,9 +233,7 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
         if entry.tied is not None:
             packed[name] = packed[entry.tied]
         else:
-            packed[name] = entry.weight and (
-                PackedWeight.from_tensor(quantized.quantized(name)) if codes else _without_codes(entry)
-            )
+            packed[name] = entry.weight and (_with_codes(quantized, name) if codes else _without_codes(entry))
         activation = None
         if isinstance(entry.activation, Dynamic):
             activation = DynamicActivation(entry.activation)
@@ -241,6 +244,17 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
         if isinstance(layer, FrozenEmbedding) and entry.dtype is not None:
             set_dtype_(layer, _DTYPES[entry.dtype], layer.like.device)
     return model
+
+
+def _with_codes(quantized: QuantizedModel, name: str) -> PackedWeight:
+    """Return a layer's weight as it is stored: ``PackedWeight.lay_out`` is for when all of the model is filled."""
+    if quantized.stored is None:
+        return PackedWeight.from_tensor(quantized.quantized(name), lay_out=False)
+    entry = quantized.layers[name]
+    try:
+        return PackedWeight.from_parts(replace(entry.weight), entry.shape, quantized.stored(name))
+    except StateError as error:
+        raise ArtifactError(f"{quantized.source} is damaged in the layer {name!r}: {error}") from None
 
 
 def _without_codes(entry: QuantizedLayer) -> PackedWeight:

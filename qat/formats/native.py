@@ -164,19 +164,21 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
         if layer.has_activation_scale:
             inside |= {f"{name}.activation_quantizer.{part}" for part in ("scale", "zero_point")}
 
-    def quantized(name: str) -> QuantizedTensor:
-        def part(of_weight: str) -> Tensor:
-            return tensors[f"{name}.packed_weight.{of_weight}"].to(device)
+    def stored(name: str) -> dict[str, Tensor]:
+        spec = layers[name].weight
+        double = spec.codebook is Codebook.nf4_double
+        names = ["packed", *((f"scale_{part}" for part in PARTS) if double else ["scale"])]
+        names += ["zero_point"] * (not spec.symmetric) + ["levels"] * (spec.codebook is Codebook.custom)
+        return {part: tensors[f"{name}.packed_weight.{part}"].to(device) for part in names}
 
-        layer = layers[name]
+    def quantized(name: str) -> QuantizedTensor:
+        layer, parts = layers[name], stored(name)
         spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
-        codes = unpack(part("packed"), spec.bits, columns, -spec.q_n).view(layer.shape)
-        zero_point = None if spec.symmetric else part("zero_point")
-        levels = part("levels") if spec.codebook is Codebook.custom else None
+        codes = unpack(parts["packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
         if spec.codebook is Codebook.nf4_double:
-            nested = NestedScale(*(part(f"scale_{each}") for each in PARTS))
+            nested = NestedScale(*(parts[f"scale_{part}"] for part in PARTS))
             return QuantizedTensor(codes, nested.values(), spec, None, None, nested)
-        return QuantizedTensor(codes, part("scale"), spec, zero_point, levels)
+        return QuantizedTensor(codes, parts["scale"], spec, parts.get("zero_point"), parts.get("levels"))
 
     return QuantizedModel(
         _architecture(config),
@@ -189,6 +191,7 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
         description.get("example"),
         path,
         activation_zero_point=lambda name: tensors[f"{name}.activation_quantizer.zero_point"],
+        stored=stored,
     )
 
 
