@@ -42,6 +42,9 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
 
     Raises:
         StateError: the given model is prepared or frozen.
-        ArtifactError: no artifact, a damaged one, one from a newer version, or one of another model.
+        ArtifactError: no artifact, a damaged one, one from a newer version, or one of another model. Files are checked
+            while they are read, and a given model may be swapped by then.
     """
-    return to_model(native.read(Path(path), device), model).to(device)
+    with native.reading(Path(path), device) as quantized:
+        model = to_model(quantized, model).to(device)
+    return model

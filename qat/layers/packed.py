@@ -158,8 +158,11 @@ class PackedWeight(FixedDtype):
             self.meet_codes()
 
     def _prepack_on_gpu(self) -> None:
-        if not self.as_stored and self.packed.device.type not in ("cpu", "meta"):
+        if not self.as_stored and self._on_gpu():
             self.prepack()
+
+    def _on_gpu(self) -> bool:
+        return self.packed.device.type not in ("cpu", "meta")
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """Return ``packed`` and ``scale`` as a state dict has them."""
@@ -219,7 +222,7 @@ class PackedWeight(FixedDtype):
         return dequantize(codes, parameters[0], dtype, parameters[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if self.gpu_operands:
+        if self.gpu_operands and self._on_gpu():
             probe = self.packed.new_empty(0)
             if fn(probe) is probe:  # it stays on its device, and keeps its dtypes anyway
                 return self
