@@ -431,4 +431,4 @@ def test_a_table_of_levels_gives_way_to_the_library_earlier(kernel):
         (4097, (True, True)),
     ):
         x = torch.empty(tokens, plain.in_features, dtype=torch.bfloat16)
-        assert tuple(isinstance(int4_run._plan(x, w), Dequantize) for w in (plain, table)) == dequantizes
+        assert tuple(isinstance(int4_run.plan_for(x, w, None), Dequantize) for w in (plain, table)) == dequantizes
