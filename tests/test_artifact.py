@@ -1,20 +1,24 @@
 """Artifacts: what is saved is what is read, atomically, and whatever is wrong is said by name."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import qat
 from qat.errors import ArtifactError, StateError
 from qat.formats import native
 from qat.formats.native import checksum
+from qat.formats.stored_tensors import StoredTensors
 from qat.layers import PackedWeight
 
 W4 = qat.QuantSpec(bits=4)
@@ -184,6 +188,18 @@ def test_damage_is_told_instead_of_what_came_of_it(tmp_path):
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ArtifactError, match="SHA-256"), native.reading(tmp_path / "out"):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("at_a_place", [True, False])
+def test_threads_read_tensors_side_by_side(tmp_path, monkeypatch, at_a_place):
+    if not at_a_place:  # as on Windows
+        monkeypatch.delattr(os, "preadv")
+    made = {f"t{i}": torch.randn(300, 70) for i in range(40)}
+    save_file(made, tmp_path / "a.safetensors")
+    stored = StoredTensors([tmp_path / "a.safetensors"])
+    with ThreadPoolExecutor(8) as threads:
+        for name, found in zip([*made] * 5, threads.map(stored.__getitem__, [*made] * 5), strict=True):
+            assert torch.equal(found, made[name])
 
 
 def test_an_artifact_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):

@@ -201,10 +201,10 @@ def _described(
         double = spec.codebook is Codebook.nf4_double
         names = ["packed", *((f"scale_{part}" for part in PARTS) if double else ["scale"])]
         names += ["zero_point"] * (not spec.symmetric) + ["levels"] * (spec.codebook is Codebook.custom)
-        return {part: tensors[f"{name}.packed_weight.{part}"].to(device) for part in names}
+        return {part: tensors[f"{name}.packed_weight.{part}"] for part in names}
 
     def quantized(name: str) -> QuantizedTensor:
-        layer, parts = layers[name], stored(name)
+        layer, parts = layers[name], {part: tensor.to(device) for part, tensor in stored(name).items()}
         spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
         codes = unpack(parts["packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
         if spec.codebook is Codebook.nf4_double:
@@ -224,6 +224,7 @@ def _described(
         path,
         activation_zero_point=lambda name: tensors[f"{name}.activation_quantizer.zero_point"],
         stored=stored,
+        device=device,
     )
 
 
