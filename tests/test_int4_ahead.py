@@ -153,3 +153,42 @@ def test_a_model_is_read_meanwhile(tmp_path, monkeypatch):
         compiled_ahead(native.read(tmp_path / "out"), (1,), "cuda:0"),
     ):
         pass
+
+
+@pytest.mark.gpu
+def test_calls_on_a_gpu_after_compiling_ahead(tmp_path):
+    """Nothing is compiled by calls, and repeats from other addresses, streams and graphs have the right values."""
+    from qat.kernels.int4_linear import int4_dequantize, int4_linear
+
+    tokens = (1, 32, 70, 300)
+    layer = nn.Sequential(nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16))
+    frozen = qat.freeze(qat.prepare(layer, qat.QuantPolicy(weight=qat.QuantSpec(group_size=128)), verbose=False))
+    qat.save(frozen, tmp_path / "out")
+    loaded = qat.load(tmp_path / "out", nn.Sequential(nn.Linear(1024, 1024)), "cuda", tokens)[0]
+    batch, decode = int4_run.int4_batch.batch_kernel, int4_run.int4_decode.decode_kernel
+    count = [sum(len(kernels) for kernels, *_ in kernel.device_caches.values()) for kernel in (batch, decode)]
+    weight, bias = loaded.packed_weight.gpu_operands[torch.bfloat16], loaded.bias
+    matrix = int4_dequantize(weight, torch.bfloat16)
+    assert torch.equal(matrix, loaded.packed_weight.quantized_tensor().dequantize(torch.bfloat16))
+    assert torch.equal(int4_dequantize(weight, torch.bfloat16), matrix)
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        for m in tokens:
+            inputs = [torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(20)]
+            first = [int4_linear(x, weight, bias) for x in inputs]
+            for x, y in zip(inputs, first, strict=True):
+                exact = x.double() @ matrix.double().T + bias.double()
+                torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-7 * exact.abs().mean().item())
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                again = [loaded(x.clone()[None])[0] for x in inputs]
+            torch.cuda.current_stream().wait_stream(stream)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+            static, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = int4_linear(static, weight, bias)
+            for x, wanted in zip(inputs, first, strict=True):
+                static.copy_(x)
+                graph.replay()
+                assert torch.equal(y, wanted)
+    assert [sum(len(kernels) for kernels, *_ in kernel.device_caches.values()) for kernel in (batch, decode)] == count
