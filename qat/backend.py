@@ -89,9 +89,9 @@ def traced_rounding() -> bool:
 def set_traced_rounding(on: bool) -> None:
     """Let compiled layers on an NVIDIA GPU round their inputs in code that Inductor makes (``qat.traced``).
 
-    By bytes it is faster, and its bits are those of the kernels (``pytest -m gpu tests/test_traced.py``, on an H100). It
-    is off unless asked for, because the two have not been timed against each other. Set it before the first call of a
-    compiled model.
+    By bytes it is faster, and its bits are those of the kernels (``pytest -m gpu tests/test_traced.py`` on an H100).
+    It is off unless asked for, because the two have not been timed against each other. Set it before the first call
+    of a compiled model.
     """
     global _traced_rounding
     _traced_rounding = on
