@@ -73,8 +73,14 @@ class _Int8:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values (batch, heads, tokens, D), and return all that attention reads."""
-        all_keys, all_values = super().update(pack(keys), pack(values), *args, **kwargs)
+        length = self._filled_after(keys.shape[-2])
+        both = super().update(pack(keys), pack(values), *args, **kwargs)
+        all_keys, all_values = (x[:, :, :length] for x in both)
         return unpack(all_keys, keys.dtype), unpack(all_values, values.dtype)
+
+    def _filled_after(self, tokens: int) -> int | None:
+        """Return how many vectors are there with so many more; None where a layer holds nothing else."""
+        return None
 
 
 class Int8DynamicLayer(_Int8, DynamicLayer):
@@ -86,11 +92,38 @@ class Int8DynamicSlidingWindowLayer(_Int8, DynamicSlidingWindowLayer):
 
 
 class Int8StaticLayer(_Int8, StaticLayer):
-    """Has its size from the start."""
+    """Has its size from the start; attention gets what is filled.
+
+    For one new token transformers makes no mask that would hide the rest, unless the cache can be compiled.
+    """
+
+    _filled = 0
+
+    def _filled_after(self, tokens: int) -> int:
+        self._filled += tokens
+        return self._filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many vectors attention will get with ``query_length`` more, and the first one's position."""
+        return self._filled + query_length, 0
+
+    def reset(self) -> None:
+        """Empty it."""
+        super().reset()
+        self._filled = 0
 
 
 class Int8StaticSlidingWindowLayer(_Int8, StaticSlidingWindowLayer):
-    """Has the window's size from the start."""
+    """Has the window's size from the start; attention gets what is filled, as in ``Int8StaticLayer``."""
+
+    def _filled_after(self, tokens: int) -> int | None:
+        length = self.cumulative_length_int + tokens
+        return length if length <= self.max_cache_len else None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many vectors attention will get with ``query_length`` more, and the first one's position."""
+        length = self.cumulative_length_int + query_length
+        return (length, 0) if length <= self.max_cache_len else super().get_mask_sizes(query_length)
 
 
 def _int8_layer(layer: Any, max_length: int | None) -> Any:

@@ -1,5 +1,7 @@
 """Keys and values in int8: what is stored, and what attention and generate make of it."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -81,6 +83,23 @@ def test_generate_with_windows_and_padding(family, static):
     assert (ours - expected)[same].norm() < 0.01 * expected[same].norm()
     growing = model.generate(TOKENS, **options, past_key_values=int8_cache(model))
     assert torch.equal(found.sequences, growing.sequences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_length", [9, 40])  # less and more than the window and the text
+def test_a_fixed_cache_hides_what_is_not_filled(family, max_length):
+    """A prompt, single tokens and several at once, without padding: logits of the growing cache, which has no rest."""
+    model = model_of(family)
+    fixed, growing = int8_cache(model, max_length), int8_cache(model)
+    cuts = [0, 3, 4, 5, 7, 8] if max_length == 9 else [0, 3, 4, 7, 8, 9, 12]
+    for _ in range(2):
+        for start, stop in itertools.pairwise(cuts):
+            part = TOKENS[:, start:stop]
+            with torch.no_grad():
+                ours, expected = (model(part, past_key_values=cache).logits for cache in (fixed, growing))
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        fixed.reset()
+        growing = int8_cache(model)
 
 
 def test_beams_and_memory():
