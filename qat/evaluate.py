@@ -32,14 +32,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="put it on the model; default: what lies beside an artifact")
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
     parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="with data/ files of your own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         fail(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
+    if options.config_dir is not None and not options.config_dir.is_dir():
+        fail(f"--config-dir {options.config_dir}: there is no such folder")
     try:
         with initialize_config_module("qat.conf", version_base="1.3"):
-            config = compose(CONFIG, overrides=options.overrides)
+            config = compose(CONFIG, overrides=[*own_configs(options.config_dir), *options.overrides])
         adapter = Path(options.adapter) if options.adapter else None
         if adapter is None and not options.no_adapter:
             adapter = adapter_beside(options.path)
@@ -54,6 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name} {value:.4f}" if abs(value) >= 0.01 else f"{name} {value:.3g}")  # a small divergence is no zero
     if options.json is not None:
         options.json.write_text(json.dumps(metrics) + "\n")
+
+
+def own_configs(folder: Path | None) -> list[str]:
+    """Return the override that lets Hydra find the files of a folder, too."""
+    return [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
 
 
 def evaluate_path(
@@ -81,6 +89,7 @@ def evaluate_path(
 
     from .training.evaluation import evaluate
     from .training.instantiation import make
+    from .training.own_data import open_module
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -93,7 +102,7 @@ def evaluate_path(
         from .adapters import load_adapter
 
         model = load_adapter(model, adapter)
-    return evaluate(model, make(config.data), device, compared)
+    return evaluate(model, open_module(make(config.data)), device, compared)
 
 
 def adapter_beside(path: str) -> Path | None:

@@ -34,7 +34,9 @@ from ..starting import fill, take_codes
 from ..table import stored_size
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
+from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
+from .own_data import check_module
 from .result import remove_result, write_result
 from .tasks import Task
 from .tokenizer import keep_tokenizer
@@ -70,6 +72,7 @@ def train(config: DictConfig) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     _quiet()
     data = make(config.data)
+    check_module(data)
     model = _model(config.model)
     codes = None if config.init_from is None or resume is not None else _start(model, config.init_from)
     if codes is not None and config.adapter:
@@ -84,7 +87,7 @@ def train(config: DictConfig) -> dict[str, float]:
         policy=policy,
         optimizer=instantiate(config.optim),
         teacher=_teachers(config.teacher),
-        example=data.example(),
+        example=data.example() if isinstance(data, InMemoryData) else None,
         compile_mode=config.compile_mode if config.compile else None,
         adapter=bool(config.adapter),
     )

@@ -31,9 +31,11 @@ from .metrics import (
     cross_entropy,
     first_logits,
     logits_of,
+    pair,
     run,
 )
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
+from .own_data import example_of
 
 BLOCKS = "blocks"  # our own compile mode
 
@@ -124,7 +126,7 @@ class Task(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
-        inputs, targets = batch
+        inputs, targets = pair(batch)
         share = torch.distributions.Beta(self.mixup, self.mixup).sample().item() if self.mixup else 1.0
         if share < 1:  # a shuffled batch in reverse order is a random partner for each example
             inputs = torch.lerp(inputs.flip(0), inputs, share)
@@ -142,7 +144,7 @@ class Task(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
-        inputs, targets = batch
+        inputs, targets = pair(batch)
         logits = self(inputs)
         self._check_targets(logits, targets)
         self.metrics.update(logits, targets)
@@ -158,6 +160,12 @@ class Task(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
         if not self.trainer.sanity_checking:
             self.measured_at = self.global_step
+
+    def setup(self, stage: str) -> None:
+        """Take an example from the user's own data, which does not say what its inputs are."""
+        data = self.trainer.datamodule
+        if self.example is None and data is not None:
+            self.example = example_of(data)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""
@@ -284,7 +292,7 @@ class CausalLanguageModel(Task):
         """Return the loss of a batch."""
         if self.loss_rows is None:
             return super().training_step(batch, batch_index)
-        inputs, targets = batch
+        inputs, targets = pair(batch)
         if not self._head_checked:
             check_head(self.model, inputs)
             self._head_checked = True
