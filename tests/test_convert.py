@@ -105,7 +105,13 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, capsys):
     assert "full-precision model" in error_of(capsys, tmp_path / "fp.ckpt", *out)
     checkpoint(tmp_path / "a.ckpt")
     assert "--model package.module:function" in error_of(capsys, tmp_path / "a.ckpt", *out)
-    assert "--model no.such:thing" in error_of(capsys, tmp_path / "a.ckpt", *out, "--model", "no.such:thing")
+    for target, said in (
+        ("no.such:thing", "No module named 'no'"),
+        ("torch.nn:Linear", "missing a required argument: 'in_features'; give a function that takes no arguments"),
+        ("os:getcwd", "returns a str: give a function that builds a model"),
+        ("torch:e", "is not a callable object"),
+    ):
+        assert said in error_of(capsys, tmp_path / "a.ckpt", *out, "--model", target)
     assert not (tmp_path / "out").exists()
 
 
