@@ -175,6 +175,17 @@ def test_files_that_other_tools_write(tmp_path, form):
     assert words(data.train_rows[0][0, :7].tolist()) == "<user> who sat <bot> the cat <eos>"
 
 
+def test_validation_examples_alone(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "seq_len": 16, "batch_size": 2}
+    data = InstructionData(None, val=write(tmp_path / "x.jsonl", [PAIR]), **options)
+    assert len(list(data.test_loader("cpu"))) == 1 and data.example()["high"] == WORDS.index("who")
+    with pytest.raises(DataError, match="no training examples"):
+        data.train_loader("cpu")
+    with pytest.raises(DataError, match=r"needs data\.train or data\.val"):
+        InstructionData(None, **options)
+
+
 @pytest.mark.parametrize(
     "line, match",
     [
