@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -20,6 +22,10 @@ from ..errors import QATError, did_you_mean
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 TRACEBACK_WANTED = os.environ.get(FULL_ERROR) == "1"
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended in an error, which has been printed; Hydra keeps this until the other jobs are done."""
 
 
 def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
@@ -33,6 +39,8 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     os.environ[FULL_ERROR] = "1"  # Hydra then raises, where it would print text of its own; run_job takes it back
     try:
         hydra_main()
+    except JobFailed as error:
+        fail(f"a job of the sweep failed: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, sys.argv[1:]))
     except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
@@ -46,17 +54,25 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
-    """Import a job and run it; an error raised on purpose ends in one line ``error: ...`` and exit status 1."""
+    """Import a job and run it; an error raised on purpose ends in one line ``error: ...`` and exit status 1.
+
+    Of a sweep, the other jobs run before it exits.
+    """
     if TRACEBACK_WANTED:
         getattr(import_module(module), function)(config)
         return
-    os.environ.pop(FULL_ERROR, None)
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    if not sweeps:
+        os.environ.pop(FULL_ERROR, None)
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
         getattr(import_module(module), function)(config)
     except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
+        if not sweeps:
+            fail(explain(error))
+        print(f"error: {explain(error)}", file=sys.stderr)
+        raise JobFailed(explain(error)) from None
 
 
 def fail(message: str) -> NoReturn:

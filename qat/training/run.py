@@ -63,7 +63,6 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _check(config)
     run_dir = _run_dir(config)
-    rank_zero_only(remove_result)(run_dir)
     resume = _resume_from(config.resume, run_dir)
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
@@ -102,6 +101,7 @@ def train(config: DictConfig) -> dict[str, float]:
     logger = make(config.logger) if config.logger else False
     trainer = make(config.trainer, logger=logger, callbacks=callbacks)
     checkpoint = run_dir / LAST
+    rank_zero_only(remove_result)(run_dir)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except SIGTERMException:
@@ -110,7 +110,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
-    rank_zero_only(write_result)(run_dir, metrics, None if config.adapter else stored_size(task.model))
+    overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
+    rank_zero_only(write_result)(run_dir, overrides, metrics, size)
     if config.adapter:
         _ship_adapter(run_dir, model, metrics)
     else:
