@@ -102,6 +102,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> QuantizedModel:
         text = _config_text(path)
         try:
             return _open(path, _parse(text, path), device)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path / CONFIG} is none that this package writes: {error!r}") from error
         except ArtifactError:
             if _config_text(path) == text:
                 raise  # and not a mixture of two artifacts, the second of which is just being put in place
@@ -156,6 +158,7 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
     description = config["quantization_config"]
     tensors = _open_files(path, description["files"])
     layers = {name: QuantizedLayer.from_dict(values) for name, values in description["layers"].items()}
+    _check_ties(layers, description["tied"], tensors)
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
@@ -164,9 +167,14 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
         if layer.has_activation_scale:
             inside |= {f"{name}.activation_quantizer.{part}" for part in ("scale", "zero_point")}
 
+    def stored(name: str) -> Tensor:
+        if name not in tensors:
+            raise ArtifactError(f"{path} holds no tensor {name!r}: convert the checkpoint again")
+        return tensors[name]
+
     def quantized(name: str) -> QuantizedTensor:
         def part(of_weight: str) -> Tensor:
-            return tensors[f"{name}.packed_weight.{of_weight}"].to(device)
+            return stored(f"{name}.packed_weight.{of_weight}").to(device)
 
         layer = layers[name]
         spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
@@ -182,14 +190,27 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
         _architecture(config),
         layers,
         quantized,
-        lambda name: tensors[f"{name}.activation_quantizer.scale"],
+        lambda name: stored(f"{name}.activation_quantizer.scale"),
         Selected(tensors, [name for name in tensors if name not in inside]),
         description["tied"],
         f"the artifact {path}",
         description.get("example"),
         path,
-        activation_zero_point=lambda name: tensors[f"{name}.activation_quantizer.zero_point"],
+        activation_zero_point=lambda name: stored(f"{name}.activation_quantizer.zero_point"),
     )
+
+
+def _check_ties(layers: dict[str, QuantizedLayer], tied: dict[str, str], tensors: StoredTensors) -> None:
+    """Raise KeyError where a layer or a tensor shares what is not there: the layer that owns a weight comes first."""
+    owners = set()
+    for name, layer in layers.items():
+        if layer.tied is None:
+            owners.add(name)
+        elif layer.tied not in owners:
+            raise KeyError(layer.tied)
+    for owner in tied.values():
+        if owner not in tensors:
+            raise KeyError(owner)
 
 
 def _architecture_entries(architecture: dict[str, Any] | None) -> dict[str, Any]:
