@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if abs(value) >= 0.01 else f"{name} {value:.3g}")  # a small divergence is no zero
     if options.json is not None:
-        options.json.write_text(json.dumps(metrics) + "\n")
+        try:
+            options.json.write_text(json.dumps(metrics) + "\n")
+        except OSError as error:
+            fail(f"--json {options.json} cannot be written: {error.strerror}")
 
 
 def own_configs(folder: Path | None) -> list[str]:

@@ -20,6 +20,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from ..errors import QATError, did_you_mean
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing that the code could have done
 FULL_ERROR = "HYDRA_FULL_ERROR"
 TRACEBACK_WANTED = os.environ.get(FULL_ERROR) == "1"
 
@@ -45,7 +46,8 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
         fail(explain(error, config_name, sys.argv[1:]))
     except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
         fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
-        fail(f"the run folder {error.filename} cannot be made: {error.strerror}; choose another with {fix}")
+        which = "" if error.filename is None else f" {error.filename}"  # a write to a full disk names no file
+        fail(f"the run folder{which} cannot be made: {error.strerror}; choose another with {fix}")
     except ValueError as error:
         nulls = [word for word in sys.argv[1:] if word.endswith("=null")]
         if not nulls or "Config group override" not in str(error):
@@ -68,7 +70,9 @@ def run_job(module: str, function: str, config: DictConfig) -> None:
 
     try:
         getattr(import_module(module), function)(config)
-    except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException) as error:
+    except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, HydraException) and error.errno not in DISK:
+            raise
         if not sweeps:
             fail(explain(error))
         print(f"error: {explain(error)}", file=sys.stderr)
@@ -86,6 +90,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     text = str(error)
     if isinstance(error, QATError):
         return text
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"the run's folder cannot be written: {text}; resume=auto goes on from its last checkpoint"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group}={name}{did_you_mean(name, error.options)}"
