@@ -77,10 +77,10 @@ def convert(
         raise ArtifactError(f"--out {out} is the source itself: choose another folder")
     if qdq and to != "onnx":
         raise ArtifactError(f"--qdq says how --to onnx writes linear weights, and this is --to {to}: leave it out")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ArtifactError(f"--tokenizer {tokenizer}: there is no such folder")
     quantized = read_source(source, model)
     if tokenizer is not None:
-        if not tokenizer.is_dir():
-            raise ArtifactError(f"--tokenizer {tokenizer}: there is no such folder")
         quantized.files = tokenizer
     with atomic_folder(out, lambda folder: formats.format_of(folder) == to) as folder:
         options = _network(to, model) | ({"qdq": True} if qdq else {})

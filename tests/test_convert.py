@@ -112,6 +112,11 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, capsys):
         ("torch:e", "is not a callable object"),
     ):
         assert said in error_of(capsys, tmp_path / "a.ckpt", *out, "--model", target)
+    (tmp_path / "run").mkdir()
+    assert "run is no model in a format" in error_of(capsys, tmp_path / "run", *out)
+    checkpoint(tmp_path / "run" / "last.ckpt")
+    found = f"of a run's folder, give {tmp_path / 'run' / 'last.ckpt'}\n"
+    assert error_of(capsys, tmp_path / "run", *out).endswith(found)
     assert not (tmp_path / "out").exists()
 
 

@@ -44,6 +44,9 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
         fail(f"a job of the sweep failed: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, sys.argv[1:]))
+    except BrokenPipeError:  # of --help or --cfg job into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
         fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
         which = "" if error.filename is None else f" {error.filename}"  # a write to a full disk names no file

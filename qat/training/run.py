@@ -107,6 +107,10 @@ def train(config: DictConfig) -> dict[str, float]:
     except SIGTERMException:
         rank_zero_only(print)(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
         sys.exit(128 + signal.SIGTERM)
+    except SystemExit:  # Lightning's own at Ctrl-C, of which it says nothing
+        on = "add resume=auto to go on from the last checkpoint" if checkpoint.exists() else "nothing was saved yet"
+        rank_zero_only(print)(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
+        raise
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
