@@ -99,6 +99,10 @@ def test_a_value_out_of_range_is_named_by_its_key(fails, tmp_path, overrides, sa
     assert said in fails(f"{SHORT} {overrides}")
 
 
+def test_a_model_that_other_keys_follow_has_to_be_named(fails):
+    assert fails("experiment=qlora data.train=afile") == "error: model.name is not given: add model.name=VALUE\n"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

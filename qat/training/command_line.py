@@ -16,7 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from ..errors import QATError, did_you_mean
 
@@ -98,6 +103,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group}={name}{did_you_mean(name, error.options)}"
+    if isinstance(error, InterpolationToMissingValueError) and (match := re.search(r"value: (\S+)", text)):
+        return f"{match[1]} is not given: add {match[1]}=VALUE"
     if isinstance(error, MissingMandatoryValue):
         key = text.rsplit(" ", 1)[-1] if error.full_key is None else error.full_key
         return f"{key} is not given: add {key}=VALUE"
