@@ -1,4 +1,4 @@
-"""Measure an artifact or a checkpoint: ``python -m qat.evaluate PATH data=NAME [key=value ...]``."""
+"""Measure a quantized model or a checkpoint: ``python -m qat.evaluate PATH data=NAME [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = "evaluate"
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description=__doc__)
-    parser.add_argument("path", help="an artifact, a checkpoint of python -m qat.train, or a folder of transformers")
+    parser.add_argument("path", help="a quantized model in any format, a checkpoint, or a folder of transformers")
     parser.add_argument(
         "overrides", nargs="+", metavar="data=NAME", help="as for python -m qat.train: data=..., data.KEY=..."
     )
@@ -75,7 +75,7 @@ def evaluate_path(
     adapter: Path | None = None,
     own_model: str | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of an artifact folder, a checkpoint or a model of transformers on the config's data.
+    """Return the metrics of a quantized model, a checkpoint or a model of transformers on the config's data.
 
     Args:
         path: what to measure.
@@ -117,7 +117,7 @@ def adapter_beside(path: str) -> Path | None:
 
 
 def read_model(path: str, own_model: str | None = None) -> nn.Module:
-    """Return the model of an artifact, a checkpoint, or a folder of transformers that is not quantized.
+    """Return the model of a checkpoint, of a quantized model in any format, or of a folder of transformers.
 
     Args:
         path: of one of these.
@@ -126,16 +126,16 @@ def read_model(path: str, own_model: str | None = None) -> nn.Module:
     Raises:
         QATError: it cannot be read.
     """
-    from . import load
     from .checkpoint import read_checkpoint
-    from .convert import build_model
-    from .formats import format_of
+    from .convert import build_model, is_checkpoint
+    from .formats import format_of, read
+    from .quantized_model import to_model
 
     folder = Path(path)
-    if not folder.is_dir():
+    if is_checkpoint(folder):
         return read_checkpoint(path).build(build_model(own_model))
     if format_of(folder) is not None or not (folder / "config.json").is_file():
-        return load(path, build_model(own_model))
+        return to_model(read(folder), build_model(own_model))
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)

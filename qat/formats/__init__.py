@@ -21,7 +21,7 @@ FORMATS = {
     "onnx": "onnx",
     "executorch": "executorch",
 }
-OF_A_RUN = ("last.ckpt", "artifact")  # what python -m qat.train and our commands put into its folder
+OF_A_RUN = ("artifact", "last.ckpt")  # what python -m qat.train and our commands put into its folder
 SUFFIXES = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
 METHODS = {"qat": "native"} | {name: name for name in ("compressed-tensors", "gptq", "awq", "bitsandbytes", "torchao")}
 
