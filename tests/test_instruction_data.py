@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qat.errors import DataError
 from qat.training.evaluation import evaluate
 from qat.training.instruction_data import InstructionData, encode, pack_rows, require_apart
+from qat.training.losses import soft_cross_entropy
 from qat.training.metrics import IGNORED, LanguageMetrics, cross_entropy, run
-from qat.training.tasks import soft_cross_entropy
 
 
 def words(tokens):

@@ -19,7 +19,7 @@ from .executorch_layers import FLOAT32, INT4, int4_operands, int8_constants, int
 from .executorch_program import lower, lowered_layer, quantized_weights
 from .float_error import TYPICAL, float_error
 from .onnx_client import ROUNDING_TOLERANCE, TOLERANCE
-from .onnx_graph import LogitsOnly
+from .onnx_trace import LogitsOnly
 
 
 def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
