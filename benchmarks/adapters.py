@@ -6,7 +6,8 @@
 Every variant has the same architecture with random weights, LoRA of rank 16 on all linear layers, gradient
 checkpointing and fused AdamW on the adapters, and runs in a process of its own. Weights are quantized a layer at a
 time on the device. Random weights are as costly as trained ones. "lean" is what ``compile=true compile_mode=blocks
-task.loss_rows=1024`` are in training: blocks are compiled, and the logits are never all there.
+task.loss_rows=1024`` are in training: blocks are compiled, and the logits are never all there. "24 blocks checkpointed"
+is ``gradient_checkpointing=24``: the last blocks spend on their activations what the logits no longer take.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ VARIANTS = (
     "NF4, bitsandbytes and peft",
     "NF4, qat",
     "NF4, qat, lean",
+    "NF4, qat, lean, 24 blocks checkpointed",
     "joint int4 g128 on 8 bits, qat",
     "joint int4 g128 on 8 bits, qat, lean",
     "int4 g128, qat",
@@ -131,6 +133,7 @@ def build(variant: str, options: argparse.Namespace, device):
     import qat
     from qat.joint_lora import joint_lora
     from qat.lora import lora
+    from qat.training.run import checkpoint_gradients
 
     shape = SMALL if options.small else LLAMA_8B
     shape = {**shape, "num_hidden_layers": options.layers or shape["num_hidden_layers"]}
@@ -138,8 +141,8 @@ def build(variant: str, options: argparse.Namespace, device):
     torch.manual_seed(0)
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape, tie_word_embeddings=False), dtype=dtype)
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = shape["num_hidden_layers"]
+    checkpoint_gradients(model, blocks * 24 // 32 if "24 blocks" in variant else blocks)
     quantize = None
     if "qat" in variant:
         quantize = partial(quantized, policy=NF4 if "NF4" in variant else INT8 if "joint" in variant else INT4)

@@ -34,7 +34,7 @@ _TL_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.floa
 
 
 @triton.jit
-def _stored_scale(step_ptr, row, inside, dtype: tl.constexpr):
+def stored_scale(step_ptr, row, inside, dtype: tl.constexpr):
     """``qat.numerics.stored_scale``, in float32; a NaN stays one."""
     step = tl.load(step_ptr + row, mask=inside, other=1.0).to(tl.float32)
     return round_to(tl.where(step < _MIN_SCALE, _MIN_SCALE, step), dtype).to(tl.float32)
@@ -88,7 +88,7 @@ def _forward_kernel(
     place = row.to(tl.int64)[:, None] * B + column[None, :]
     inside = (row < S)[:, None] & (column < B)[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    scale = _stored_scale(step_ptr, row, row < S, SCALE_DTYPE)[:, None]
+    scale = stored_scale(step_ptr, row, row < S, SCALE_DTYPE)[:, None]
     ratio = divide(x, scale, SCALE_DTYPE, x_ptr.dtype.element_ty)
     codes = round_half_even(clamp(ratio, LOW, HIGH))
     tl.store(y_ptr + place, round_to(codes * scale, y_ptr.dtype.element_ty), mask=inside)
@@ -115,7 +115,7 @@ def _backward_kernel(
 ):
     """Compute BLOCK_S rows of grad_x and y over ``tiles`` tiles, and the sums of what they add to grad_step."""
     row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    scale = _stored_scale(step_ptr, row, row < S, SCALE_DTYPE)[:, None]
+    scale = stored_scale(step_ptr, row, row < S, SCALE_DTYPE)[:, None]
     start = tl.program_id(1).to(tl.int64) * tiles * BLOCK_B
     total = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
     for tile in range(tiles):

@@ -120,17 +120,17 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    if not _fits(x, weight, bias):
-        _check(x, weight, bias)
+    y = None if int4_run is None else int4_run.int4_recipe.repeat(x, weight, bias)
+    if y is not None:
+        return y
+    _check(x, weight, bias)
     if backend(x.device) == "torch reference":
         return int4_linear_reference(x, weight, bias)
-    x_MK = x if x.dim() == 2 else x.reshape(-1, weight.in_features)
-    if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
-        x_MK = x_MK.clone(memory_format=torch.contiguous_format)
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
     if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % 16):
         bias = bias.clone(memory_format=torch.contiguous_format)
-    y_MN = int4_run.multiply(x_MK, weight, bias)
-    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight.out_features)
+    return int4_run.multiply(x, weight, bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -182,20 +182,6 @@ def _dequantize_fake(words, scale, zero_point, levels, nest, out_features, in_fe
 
 
 torch.library.register_autograd("qat::int4_linear", _backward, setup_context=_setup_context, lib=_library)
-
-
-def _fits(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> bool:
-    """Return whether a common case is right, so that ``_check``, which says what is wrong, need not look."""
-    words, scale, zero_point, n, k, group_size, levels, nest = weight
-    device, row_blocks = x.device, -(-n // ROWS)
-    return (
-        (bias is None and zero_point is None and levels is None and nest is None)
-        and (x.dim() > 0 and x.shape[-1] == k > 0 and x.dtype in _FLOATS)
-        and (words.dtype == torch.int32 and words.shape == (row_blocks, -(-k // INPUTS), ROWS * INPUTS // 8))
-        and (group_size > 0 and k % group_size == 0 and (group_size % GROUP_MULTIPLE == 0 or group_size == k))
-        and (scale.dtype in _FLOATS and scale.shape == (row_blocks, k // group_size, ROWS))
-        and (words.device == device and scale.device == device)
-    )
 
 
 def _check(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:

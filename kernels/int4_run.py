@@ -1,6 +1,6 @@
 """How an int4 matmul runs on the GPU at hand: the plan of ``int4_plans``, its kernel, its launch.
 
-A kernel that was compiled once is launched again without Triton's own look-up, which takes longer than a small matmul.
+What was launched once is launched again by ``int4_recipe``, which takes less time than to work all this out.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qat import backend
 
-from . import int4_batch, int4_decode, int4_portable
+from . import int4_batch, int4_decode, int4_portable, int4_recipe
 from .int4_layout import INPUTS, ROWS, Int4Weight
-from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Decode, Dequantize, choose
+from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Batch, Decode, Dequantize, choose
 from .nested_scale import nested_scale
 from .rounding import INTERPRETED
 
@@ -22,35 +22,49 @@ from .rounding import INTERPRETED
 PORTABLE_TOKENS = 32
 
 
-def multiply(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, (M, N); x and bias are contiguous and start at a multiple of 16 bytes."""
-    tokens = x_MK.shape[0]
-    if tokens == 0 or weight.out_features == 0:
-        return x_MK.new_empty(tokens, weight.out_features)
-    key = _recipe_key(x_MK, weight, bias)
-    recipe = _recipes.get(key)
-    if recipe is not None and x_MK.device.index == torch.cuda.current_device():
-        return _again(*recipe, x_MK, weight, bias)
-    nested = weight.nest is not None
-    weight = _plain(weight)
-    one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, weight)
-    if one_plan and not (suits and limits(x_MK.device.index)[1] == 90):
-        return _portable(x_MK, weight, bias, PORTABLE_TOKENS)
+def multiply(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, (..., N); x and bias are contiguous and start at a multiple of 16 bytes."""
+    y = int4_recipe.repeat(x, weight, bias)
+    if y is not None:
+        return y
+    shape = torch.Size((*x.shape[:-1], weight.out_features))
+    if shape.numel() == 0:
+        return x.new_empty(shape)
+    x_MK, plain, tokens = x.view(-1, weight.in_features), _plain(weight), shape[:-1].numel()
+    one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, plain)
+    if one_plan and not (suits and limits(x.device.index)[1] == 90):
+        return _portable(x_MK, plain, bias, PORTABLE_TOKENS).view(shape)
     if suits:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = ANY_TOKENS if one_plan else _plan(x_MK, weight)
-        if nested and not isinstance(plan, Dequantize):  # a kernel that starts early reads scales before they are there
-            plan = plan._replace(early=0)
-        y_MN = run_plan(plan, x_MK, weight, bias)
-        if isinstance(plan, Decode) and not nested and not weight.in_features % ROWS:
-            compiled_for, *rest = _decode_launch(plan, x_MK, weight, bias)
-            _recipes[key] = _kernels[int4_decode.decode_kernel, x_MK.device.index, compiled_for], *rest
-        return y_MN
+        plan = ANY_TOKENS if one_plan else _plan(x_MK, plain)
+        if weight.nest is not None and not isinstance(plan, Dequantize):
+            plan = plan._replace(early=0)  # a kernel that starts early reads scales before they are there
+        y_MN = run_plan(plan, x_MK, plain, bias)
+        if not weight.in_features % ROWS and int4_recipe.addresses(x, weight, bias) is not None:
+            int4_recipe.remember(x, weight, bias, _recipe(plan, x_MK, weight, bias, shape))
+        return y_MN.view(shape)
     if tokens <= PORTABLE_TOKENS or INTERPRETED.value:
         block_m = min(PORTABLE_TOKENS, max(16, triton.next_power_of_2(tokens)))
-        return _portable(x_MK, weight, bias, block_m)
-    return run_plan(Dequantize(), x_MK, weight, bias)
+        return _portable(x_MK, plain, bias, block_m).view(shape)
+    return run_plan(Dequantize(), x_MK, plain, bias).view(shape)
+
+
+def _recipe(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, shape: torch.Size) -> int4_recipe.Recipe:
+    """Return how the launches of a plan that just ran on the current device are done again."""
+    if weight.nest is not None or isinstance(plan, Dequantize):
+        rows = tuple(x_MK.shape)  # and not x, which a recipe would keep alive
+        return lambda x, weight, bias, _: run_plan(plan, x.view(rows), _plain(weight), bias).view(shape)
+    if isinstance(plan, Decode):
+        return int4_recipe.decode(_again(*_decode_launch(plan, x_MK, weight, bias)), shape)
+    first, second = _batch_launches(plan, x_MK, weight, bias)
+    sum_parts = None if second is None else _again(*second)
+    return int4_recipe.batch(_again(*first), sum_parts, shape, x_MK.shape[1], plan.split)
+
+
+def _again(kernel, key: tuple, grid: tuple[int, int, int], tail: tuple) -> int4_recipe.Launch:
+    device = torch.cuda.current_device()
+    return int4_recipe.Launch(_kernels[kernel, device, key], grid, device, tail)
 
 
 def _plain(weight: Int4Weight) -> Int4Weight:
@@ -60,8 +74,12 @@ def _plain(weight: Int4Weight) -> Int4Weight:
     return weight._replace(scale=nested_scale(weight.scale, weight.nest, weight.out_features), nest=None)
 
 
+def _on_nvidia(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.cuda is not None
+
+
 def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
-    if x.device.type != "cuda" or torch.version.cuda is None or x.dtype == torch.float32:
+    if not _on_nvidia(x) or x.dtype == torch.float32:
         return False
     integers = weight.zero_point is None or weight.zero_point.dtype == torch.int8
     suits = weight.levels is not None or (weight.scale.dtype == x.dtype and integers)
@@ -70,7 +88,6 @@ def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
 
 _devices: dict[int, tuple[str, int, int]] = {}
 _plans: dict[tuple, object] = {}
-_recipes: dict[tuple, tuple] = {}
 _kernels: dict[tuple, tuple] = {}
 
 
@@ -101,8 +118,13 @@ def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Ten
     """
     if isinstance(plan, Dequantize):
         matrix = dequantized(weight, x_MK.dtype)
+        if x_MK.shape[1] > weight.in_features:
+            x_MK = x_MK[:, : weight.in_features]
+        bias = None if bias is None else bias.to(x_MK.dtype)
+        if not torch.is_autocast_enabled(x_MK.device.type):
+            return F.linear(x_MK, matrix, bias)
         with torch.autocast(x_MK.device.type, enabled=False):
-            return F.linear(x_MK[:, : weight.in_features], matrix, None if bias is None else bias.to(x_MK.dtype))
+            return F.linear(x_MK, matrix, bias)
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
     run = _decode if isinstance(plan, Decode) else _batch
     if x_MK.device.index == torch.cuda.current_device():
@@ -113,59 +135,49 @@ def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Ten
     return y_MN
 
 
-def _recipe_key(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
-    """Return all that a launch depends on but for addresses."""
-    _, scale, zero_point, n, k, group_size, levels, nest = weight
-    return (
-        *(x_MK.shape[0], n, k, group_size, x_MK.dtype, scale.dtype, x_MK.device.index, backend.batch_invariant()),
-        *(zero_point is None or zero_point.dtype, levels is None, nest is None, None if bias is None else bias.dtype),
-    )
-
-
-def _again(compiled, grid: tuple, tail: tuple, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    """Launch the decode kernel as ``run_plan`` did before, without working out again how."""
-    y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
-    _launch_compiled(
-        compiled, grid, (x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail), x_MK.device.index
-    )
-    return y_MN
-
-
 def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
-    key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
+    kernel, key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
     arguments = x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
-    launch(int4_decode.decode_kernel, key, grid, arguments, plan.warps, plan.early)
+    launch(kernel, key, grid, arguments, plan.warps, plan.early)
 
 
 def _decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
-    """Return what a kernel is compiled for, its grid, and its arguments from the sizes on."""
+    """Return a kernel, what it is compiled for, its grid, and its arguments from the sizes on."""
     sizes = _sizes(weight, x_MK)
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     mask_k = weight.words.shape[1] % (plan.warps * plan.tiles) != 0 or weight.in_features % INPUTS != 0
     constants = mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages, plan.early
     grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
-    return key, grid, (*sizes, *_constants(weight, bias), *constants)
+    return int4_decode.decode_kernel, key, grid, (*sizes, *_constants(weight, bias), *constants)
 
 
-def _batch(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
-    tokens, out_features = y_MN.shape
+def _batch(plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
+    (kernel, key, grid, tail), sum_parts = _batch_launches(plan, x_MK, weight, bias)
     x = int4_batch.descriptor(x_MK, plan.block_m)
     parts = y_MN
     if plan.split > 1:
-        parts = x_MK.new_empty(plan.split, tokens, out_features, dtype=torch.float32)
-    operands = _operands(weight, bias, x_MK)
+        parts = x_MK.new_empty(plan.split, *y_MN.shape, dtype=torch.float32)
+    arguments = x, *_operands(weight, bias, x_MK), y_MN, parts, x_MK.shape[0], *tail
+    launch(kernel, key, grid, arguments, plan.warps, plan.early)
+    if sum_parts is not None:
+        kernel, key, grid, tail = sum_parts
+        launch(kernel, key, grid, (parts, bias, y_MN, *tail), 4, plan.early)
+
+
+def _batch_launches(plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
+    """Return what ``_decode_launch`` returns, for the product and for the sum of its parts, which may be None."""
     sizes = _sizes(weight, x_MK)
-    arguments = x, *operands, y_MN, parts, tokens, *sizes
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
-    constants = *_constants(weight, bias), *plan
-    grid = -(-weight.words.shape[0] // plan.blocks) * -(-tokens // plan.block_m), plan.split, 1
-    launch(int4_batch.batch_kernel, key, grid, (*arguments, *constants), plan.warps, plan.early)
-    if plan.split > 1:
-        aligned = y_MN.numel() % 16 == 0, y_MN.numel() == 1
-        key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, out_features, aligned, plan.early
-        arguments = parts, bias, y_MN, y_MN.numel(), out_features, plan.split, 1024, plan.early > 0
-        grid = -(-y_MN.numel() // 1024), 1, 1
-        launch(int4_portable.sum_parts_kernel, key, grid, arguments, 4, plan.early)
+    programs = -(-weight.words.shape[0] // plan.blocks) * -(-x_MK.shape[0] // plan.block_m)
+    tail = *sizes, *_constants(weight, bias), *plan
+    product = int4_batch.batch_kernel, key, (programs, plan.split, 1), tail
+    if plan.split == 1:
+        return product, None
+    size = x_MK.shape[0] * weight.out_features
+    kind = size % 16 == 0, size == 1, size < 2**31
+    key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, weight.out_features, kind, plan.early
+    tail = size, weight.out_features, plan.split, 1024, plan.early > 0
+    return product, (int4_portable.sum_parts_kernel, key, (-(-size // 1024), 1, 1), tail)
 
 
 def _operands(weight: Int4Weight, bias: Tensor | None, x: Tensor) -> tuple:
@@ -191,7 +203,9 @@ def _constants(weight: Int4Weight, bias: Tensor | None) -> tuple:
 def _kind(weight: Int4Weight, bias: Tensor | None) -> tuple:
     """Return what a kernel is compiled for, but for its plan and sizes."""
     levels = None if weight.levels is None else weight.scale.dtype  # else the scale is of the dtype of x
-    return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size
+    tensors = weight.words, weight.scale, weight.zero_point, weight.levels
+    aligned = tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size, aligned
 
 
 def launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
@@ -202,10 +216,6 @@ def launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early:
     if compiled is None:
         _kernels[key] = kernel[grid](*arguments, num_warps=warps, launch_pdl=early > 0)
         return
-    _launch_compiled(compiled, grid, arguments, device)
-
-
-def _launch_compiled(compiled, grid: tuple, arguments: tuple, device: int) -> None:
     stream = triton.runtime.driver.active.get_current_stream(device)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
@@ -237,20 +247,18 @@ def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: in
 def dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return the whole weight (N, K) in ``dtype``."""
     weight = _plain(weight)
+    matrix = int4_recipe.repeat_dequantized(weight, dtype)
+    if matrix is not None:
+        return matrix
     matrix = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device)
+    if not matrix.numel():
+        return matrix
     row_blocks, tiles, _ = weight.words.shape
-    if matrix.numel():
-        with torch.accelerator.device_index(matrix.device.index):
-            int4_portable.dequantize_kernel[(triton.cdiv(tiles, 2), row_blocks)](
-                weight.words,
-                weight.scale,
-                weight.zero_point,
-                weight.levels,
-                matrix,
-                *_sizes(weight),
-                weight.group_size,
-                BLOCKS=1,
-                TILES=2,
-                num_warps=4,
-            )
+    grid, tail = (-(-tiles // 2), row_blocks, 1), (*_sizes(weight), weight.group_size, 1, 2)
+    arguments = weight.words, weight.scale, weight.zero_point, weight.levels, matrix, *tail
+    with torch.accelerator.device_index(matrix.device.index):
+        compiled = int4_portable.dequantize_kernel[grid](*arguments, num_warps=4)
+    if _on_nvidia(matrix) and int4_recipe.addresses(weight.words, weight, None) is not None:
+        launch = int4_recipe.Launch(compiled, grid, matrix.device.index, tail)
+        int4_recipe.remember_dequantized(weight, matrix, launch)
     return matrix

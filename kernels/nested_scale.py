@@ -34,6 +34,8 @@ def nested_scale_reference(codes: Tensor, nest: Tensor, out_features: int) -> Te
 try:
     import triton
     import triton.language as tl
+
+    from .launching import ceil_div, launch
 except ImportError:  # there is no Triton for macOS
     triton = None
 else:
@@ -71,18 +73,9 @@ def nested_scale(codes: Tensor, nest: Tensor, out_features: int) -> Tensor:
         out_features: N.
     """
     scale = torch.empty(codes.shape, device=codes.device)
-    if scale.numel():
-        with torch.accelerator.device_index(codes.device.index):
-            _nested_scale_kernel[(triton.cdiv(codes.numel(), 1024),)](
-                codes,
-                nest,
-                scale,
-                codes.numel(),
-                codes.shape[1],
-                out_features,
-                PER_FACTOR=BLOCK,
-                LEVELS=LEVELS,
-                BLOCK=1024,
-                enable_fp_fusion=False,  # a product and a sum, not one fused
-            )
+    size = codes.numel()
+    if size:
+        arguments, constants = (codes, nest, scale, size, codes.shape[1], out_features), (BLOCK, LEVELS, 1024)
+        fused = False  # a product and a sum, not one
+        launch(_nested_scale_kernel, (ceil_div(size, 1024),), arguments, constants, enable_fp_fusion=fused)
     return scale

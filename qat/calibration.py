@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import StateError
 from .layers import is_prepared, quant_layers
-from .quantizers import ActivationStatistics, LearnedActivation, WeightLSQ
+from .quantizers import ActivationStatistics, LearnedActivation, WeightCodebook, WeightLSQ
 from .spec import Init
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def calibrate(
 def weights_wait(model: nn.Module) -> bool:
     """Return whether a prepared model has weights that ``calibrate`` is to set."""
     quantizers = [layer.weight_quantizer for _, layer in quant_layers(model)]
-    return any(isinstance(quantizer, WeightLSQ) and quantizer.waits_for_data for quantizer in quantizers)
+    learned = (quantizer for quantizer in quantizers if isinstance(quantizer, WeightLSQ | WeightCodebook))
+    return any(quantizer.waits_for_data for quantizer in learned)
 
 
 @contextmanager

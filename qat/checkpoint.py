@@ -54,8 +54,10 @@ class Checkpoint:
 
             model = build(self.architecture)
         if not self.policy.quantizes_nothing():
-            # The step sizes come from the state dict: a search for their start would be work thrown away.
-            prepare(model, replace(self.policy, init=Init.lsq), verbose=False)
+            # The step sizes come from the state dict: a search for their start would be work thrown away. GPTQ searches
+            # nothing here, and codebooks have a state of their own with it.
+            init = self.policy.init if self.policy.init in (Init.gptq, Init.gptaq) else Init.lsq
+            prepare(model, replace(self.policy, init=init), verbose=False)
         load_state(model, self.state_dict, self.source)
         return model.eval()
 

@@ -6,11 +6,15 @@ peft composes the same of operators: x converted to the adapter's float32 and ba
 and its sum. Here x is read in the dtype it has, the low-rank products are added by the matmuls that make them, and what
 is kept for the backward is x, which neighbours with the same input share, and x A^T. The weight is dequantized again in
 the backward, as in the layer alone.
+
+In a compiled graph, on a GPU, it is one operator each way, since a compiler adds to a copy of the layer's output what
+here is added in place, and each operator of ours costs the host more than one of torch's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +34,49 @@ def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: 
         scaling: alpha / r.
     """
     x = x.to(compute_dtype(x))
-    if torch.compiler.is_compiling():  # whose graphs make a backward of their own
-        y, low = layer(x), _rows(x) @ a.to(x.dtype).t()
-        return torch.addmm(_rows(y), low, b.to(x.dtype).t(), alpha=scaling).view(y.shape)
-    return _LoraProduct.apply(x, a, b, layer, scaling)
+    if not torch.compiler.is_compiling():
+        return _LoraProduct.apply(x, a, b, layer, scaling)
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if x.dtype in layer.packed_weight.gpu_operands and layer.fused is None:
+        words, scale, zero_point, out_features, in_features, group_size, levels, nest = (
+            layer.packed_weight.gpu_operands[x.dtype]
+        )
+        bias = None if layer.bias is None else layer.bias.detach()
+        parts = words, scale, zero_point, levels, nest, out_features, in_features, group_size
+        return torch.ops.qat.lora_linear(x, a, b, bias, *parts, scaling)[0]
+    y, low = layer(x), _rows(x) @ a.t()
+    return torch.addmm(_rows(y), low, b.t(), alpha=scaling).view(y.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _forward(
+    x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the product and x A^T; a and b are in the dtype of x."""
+    y, low = base(x).contiguous(), _rows(x) @ a.t()
+    _rows(y).addmm_(low, b.t(), alpha=scaling)
+    return y, low
+
+
+def _backward(
+    grad: Tensor, x: Tensor, low: Tensor, a: Tensor, b: Tensor, scaling: float, weight: Callable[[], Tensor] | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of x, A and B; that of x where there is something to make the base's weight."""
+    rows, grad_x = _rows(grad), None
+    grad_low = rows @ b
+    if weight is not None:
+        grad_x = (rows @ weight()).addmm_(grad_low, a, alpha=scaling).view(x.shape)
+    return grad_x, (grad_low.t() @ _rows(x)).mul_(scaling), (rows.t() @ low).mul_(scaling)
+
+
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: FrozenLinear, scaling: float) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y, low = layer(x).contiguous(), _rows(x) @ a.to(x.dtype).t()
-            _rows(y).addmm_(low, b.to(x.dtype).t(), alpha=scaling)
+            y, low = _forward(x, a.to(x.dtype), b.to(x.dtype), scaling, layer)
         ctx.save_for_backward(x, low, a, b)
         ctx.weight, ctx.scaling = layer.packed_weight, scaling
         return y
@@ -54,19 +85,70 @@ class _LoraProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, low, a, b = ctx.saved_tensors
-        weight: PackedWeight = ctx.weight
-        rows, scaling = _rows(grad), ctx.scaling
-        grad_x = grad_a = grad_b = None
+        packed: PackedWeight = ctx.weight
+        weight = (lambda: packed.dequantize(grad.dtype)) if ctx.needs_input_grad[0] else None
         with torch.autocast(grad.device.type, enabled=False):
-            grad_low = rows @ b.to(grad.dtype)
-            if ctx.needs_input_grad[0]:
-                grad_x = rows @ weight.dequantize(grad.dtype)
-                grad_x = grad_x.addmm_(grad_low, a.to(grad.dtype), alpha=scaling).view(x.shape)
-            if ctx.needs_input_grad[1]:
-                grad_a = (grad_low.t() @ _rows(x)).to(a.dtype) * scaling
-            if ctx.needs_input_grad[2]:
-                grad_b = (rows.t() @ low).to(b.dtype) * scaling
-        return grad_x, grad_a, grad_b, None, None
+            grads = _backward(grad, x, low, a.to(grad.dtype), b.to(grad.dtype), ctx.scaling, weight)
+        return grads[0], grads[1].to(a.dtype), grads[2].to(b.dtype), None, None
+
+
+_library = torch.library.Library("qat", "FRAGMENT")
+_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels, Tensor? nest"
+_SIZES = "int out_features, int in_features, int group_size"
+_library.define(
+    f"lora_linear(Tensor x, Tensor a, Tensor b, Tensor? bias, {_WEIGHT}, {_SIZES}, float scaling) -> (Tensor, Tensor)"
+)
+_library.define(
+    "lora_linear_backward(Tensor grad, Tensor x, Tensor low, Tensor a, Tensor b, "
+    f"{_WEIGHT}, {_SIZES}, float scaling, bool of_x) -> Tensor[]"
+)
+
+
+@torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
+def _linear(x, a, b, bias, words, scale, zero_point, levels, nest, out_features, in_features, group_size, scaling):
+    from qat.kernels.int4_linear import Int4Weight, int4_linear
+
+    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest)
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(x, a, b, scaling, lambda x: int4_linear(x, weight, bias))
+
+
+@torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(grad, x, low, a, b, *rest):
+    *parts, scaling, of_x = rest
+
+    def weight() -> Tensor:
+        return torch.ops.qat.int4_dequantize(*parts, grad.dtype)
+
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = _backward(grad, x, low, a, b, scaling, weight if of_x else None)
+    return [made for made in grads if made is not None]
+
+
+@torch.library.register_fake("qat::lora_linear", lib=_library)
+def _(x, a, b, bias, words, scale, zero_point, levels, nest, out_features, in_features, group_size, scaling):
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(x.shape[:-1].numel(), a.shape[0])
+
+
+@torch.library.register_fake("qat::lora_linear_backward", lib=_library)
+def _(grad, x, low, a, b, *rest):
+    return [made.new_empty(made.shape) for made in ((x, a, b) if rest[-1] else (a, b))]
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, a, b, _, *weight, out_features, in_features, group_size, ctx.scaling = inputs
+    ctx.save_for_backward(x, output[1], a, b, *weight)
+    ctx.sizes = out_features, in_features, group_size
+
+
+def _gradients(ctx, grad: Tensor, _):
+    of_x = ctx.needs_input_grad[0]
+    backward = torch.ops.qat.lora_linear_backward
+    *grad_x, grad_a, grad_b = backward(grad, *ctx.saved_tensors, *ctx.sizes, ctx.scaling, of_x)
+    return (grad_x[0] if of_x else None), grad_a, grad_b, *(None,) * 10
+
+
+torch.library.register_autograd("qat::lora_linear", _gradients, setup_context=_keep, lib=_library)
 
 
 def use_lora_product_(model: nn.Module) -> nn.Module:

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .layers import PackedWeight
+
 
 @dataclass
 class Memory:
@@ -63,7 +65,7 @@ def estimate(
         loss: from the model and a batch to the loss.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    state = {id(tensor): tensor for tensor in _held(model)}
     weights = _bytes(t for t in state.values() if not t.requires_grad)
     adapters = _bytes(t for t in state.values() if t.requires_grad)
     live = LiveBytes()
@@ -118,6 +120,18 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters, buffers, and codes that lie in the order of a GPU's kernels in the place of a buffer."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            for operands in module.gpu_operands.values():
+                yield from (part for part in operands if isinstance(part, Tensor))
+            if module.row_sums is not None:
+                yield module.row_sums
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:

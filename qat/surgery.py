@@ -36,7 +36,7 @@ from .quantizers import (
     WeightMinMax,
 )
 from .quantizers.dynamic import BLOCK
-from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer
+from .spec import ActivationQuantizer, Codebook, Dynamic, Init, QuantSpec, WeightQuantizer
 from .table import holds_matrix, table
 from .wrappers import call_every_layer_, require_materialised, unwrapped
 
@@ -105,7 +105,7 @@ def weight_quantizer(decision: Decision, init: Init, kind: WeightQuantizer = Wei
     """Return the quantizer that a decision gives its layer, started from the weight's values."""
     weight = matrix(decision.layer)
     if decision.weight.codebook is not None:
-        return WeightCodebook(decision.weight, weight, decision.name)
+        return WeightCodebook(decision.weight, weight, decision.name, init)
     if kind is WeightQuantizer.minmax:
         return WeightMinMax(decision.weight, decision.name)
     if not decision.weight.symmetric:
@@ -247,7 +247,11 @@ def _check_init(decisions: list[Decision], init: Init) -> None:
     known = (nn.Linear, nn.Conv2d, nn.Embedding)
     quantized = [decision for decision in decisions if decision.weight is not None]
     others = [decision for decision in quantized if plain_type(decision.layer) not in known]
+    books = [decision for decision in quantized if decision.weight.codebook is not None]
+    if init in (Init.gptq, Init.gptaq):
+        books = [decision for decision in books if decision.weight.codebook is Codebook.custom]
     for what, kind in (
+        ("codebooks" if init not in (Init.gptq, Init.gptaq) else "custom codebooks", books),
         (f"{' or '.join(sorted({plain_type(d.layer).__name__ for d in others}))} layers", others),
         ("zero points", [decision for decision in quantized if not decision.weight.symmetric]),
     ):

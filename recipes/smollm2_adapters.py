@@ -10,6 +10,7 @@ so that it is like the text to train on; --test FILE measures on another text.
     base                      in bf16, not trained
     bf16 LoRA                 peft's adapters on the bf16 base: the baseline
     QLoRA                     the same on NF4 codes with double quantization, measured from artifact and adapter
+    QLoRA on GPTQ's codes     the same where GPTQ has chosen the base's NF4 codes
     joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
     LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
@@ -84,6 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", nargs="+", default=["5e-4"], help="learning rates; every recipe runs with each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA then PTQ")
+    parser.add_argument("--bases", nargs="+", choices=("minmax", "gptq"), default=["minmax", "gptq"], help="of QLoRA")
     parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
     parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
     parser.add_argument("--windows", type=int, help="of the held-out text; default: all")
@@ -140,7 +142,8 @@ def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
             submit(joint, start, lr)
         if find_spec("torchao"):
             submit(torchao, lr)
-        submit(qlora, lr)
+        for base_codes in options.bases:
+            submit(qlora, base_codes, lr)
     for lr in options.lr:
         for method in options.methods:
             submit(lora_then, method, lr, after=base[lr])
@@ -165,12 +168,24 @@ def lora(lr: str, options: argparse.Namespace) -> dict:
     return row(LORA, "bf16 + adapter", lr, options.rows.result(name, commands, weight=4))
 
 
-def qlora(lr: str, options: argparse.Namespace) -> dict:
-    """Return the result of an NF4 base with its adapter beside it."""
-    name = f"qlora_{lr}"
-    model = ["experiment=qlora", "callbacks.memory=null", f"model.name={BASE}", *ranks(options)]
-    commands = [train_command(OUT / name, lr, options, model), evaluation(name, OUT / name / "artifact", options)]
-    return row(QLORA, "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
+def qlora(codes: str, lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of an NF4 base with its adapter beside it; its codes are the nearest ones, or GPTQ's."""
+    name = f"qlora_{codes}_{lr}"
+    folder, model = OUT / name, ["experiment=qlora", "callbacks.memory=null", *ranks(options)]
+    if codes == "minmax":
+        commands = [train_command(folder, lr, options, [*model, f"model.name={BASE}"])]
+        commands.append(evaluation(name, folder / "artifact", options))
+        return row(QLORA, "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
+    calibrated, base = folder / "calibrated", folder / "base"
+    grid = ["policy=lm_nf4", "policy.weight.codebook=nf4_double", f"policy.init={codes}", "trainer.max_steps=0"]
+    calibrate = ["model=hf", f"model.pretrained_model_name_or_path={BASE}", "model.dtype=bfloat16", *grid]
+    commands = [train_command(calibrated, lr, options, [*calibrate, "task=language", "optim=adamw"])]
+    commands.append(["qat.convert", str(calibrated / "last.ckpt"), "--out", str(base)])
+    commands.append(train_command(folder, lr, options, [*model, f"model.name={base}", "model.policy=null"]))
+    commands.append(evaluation(name, base, options, "--adapter", str(folder / "adapter")))
+    return row(
+        f"{QLORA} on {METHODS[codes]}'s codes", "NF4 + adapter", lr, options.rows.result(name, commands, weight=4)
+    )
 
 
 def joint(start: str, lr: str, options: argparse.Namespace) -> dict:

@@ -29,7 +29,7 @@ from qat.evaluate import main
 from qat.train import register
 from qat.training.evaluation import evaluate
 from qat.training.instruction_data import InstructionData
-from qat.training.run import train
+from qat.training.run import checkpoint_gradients, train
 
 pytest.importorskip("peft")
 register()
@@ -177,3 +177,25 @@ def test_mistakes_are_named(folder):
         run("experiment=joint_lora", "model.pretrained_model_name_or_path=model", "policy=none")
     with pytest.raises(TrainingError, match="GPT does not support it"):
         run("experiment=topics_fp", "gradient_checkpointing=true", common=[])
+    for blocks in ("3", "0.5", "all"):
+        with pytest.raises(TrainingError, match=f"gradient_checkpointing={blocks}: give true, false, or a number of b"):
+            run("experiment=qlora", "model.name=model", f"gradient_checkpointing={blocks}")
+
+
+def test_the_first_blocks_are_checkpointed_and_the_others_keep_what_they_need(folder):
+    """The gradients are the same; of what autograd keeps, one block's share goes."""
+    tokens = torch.randint(0, len(WORDS), (2, 12), generator=torch.Generator().manual_seed(0))
+    grads, kept = [], []
+    for blocks in (False, 1, True):
+        model = AutoModelForCausalLM.from_pretrained("model").train()
+        if blocks:
+            checkpoint_gradients(model, blocks)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        kept.append(sum(sizes))
+        loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert kept[0] > kept[1] > kept[2] and kept[0] - kept[1] == pytest.approx(kept[1] - kept[2], rel=0.02)
+    for other in grads[1:]:
+        torch.testing.assert_close(grads[0], other)

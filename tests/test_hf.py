@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_quantized import LLAMA
-from smollm2 import smollm2
+from smollm2 import DEVICES, smollm2
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import qat
@@ -238,14 +238,15 @@ def test_what_bitsandbytes_wrote_opens_without_it(tmp_path, double):
     assert done.stdout.strip() == "0", done.stderr
 
 
-@pytest.mark.slow  # a minute on an idle core, far more on a busy one: codes are dequantized for every token
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3600)  # a minute on an idle core, far more on a busy one: codes are dequantized for every token
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, cache):
+@pytest.mark.parametrize("device", DEVICES)
+def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, device, cache):
     """200 greedy tokens in float32, from the artifact and from the fake-quant model: the same."""
     model, tokenizer = smollm2()
-    tokens = tokenizer("The history of the village", return_tensors="pt")
+    model, tokens = model.to(device), tokenizer("The history of the village", return_tensors="pt").to(device)
     options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "cache_implementation": cache}
+    options["disable_compile"] = True  # which a static cache on a GPU would ask for
     prepared(32, model)
     with torch.no_grad():
         logits = model(**tokens).logits
@@ -256,7 +257,7 @@ def test_smollm2_writes_the_text_of_its_training_forward(tmp_path, cache):
             layer.weight_quantizer.enabled = False
         assert torch.equal(model(**tokens).logits, logits)
     expected = model.generate(**tokens, **options)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
     text = opened.generate(**tokens, **options)
     assert text.shape[1] == tokens["input_ids"].shape[1] + 200
     assert torch.equal(text, expected)

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import qat
 from qat.lora_product import lora_product, use_lora_product_
@@ -95,6 +97,47 @@ def test_compiled_it_is_the_same():
         grads.append(torch.autograd.grad(call(x, layer, a, b, 0.5).square().sum(), (x, a, b)))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("codebook", [None, "nf4", "nf4_double"])
+def test_on_kernel_operands_it_compiles_to_one_operator_each_way(codebook, bias):
+    torch.manual_seed(0)
+    spec = qat.QuantSpec(codebook=codebook, group_size=32) if codebook else qat.QuantSpec(bits=4, group_size=32)
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 32, bias=bias)), qat.QuantPolicy(weight=spec), verbose=False)
+    layer = qat.freeze(model)[0].requires_grad_(False)
+    layer.packed_weight.prepack()
+    x, a, b = torch.randn(2, 3, 64, requires_grad=True), torch.randn(4, 64), torch.randn(32, 4)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if "qat" in str(node.target)])
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    for leaves in ([x, a.requires_grad_(), b.requires_grad_()], [a, b]):
+        given = x if leaves[0] is x else x.detach()
+        exact = composed(given, layer, a, b, 0.5)
+        out = torch.compile(lora_product, backend=backend, fullgraph=True)(given, layer, a, b, 0.5)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+        grad = torch.randn_like(out)
+        ours, expected = (torch.autograd.grad(y, leaves, grad.to(y.dtype)) for y in (out, exact))
+        for here, there in zip(ours, expected, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+    assert graphs == [["qat.lora_linear.default"], ["qat.lora_linear_backward.default"]] * 2
+
+
+def test_operators_are_registered_as_torch_wants_them():
+    x, (a, b) = torch.randn(5, 48, requires_grad=True), adapter()
+    spec = qat.QuantSpec(bits=4, granularity="channel")
+    model = qat.prepare(nn.Sequential(nn.Linear(48, 32, bias=False)), qat.QuantPolicy(weight=spec), verbose=False)
+    layer = qat.freeze(model)[0]
+    layer.packed_weight.prepack()
+    words, scale, zero_point, *sizes, levels, nest = layer.packed_weight.gpu_operands[torch.float32]
+    torch.library.opcheck(
+        torch.ops.qat.lora_linear, (x, a, b, None, words, scale, zero_point, levels, nest, *sizes, 2.0)
+    )
 
 
 def with_lora(**options):

@@ -66,3 +66,14 @@ def test_it_is_right_within_ten_percent(recipe, checkpointing):
     step = measured(model, optimizer, inputs)
     assert memory.activations + memory.gradients == pytest.approx(step, rel=0.1)
     assert "GiB at the peak: weights" in str(memory)
+
+
+def test_codes_in_the_order_of_the_kernels_count():
+    """As they lie on a GPU: half a byte a weight, and a byte for each scale, which a state dict has, too."""
+    policy = qat.QuantPolicy.from_dict({**NF4, "rules": []})
+    model = qat.freeze(qat.prepare(torch.nn.Sequential(torch.nn.Linear(1024, 512, bias=False)), policy, verbose=False))
+    model[0].packed_weight.prepack()
+    model.append(torch.nn.Linear(512, 1))
+    memory = estimate(model, torch.optim.SGD, torch.ones(2, 1024), lambda model, x: model(x).sum())
+    codes, scales = 1024 * 512 // 2, 1024 * 512 // 64
+    assert codes + scales < memory.weights < codes + 2.2 * scales + 4096

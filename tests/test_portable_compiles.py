@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 SCRIPT = """
 import json
 import triton
-from qat.kernels import decode_step, int4_portable, int8_codes, int8_portable, nested_scale
+import triton.language as tl
+from qat.kernels import decode_step, int4_portable, int8_codes, int8_portable, joint_weight, nested_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -77,11 +78,22 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
         asm = compiled(kernel, target, constants, pointers, integers, enable_fp_fusion=fused)
         fmas = "v_fma", "v_pk_fma", "v_dual_fma", "fma.rn"
         found[f"{target.arch}, fused {fused}"] = any(name in asm for name in fmas)
+    constants = {"RANK": 16, "BASE_ROWS": True, "STEP_ROWS": True, "LOW": -8.0, "HIGH": 7.0, "SCALE_DTYPE": tl.bfloat16}
+    constants |= {"TILES": 1, "BLOCK_N": 32, "BLOCK_K": 128}
+    pointers = {"base": "u8", "base_scale": "bf16", "a": "fp32", "b": "fp32", "y": "fp32"}
+    nothing = {name: None for part in ("step", "grad", "grad_w", "sums") for name in none(part)}
+    integers = "N K base_columns step_columns"
+    for fused in (False, True):  # without step sizes no quotient has fused operations of its own
+        options = {"enable_fp_fusion": fused, "num_warps": 8}
+        asm = compiled(joint_weight._joint_kernel, target, constants | nothing, pointers, integers, **options)
+        found[f"{target.arch}, sum, fused {fused}"] = any(name in asm for name in fmas)
+    pointers |= {"step": "fp32", "grad": "bf16", "y": "bf16", "grad_w": "bf16", "sums": "fp32"}
+    compiled(joint_weight._joint_kernel, target, constants, pointers, integers, num_warps=8, enable_fp_fusion=False)
 print(json.dumps(found))
 """
 
 
-def test_they_compile_and_nested_scales_round_twice():
+def test_they_compile_and_nothing_is_fused_that_rounds_twice():
     """A product and a sum that the compiler fused would give other bits: the option that forbids it matters."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", SCRIPT],
@@ -92,4 +104,4 @@ def test_they_compile_and_nested_scales_round_twice():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {key: key.endswith("True") for key in found} and len(found) == 12
+    assert found == {key: key.endswith("True") for key in found} and len(found) == 18

@@ -718,15 +718,6 @@ def test_a_layer_that_is_never_reached(init, capsys):
 
 
 @pytest.mark.parametrize("init", READ_DATA)
-def test_codebooks_wait_for_nothing(init):
-    rules = [{"match": "2", "weight": {"codebook": "nf4", "bits": 4}}]
-    before = qat.quantized_tensors(prepared(mlp(), "mse", rules=rules))
-    model = prepared(mlp(), init, rules=rules)
-    qat.calibrate(model, [torch.randn(64, 32)], options=QUICK)
-    assert torch.equal(qat.quantized_tensors(model)["2"].codes, before["2"].codes)
-
-
-@pytest.mark.parametrize("init", READ_DATA)
 def test_a_weight_that_an_embedding_shares(init, capsys):
     """It is refused, or rounded where it is: the embedding does not move, and nothing is folded into it."""
 

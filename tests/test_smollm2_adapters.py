@@ -48,8 +48,8 @@ def test_every_row_composes_trains_alike_and_runs_after_its_base(recipe, monkeyp
     monkeypatch.setattr(given.rows, "run", run)
     with ThreadPoolExecutor(1) as pool:
         rows = [future.result(timeout=60) for future in recipe.plan(pool, given)]
-    assert len(rows) == len(done) == len(set(done)) == 1 + 2 * (1 + 2 + 2 + 1 + 1)
-    assert len(trained) == 8
+    assert len(rows) == len(done) == len(set(done)) == 1 + 2 * (1 + 2 + 2 + 2 + 1)
+    assert len(trained) == 10
     for key in ("data", "task.schedule", "trainer.precision", "trainer.max_steps", "optim.weight_decay", "optim.betas"):
         found = [OmegaConf.select(config, key) for config in trained]
         assert all(value == found[0] for value in found), key
@@ -118,6 +118,7 @@ def test_every_recipe_on_a_small_llama(recipe, tmp_path):
         "base",
         recipe.LORA,
         recipe.QLORA,
+        "QLoRA on GPTQ's codes",
         "LoRA then PTQ, GPTQ",
         "LoRA then PTQ, round-to-nearest",
     } <= losses.keys()

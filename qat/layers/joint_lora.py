@@ -3,8 +3,9 @@
     y = Q(W + scaling * B A) x + bias          L4Q, arXiv:2402.04902, section 3
 
 W is frozen, in full precision or as packed codes of more bits than Q's; A (r, K), B (N, r) and Q's step sizes learn.
-Freezing takes the codes of Q(W + scaling * B A), which are those of the training forward: nothing is merged after the
-fact. The sum is made in float32, since a bf16 sum would lose small updates before Q sees them.
+Freezing takes the codes of Q(W + scaling * B A), which are those of the training forward, on any device
+(``qat.kernels.joint_weight``): nothing is merged after the fact. The sum is made in float32, since a bf16 sum would
+lose small updates before Q sees them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class JointLoraLinear(Frozen, QuantLinear):
 
     def merged(self) -> Tensor:
         """Return W + scaling * B A, float32 (N, K)."""
-        return _merged(self._base(), self.lora_A, self.lora_B, self.scaling)
+        from qat.kernels.joint_weight import joint_weight  # loads Triton
+
+        with torch.no_grad():
+            spec = self.weight_quantizer.spec
+            return joint_weight(*self._sum(self.lora_A, self.lora_B), None, spec, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized sum, in the dtype of x (autocast's, where it is on)."""
@@ -47,8 +52,14 @@ class JointLoraLinear(Frozen, QuantLinear):
         step_size = None if rounding is None else rounding.step_size
         return _JointProduct.apply(x, bias, self.lora_A, self.lora_B, step_size, self, rounding)
 
-    def _base(self) -> Tensor:
-        return self.weight if self.packed_weight is None else self.packed_weight.dequantize(torch.float32)
+    def _sum(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return what ``joint_weight`` adds up: W, its scales where it is 8-bit codes, A, and scaling * B."""
+        packed, update = self.packed_weight, (a.float(), b.float() * self.scaling)
+        if packed is None:
+            return self.weight.detach(), None, *update
+        if packed.spec.bits == 8 and packed.spec.symmetric and packed.levels is None:
+            return packed.packed, packed.scale, *update
+        return packed.dequantize(torch.float32), None, *update
 
 
 def make_joint_(layer: nn.Linear, quantizer: WeightLSQ, rank: int, scaling: float) -> None:
@@ -64,39 +75,35 @@ def make_joint_(layer: nn.Linear, quantizer: WeightLSQ, rank: int, scaling: floa
     nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)  # as peft does
 
 
-def _merged(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.addmm(base.float(), b.float(), a.float(), alpha=scaling)
-
-
 class _JointProduct(torch.autograd.Function):
     """Keeps x, A, B and the step size; the backward makes the sum and its rounding again."""
 
     @staticmethod
     def forward(ctx, x, bias, a, b, step_size, layer: JointLoraLinear, rounding: Rounding | None) -> Tensor:
+        from qat.kernels.joint_weight import joint_weight
+
         ctx.save_for_backward(x, a, b, step_size)
-        ctx.layer, ctx.rounding = layer, rounding and rounding._replace(step_size=None)
-        merged = _merged(layer._base(), a, b, layer.scaling)
-        weight = merged.to(x.dtype) if rounding is None else rounding.value(merged, x.dtype)
+        ctx.layer, ctx.grad_scale = layer, 1.0 if rounding is None else rounding.grad_scale
         with torch.autocast(x.device.type, enabled=False):
+            weight = joint_weight(*layer._sum(a, b), step_size, layer.weight_quantizer.spec, x.dtype)
             return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        from qat.kernels.joint_weight import joint_weight, joint_weight_backward
+
         x, a, b, step_size = ctx.saved_tensors
-        scaling = ctx.layer.scaling
-        rounding = ctx.rounding and ctx.rounding._replace(step_size=step_size)
-        merged = _merged(ctx.layer._base(), a, b, scaling)
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).float()
+        layer, spec, rows = ctx.layer, ctx.layer.weight_quantizer.spec, grad.flatten(0, -2)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight, parts = rows.t() @ x.flatten(0, -2), layer._sum(a, b)
         grad_step = None
-        if rounding is None:
-            weight = merged.to(x.dtype)
+        if step_size is None:
+            weight = joint_weight(*parts, None, spec, x.dtype)
         else:
-            wanted = (True, ctx.needs_input_grad[4])
-            weight, grad_weight, grad_step = rounding.backward_(grad_weight, merged, wanted, x.dtype)
+            made = joint_weight_backward(grad_weight, *parts, step_size, spec, ctx.grad_scale)
+            weight, grad_weight, grad_step = made
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_a = scaling * (b.t() @ grad_weight) if ctx.needs_input_grad[2] else None
-        grad_b = scaling * (grad_weight @ a.t()) if ctx.needs_input_grad[3] else None
+        grad_a = (b.to(x.dtype).t() @ grad_weight).to(a.dtype) * layer.scaling
+        grad_b = (grad_weight @ a.to(x.dtype).t()).to(b.dtype) * layer.scaling
         return grad_x, grad_bias, grad_a, grad_b, grad_step, None, None

@@ -52,24 +52,26 @@ class FrozenLinear(Frozen, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
-        if self.activation_quantizer is not None:
-            if int8_product.fits(x, self.activation_quantizer, self.packed_weight, self.bias):
+        activation, packed, bias, fused = self.activation_quantizer, self.packed_weight, self.bias, self.fused
+        if activation is not None:
+            if int8_product.fits(x, activation, packed, bias):
                 return self._in_integers(x, compute_dtype(x))
-            x = self.activation_quantizer(x) if self.fused is None else self.fused.rounded(self, x)
-        if self.packed_weight is None:
-            return F.linear(x, self.weight, self.bias)
-        x, bias = match_dtypes(x, self.bias)
-        if cpu_int4.fits(x, self.packed_weight):
-            return cpu_int4.int4_linear(x, self.packed_weight, bias)
-        if x.dtype in self.packed_weight.gpu_operands:
-            if self.fused is not None:
-                return self.fused(self, x)
+            x = activation(x) if fused is None else fused.rounded(self, x)
+        if packed is None:
+            return F.linear(x, self.weight, bias)
+        x, bias = match_dtypes(x, bias)
+        if not x.is_cuda and cpu_int4.fits(x, packed):
+            return cpu_int4.int4_linear(x, packed, bias)
+        operands = packed.gpu_operands.get(x.dtype)
+        if operands is not None:
+            if fused is not None:
+                return fused(self, x)
             from qat.kernels.int4_linear import int4_linear  # needs Triton, which a CPU does not
 
-            return int4_linear(x, self.packed_weight.gpu_operands[x.dtype], bias)
+            return int4_linear(x, operands, bias)
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-            return _FrozenProduct.apply(x, bias, self.packed_weight)
-        return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)
+            return _FrozenProduct.apply(x, bias, packed)
+        return F.linear(x, packed.dequantize(x.dtype), bias)
 
     def _in_integers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.fused is not None:
@@ -112,8 +114,10 @@ def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Roun
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return x in the compute dtype, autocast's where that is on, and the bias in the same."""
-    x = x.to(compute_dtype(x))
-    return x, None if bias is None else bias.to(x.dtype)
+    dtype = compute_dtype(x)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import codebook
+from ..double_quantization import nest
 from ..errors import CalibrationError
 from ..layers import QuantLayer
+from ..quantizers import WeightCodebook
 from ..quantizers.lsq import weight_step_size
 from ..spec import Granularity, Init
-from .gptq import Factor, factorize, gptq, output_error, rounded_weight
+from .gptq import Factor, factorize, gptq, gptq_to_levels, output_error, rounded_weight
 from .moments import Moments
 from .options import Options
 from .report import Report, set_fallback, set_layer
@@ -66,12 +69,29 @@ def quantize_layer(layer: QuantLayer, moments: Moments, factors: list[Factor], a
     """Quantize one layer; return its output error as a multiple of round-to-nearest's."""
     spec = layer.weight_quantizer.spec
     weight = layer.weight.detach().float().flatten(1).clone()
+    if isinstance(layer.weight_quantizer, WeightCodebook):
+        set_codes(layer, weight, factors)
+        return relative_error(layer, weight, moments)
     shared = weight_step_size(weight, spec, Init.mse) if spec.granularity is Granularity.tensor else None
     parts = weight.chunk(len(factors))
     pairs = [gptq(part, factor, spec, act_order, shared) for part, factor in zip(parts, factors, strict=True)]
     compensated, step_size = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
     set_layer(layer, compensated.view(layer.weight.shape), step_size if shared is None else shared)
     return relative_error(layer, weight, moments)
+
+
+def set_codes(layer: QuantLayer, weight: Tensor, factors: list[Factor]) -> None:
+    """Give a layer with a codebook the weight of GPTQ's codes."""
+    quantizer, parts = layer.weight_quantizer, len(factors)
+    scale = codebook.block_scale(weight, quantizer.shape)
+    shipped = scale if quantizer.scale_levels is None else nest(scale, quantizer.scale_levels).values()
+    rows = [each.expand(len(weight), -1).chunk(parts) for each in (scale, shipped)]
+    values = [
+        gptq_to_levels(part, factor, quantizer.levels[0], *scales)[1]
+        for part, factor, *scales in zip(weight.chunk(parts), factors, *rows, strict=True)
+    ]
+    layer.weight.copy_(torch.cat(values).view(layer.weight.shape))
+    quantizer.calibrated()
 
 
 def relative_error(layer: QuantLayer, weight: Tensor, moments: Moments, before: Tensor | None = None) -> float:
@@ -84,7 +104,10 @@ def relative_error(layer: QuantLayer, weight: Tensor, moments: Moments, before: 
         before: its inputs' Hessian before they were scaled, where they were; the layer then holds the scaled weight.
     """
     spec = layer.weight_quantizer.spec
-    nearest = rounded_weight(weight, weight_step_size(weight, spec, Init.minmax), spec)
+    if isinstance(layer.weight_quantizer, WeightCodebook):
+        nearest = layer.weight_quantizer.quantize(weight).dequantize()
+    else:
+        nearest = rounded_weight(weight, weight_step_size(weight, spec, Init.minmax), spec)
     rounded = layer.weight_quantizer.quantize(layer.weight).dequantize().flatten(1)
     unscaled = weight if before is None else layer.weight.float().flatten(1)
     error = total_error(unscaled, rounded, moments.hessian)
@@ -99,7 +122,7 @@ def total_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 def fall_back(layers: Layers, error: CalibrationError, options: Options, report: Report) -> None:
-    """Round layers to the least squared error where options allow it, else raise."""
+    """Round layers from their weights alone where options allow it, else raise."""
     if not options.allow_fallback:
         raise CalibrationError(
             f"{error}; or let such layers be rounded to the least squared error: allow_fallback=true"

@@ -10,11 +10,13 @@ All in float32: the caller keeps TF32 off (``qat.ptq.sequential``), which is too
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..codebook import SMALLEST
 from ..errors import CalibrationError
 from ..numerics import dequantize, quantize, scale_shape, stored_scale
 from ..quantizers.lsq import weight_step_size
@@ -102,27 +104,78 @@ def gptq(
         compensated: (N, K) float32 in the layer's own column order.
         step_size: (rows, groups) float32.
     """
-    columns = weight.shape[1]
+    columns, order = weight.shape[1], factor.order.tolist()
     live = spec.granularity is Granularity.group and not act_order and step_size is None
     costs = factor.inverse.diagonal()[factor.order.argsort()] ** -2
     step_size = weight_step_size(weight, spec, Init.mse, costs) if step_size is None else step_size
     group = spec.group_size if spec.granularity is Granularity.group else columns
-    block = max(1, BLOCK // group) * group if live else BLOCK  # a live group never straddles two blocks
     per_group = replace(spec, granularity="channel", group_size=None)
-    w, order = weight[:, factor.order].clone(), factor.order.tolist()
+
+    def rounded(ahead: Tensor, position: int) -> Tensor:
+        at = order[position] // group
+        if live and position % group == 0:
+            here = ahead[:, :group].contiguous(), per_group, Init.mse, costs[position : position + group]
+            step_size[:, at : at + 1] = weight_step_size(*here)
+        scale = stored_scale(step_size[:, at : at + 1], spec)
+        return dequantize(quantize(ahead[:, :1].clone(), scale, per_group), scale, torch.float32)[:, 0]
+
+    # A live group never straddles two blocks.
+    return compensate(weight, factor, rounded, max(1, BLOCK // group) * group if live else BLOCK), step_size
+
+
+def gptq_to_levels(
+    weight: Tensor, factor: Factor, levels: Tensor, scale: Tensor, shipped_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the codes (N, K), int8, and ``levels[codes] * scale``, whose own codes they are, for GPTQ on a codebook.
+
+    Scales stay those of the original weight, the largest magnitude of each block. Where that lies, its level is the
+    outermost one: so the result has the same scales, and they need not be stored beside it while it trains.
+
+    Args:
+        weight: (N, K) float32.
+        factor: of its inputs.
+        levels: (L,) ascending from -1 to 1.
+        scale: (N, groups) float32, the largest magnitudes, by which codes are chosen.
+        shipped_scale: what dequantizing multiplies with, like ``scale``, which it is unless scales are quantized too.
+    """
+    columns, order = weight.shape[1], factor.order.tolist()
+    group, bounds = columns // scale.shape[1], (levels[:-1] + levels[1:]) / 2
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    blocks = weight.view(*scale.shape, group)
+    largest = torch.zeros_like(blocks, dtype=torch.bool)
+    largest.scatter_(-1, blocks.abs().argmax(-1, keepdim=True), (scale > 0)[..., None])
+    outermost = torch.where(weight > 0, len(levels) - 1, 0).to(torch.int8)
+    pinned, factors = largest.view_as(weight), 1.0 / scale.clamp_min(SMALLEST)
+
+    def rounded(ahead: Tensor, position: int) -> Tensor:
+        at = order[position]
+        ratio = (ahead[:, 0] * factors[:, at // group]).clamp(-1, 1)
+        nearest = torch.bucketize(ratio, bounds).to(torch.int8)
+        codes[:, at] = torch.where(pinned[:, at], outermost[:, at], nearest)
+        return levels[codes[:, at].int()] * shipped_scale[:, at // group]
+
+    compensate(weight, factor, rounded)
+    return codes, (levels[codes.int()].view_as(blocks) * scale[..., None]).view_as(weight)
+
+
+def compensate(weight: Tensor, factor: Factor, rounded: Callable[[Tensor, int], Tensor], block: int = BLOCK) -> Tensor:
+    """Return what was rounded, (N, K) in the layer's own column order: each column behind the errors of those before.
+
+    Args:
+        weight: (N, K) float32.
+        factor: of its inputs.
+        rounded: from the columns that are left of a block, in the factor's order, and the position of the first of
+            them to what that one is rounded to, (N,).
+        block: columns between two updates of all that come later.
+    """
+    w, columns = weight[:, factor.order].clone(), weight.shape[1]
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         w1, upper = w[:, start:stop], factor.inverse[start:stop]
         errors = torch.empty_like(w1)
         for j in range(stop - start):
-            at = order[start + j] // group
-            if live and (start + j) % group == 0:
-                here = w1[:, j : j + group].contiguous(), per_group, Init.mse, costs[start + j : start + j + group]
-                step_size[:, at : at + 1] = weight_step_size(*here)
             column = w1[:, j].clone()
-            scale = stored_scale(step_size[:, at : at + 1], spec)
-            codes = quantize(column[:, None], scale, per_group)
-            errors[:, j] = (column - dequantize(codes, scale, torch.float32)[:, 0]) / upper[j, start + j]
+            errors[:, j] = (column - rounded(w1[:, j:], start + j)) / upper[j, start + j]
             w1[:, j:] -= torch.outer(errors[:, j], upper[j, start + j : stop])
             if factor.correction is not None:
                 w1[:, j:] += torch.outer(column, factor.correction[start + j, start + j : stop])
@@ -130,7 +183,7 @@ def gptq(
         w[:, stop:] -= errors @ upper[:, stop:]
         if factor.correction is not None:
             w[:, stop:] += w1 @ factor.correction[start:stop, stop:]
-    return w[:, factor.order.argsort()], step_size
+    return w[:, factor.order.argsort()]
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:

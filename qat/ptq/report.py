@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layers import QuantLayer
 from ..numerics import dequantize, quantize
+from ..quantizers import WeightCodebook
 from ..quantizers.lsq import weight_step_size
 from ..spec import Init
 
@@ -75,8 +76,12 @@ def set_layer(layer: QuantLayer, weight: Tensor, step_size: Tensor) -> None:
 
 
 def set_fallback(name: str, layer: QuantLayer, reason: str, report: Report) -> None:
-    """Round a layer's weight to the least squared error, and count it."""
+    """Round a layer's weight to the least squared error, or to a codebook's nearest levels, and count it."""
     quantizer = layer.weight_quantizer
+    if isinstance(quantizer, WeightCodebook):
+        quantizer.calibrated()
+        report.fallbacks[name] = f"{reason}; to the nearest levels"
+        return
     quantizer.set_step_size(weight_step_size(layer.weight, quantizer.spec, Init.mse))
     report.fallbacks[name] = reason
 

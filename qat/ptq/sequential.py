@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
 from ..layers import QuantLayer, quant_layers
-from ..quantizers import LearnedStepSize, Quantizer, WeightLSQ
+from ..quantizers import LearnedStepSize, Quantizer, WeightCodebook, WeightLSQ
 from ..quantizers.least_error import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation
@@ -45,7 +45,7 @@ def waiting_layers(model: nn.Module) -> Layers:
     found: dict[int, tuple[str, Any]] = {}
     for name, layer in quant_layers(model):
         quantizer = layer.weight_quantizer
-        if isinstance(quantizer, WeightLSQ) and quantizer.waits_for_data:
+        if isinstance(quantizer, WeightLSQ | WeightCodebook) and quantizer.waits_for_data:
             found.setdefault(id(quantizer), (name, layer))
     return dict(found.values())
 
@@ -221,14 +221,15 @@ def broadcast(unit: Unit) -> None:
         for tensor in unit.module.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
         for layer in unit.layers.values():
-            layer.weight_quantizer.set_step_size(layer.weight_quantizer.step_size)
+            if isinstance(layer.weight_quantizer, WeightLSQ):
+                layer.weight_quantizer.set_step_size(layer.weight_quantizer.step_size)
 
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
     modes = {module: module.training for module in model.modules()}
-    quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize)]
+    quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize | WeightCodebook)]
     enabled = {quantizer: quantizer.enabled for quantizer in quantizers}
     config = getattr(model, "config", None)
     use_cache, precision = getattr(config, "use_cache", None), torch.get_float32_matmul_precision()
@@ -237,7 +238,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     if use_cache:
         config.use_cache = False  # blocks that run again and again would add to it
     for quantizer in quantizers:
-        quantizer.enabled = quantizer.is_initialised and quantizer.enabled
+        waits = quantizer.waits_for_data if isinstance(quantizer, WeightCodebook) else not quantizer.is_initialised
+        quantizer.enabled = quantizer.enabled and not waits
     try:
         yield
     finally:

@@ -24,8 +24,8 @@ class TrainConfig:
         policy: a QuantPolicy.
         logger: a ``_target_``, or empty for none.
         adapter: what trains in place of the weights: a ``_target_`` such as ``qat.lora.lora``; empty for none.
-        gradient_checkpointing: keep a transformers model's activations at layer borders alone, and compute the rest
-            again in the backward.
+        gradient_checkpointing: keep a transformers model's activations at block borders alone, and compute the rest
+            again in the backward; a number does so in the first so many blocks, which takes more memory and less time.
         callbacks: by name; a ``_target_`` each, or null to leave one out.
         seed: of everything random.
         name: the run's.
@@ -49,7 +49,7 @@ class TrainConfig:
     logger: Any = MISSING
     callbacks: Any = MISSING
     adapter: Any = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Any = False
     seed: int = 0
     name: str = MISSING
     run_dir: str = MISSING

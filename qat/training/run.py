@@ -29,6 +29,7 @@ from ..formats import format_of, read
 from ..freezing import freeze
 from ..layers import is_frozen, is_prepared
 from ..models import architecture_of, build
+from ..ptq.units import repeated
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
 from ..table import stored_size
@@ -77,7 +78,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if codes is not None and config.adapter:
         raise TrainingError(f"init_from={config.init_from}: an adapter opens a quantized base with model=hf_frozen")
     if config.gradient_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model, config.gradient_checkpointing)
     if config.adapter:
         model = make(config.adapter, model=model, policy=policy).train()  # a base that it froze is in eval mode
     task = make(
@@ -222,11 +223,30 @@ def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
     return {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _checkpoint_gradients(model: nn.Module) -> None:
+def checkpoint_gradients(model: nn.Module, blocks: bool | int) -> None:
+    """Let blocks of a transformers model be computed again in the backward: all of them, or the first so many.
+
+    What the last ones keep is the first that the backward is done with.
+
+    Raises:
+        TrainingError: a model that does not support it, or a number of blocks that it does not have.
+    """
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise TrainingError(f"gradient_checkpointing=true: {type(model).__name__} does not support it: leave it false")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+        raise TrainingError(
+            f"gradient_checkpointing={blocks}: {type(model).__name__} does not support it: leave it false"
+        )
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
+    enable({"use_reentrant": False})
     model.config.use_cache = False
+    if blocks is True:
+        return
+    found = [block for block in repeated(model) if hasattr(block, "gradient_checkpointing")]
+    if not isinstance(blocks, int) or not 1 <= blocks <= len(found):
+        raise TrainingError(
+            f"gradient_checkpointing={blocks}: give true, false, or a number of blocks from 1 to {len(found)}"
+        )
+    for block in found[blocks:]:
+        block.gradient_checkpointing = False
 
 
 @rank_zero_only

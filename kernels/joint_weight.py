@@ -1,0 +1,271 @@
+"""A frozen weight with a low-rank update, rounded: what L4Q's layers multiply with, made in one pass.
+
+    w_NK = base_NK + sum_r b_Nr * a_rK      products and sums in float32, each rounded by itself, r in order
+    forward:    y_NK = fake_quantized(w, step), or w where there is no step size
+    backward:   y again, the gradient of w where nothing clipped, and that of the step sizes (qat.numerics)
+
+The sum has this one order, and no fused multiply-add, so that codes are the same on every device: what trains on a GPU
+is frozen on a CPU. The base is bf16, fp16 or fp32, or 8-bit codes with scales: base = (u - 128) * scale, u being uint8.
+
+Bytes moved, at least: the base and y forward; the base, y, and the gradient twice backward. w is never in memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat import backend, numerics
+from qat.spec import QuantSpec
+
+ROWS = 256  # of the reference's sum at a time, which then stay in a cache
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .fake_quant import clamp, divide, stored_scale
+    from .launching import ceil_div, launch
+    from .rounding import INTERPRETED, round_half_even, round_to
+except ImportError:  # there is no Triton for macOS
+    triton = None
+
+
+def merged_reference(base: Tensor, base_scale: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return w, float32 (N, K), in torch.
+
+    Args:
+        base: (N, K).
+        base_scale: (rows, groups) of uint8 codes, else None.
+        a, b: float32 (r, K) and (N, r).
+    """
+    if base_scale is not None:
+        codes = base.to(torch.float32) - 128
+        base = (codes.view(*base_scale.shape, -1) * base_scale.float()[..., None]).view(base.shape)
+    merged = torch.empty(base.shape, device=base.device)
+    for rows in (slice(start, start + ROWS) for start in range(0, len(base), ROWS)):
+        update = torch.zeros_like(merged[rows])
+        for column, row in zip(b[rows].split(1, 1), a.split(1, 0), strict=True):
+            update += column * row
+        torch.add(base[rows].float(), update, out=merged[rows])
+    return merged
+
+
+def joint_weight_reference(
+    base: Tensor,
+    base_scale: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    step: Tensor | None,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return y in torch: see ``joint_weight``."""
+    merged = merged_reference(base, base_scale, a, b)
+    return merged.to(dtype) if step is None else numerics.fake_quantized(merged, step, spec, dtype)
+
+
+def joint_weight_backward_reference(
+    grad: Tensor,
+    base: Tensor,
+    base_scale: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    step: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the gradients of w and of step in torch: see ``joint_weight_backward``."""
+    merged = merged_reference(base, base_scale, a, b)
+    y, grad_w, grad_step = numerics.requantize_(grad.float(), merged, step, spec, grad_scale, dtype=grad.dtype)
+    return y, grad_w.to(grad.dtype), grad_step
+
+
+if triton is not None:
+
+    @triton.jit
+    def _joint_kernel(
+        base_ptr,  # (N, K)
+        base_scale_ptr,  # (N or 1, base groups), None where base has values
+        a_ptr,  # (RANK, K) float32
+        b_ptr,  # (N, RANK) float32
+        step_ptr,  # (N or 1, step groups), None where nothing is rounded
+        grad_ptr,  # (N, K) of y, None in the forward
+        y_ptr,  # (N, K)
+        grad_w_ptr,  # (N, K), None in the forward
+        sums_ptr,  # (N, programs along K): parts of the step sizes' gradient; None in the forward
+        N,
+        K,
+        base_columns,  # that share a scale
+        step_columns,
+        RANK: tl.constexpr,
+        BASE_ROWS: tl.constexpr,  # whether each row has scales of its own
+        STEP_ROWS: tl.constexpr,
+        LOW: tl.constexpr,  # -q_n
+        HIGH: tl.constexpr,  # q_p
+        SCALE_DTYPE: tl.constexpr,
+        TILES: tl.constexpr,  # along K that a program walks, all with one step size a row
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,  # inside a group of base and step
+    ):
+        """Compute BLOCK_N rows over TILES tiles."""
+        row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = tl.program_id(1) * TILES * BLOCK_K
+        if step_ptr is not None:
+            of_row = row * tl.cdiv(K, step_columns) if STEP_ROWS else row * 0
+            scale = stored_scale(step_ptr, of_row + first // step_columns, row < N, SCALE_DTYPE)[:, None]
+        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for tile in range(TILES):
+            start = first + tile * BLOCK_K
+            column = start + tl.arange(0, BLOCK_K)
+            place = row.to(tl.int64)[:, None] * K + column[None, :]
+            valid = (row < N)[:, None] & (column < K)[None, :]
+            update = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for j in range(RANK):
+                a = tl.load(a_ptr + j * K + column, mask=column < K, other=0.0)
+                b = tl.load(b_ptr + row * RANK + j, mask=row < N, other=0.0)
+                update += b[:, None] * a[None, :]
+            base = tl.load(base_ptr + place, mask=valid, other=0)
+            if base_scale_ptr is not None:
+                of_row = row * tl.cdiv(K, base_columns) if BASE_ROWS else row * 0
+                base_scale = tl.load(base_scale_ptr + of_row + start // base_columns, mask=row < N, other=0.0)
+                base = (base.to(tl.float32) - 128.0) * base_scale.to(tl.float32)[:, None]
+            w = base.to(tl.float32) + update
+            if step_ptr is None:
+                tl.store(y_ptr + place, round_to(w, y_ptr.dtype.element_ty), mask=valid)
+            else:
+                ratio = divide(w, scale, SCALE_DTYPE, tl.float32)
+                codes = round_half_even(clamp(ratio, LOW, HIGH))
+                tl.store(y_ptr + place, round_to(codes * scale, y_ptr.dtype.element_ty), mask=valid)
+                if grad_ptr is not None:
+                    grad = tl.load(grad_ptr + place, mask=valid, other=0.0).to(tl.float32)
+                    inside = (ratio > LOW) & (ratio < HIGH)
+                    grad_w = round_to(tl.where(inside, grad, 0.0), grad_w_ptr.dtype.element_ty)
+                    tl.store(grad_w_ptr + place, grad_w, mask=valid)
+                    total += grad * (codes - tl.where(inside, ratio, 0.0))
+        if sums_ptr is not None:
+            tl.store(sums_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 1), mask=row < N)
+
+
+def _launch(base, base_scale, a, b, step, spec: QuantSpec, grad, y, grad_w, step_wanted: bool) -> Tensor | None:
+    """Fill y, and grad_w where there is a gradient; return that of step then, not scaled."""
+    rows, columns = base.shape
+    of_base = columns if base_scale is None else columns // base_scale.shape[1]
+    of_step = columns if step is None else columns // step.shape[1]
+    block_k = _block(of_base, of_step, columns)
+    tiles = min(8, ceil_div(columns, block_k)) if of_step == columns else of_step // block_k
+    programs = ceil_div(columns, tiles * block_k)
+    block_n = max(1, 4096 // block_k)
+    sums = torch.empty(rows, programs, device=base.device) if step_wanted else None
+    arguments = base, base_scale, a, b, step, grad, y, grad_w, sums, rows, columns, of_base, of_step
+    many = [scales is not None and scales.shape[0] > 1 for scales in (base_scale, step)]
+    scale_dtype = getattr(tl, spec.scale_dtype.value)
+    constants = len(a), *many, float(-spec.q_n), float(spec.q_p), scale_dtype, tiles, block_n, block_k
+    grid = ceil_div(rows, block_n), programs
+    launch(_joint_kernel, grid, arguments, constants, num_warps=8, enable_fp_fusion=False)
+    if sums is None:
+        return None
+    if step.numel() == 1:
+        return sums.sum().view(step.shape)
+    return sums if step.shape[1] > 1 else sums.sum(1, keepdim=True)
+
+
+def _block(of_base: int, of_step: int, columns: int) -> int:
+    """Return how many columns a tile has: a power of two that no group ends inside of, or any where rows have one."""
+    shared = math.gcd(*(size for size in (of_base, of_step) if size < columns), 128)
+    return shared & -shared
+
+
+def _runs(base: Tensor, step: Tensor | None) -> bool:
+    if triton is None:
+        return False
+    # uint8 codes stand for what kernels take.
+    return INTERPRETED.value or backend.fused(base if base.is_floating_point() else base.view(-1)[:0].float(), step)
+
+
+def joint_weight(
+    base: Tensor,
+    base_scale: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    step: Tensor | None,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the rounded sum y, (N, K) in ``dtype``, without gradients.
+
+    Args:
+        base: (N, K) bf16, fp16 or fp32; or uint8, codes with 128 added.
+        base_scale: (1 or N, groups) of codes, else None.
+        a, b: float32 (r, K) and (N, r), the latter with the update's scaling in it.
+        step: step sizes, float32 (1 or N, groups); None leaves w as it is.
+        spec: symmetric; its bounds and scale dtype are used.
+        dtype: of y.
+    """
+    how = spec.bits, spec.scale_dtype.value
+    return torch.ops.qat.joint_weight(base, base_scale, a, b, step, *how, dtype)
+
+
+def joint_weight_backward(
+    grad: Tensor,
+    base: Tensor,
+    base_scale: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    step: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y in the dtype of ``grad``, the gradient of w in it, and that of the step sizes, float32.
+
+    Args:
+        grad: of y, (N, K).
+        base, base_scale, a, b, step, spec: as in ``joint_weight``.
+        grad_scale: LSQ's, of the step sizes' gradient.
+    """
+    how = spec.bits, spec.scale_dtype.value, grad_scale
+    return torch.ops.qat.joint_weight_backward(grad, base, base_scale, a, b, step, *how)
+
+
+_library = torch.library.Library("qat", "FRAGMENT")
+_WEIGHT = "Tensor base, Tensor? base_scale, Tensor a, Tensor b"
+_GRID = "int bits, str scale_dtype"
+_library.define(f"joint_weight({_WEIGHT}, Tensor? step, {_GRID}, ScalarType dtype) -> Tensor")
+_library.define(
+    f"joint_weight_backward(Tensor grad, {_WEIGHT}, Tensor step, {_GRID}, float grad_scale) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "joint_weight", "CompositeExplicitAutograd")
+def _forward(base, base_scale, a, b, step, bits, scale_dtype, dtype):
+    spec = QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
+    if not _runs(base, step):
+        return joint_weight_reference(base, base_scale, a, b, step, spec, dtype)
+    y = torch.empty(base.shape, dtype=dtype, device=base.device)
+    if y.numel():
+        parts = base.contiguous(), base_scale, a.contiguous(), b.contiguous(), step
+        _launch(*parts, spec, None, y, None, False)
+    return y
+
+
+@torch.library.impl(_library, "joint_weight_backward", "CompositeExplicitAutograd")
+def _backward(grad, base, base_scale, a, b, step, bits, scale_dtype, grad_scale):
+    spec = QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
+    if not _runs(base, step) or not base.numel():
+        return joint_weight_backward_reference(grad, base, base_scale, a, b, step, spec, grad_scale)
+    grad = grad.contiguous()
+    y, grad_w = torch.empty_like(grad), torch.empty_like(grad)
+    parts = base.contiguous(), base_scale, a.contiguous(), b.contiguous(), step
+    return y, grad_w, _launch(*parts, spec, grad, y, grad_w, True).mul_(grad_scale)
+
+
+@torch.library.register_fake("qat::joint_weight", lib=_library)
+def _(base, base_scale, a, b, step, bits, scale_dtype, dtype):
+    return base.new_empty(base.shape, dtype=dtype)
+
+
+@torch.library.register_fake("qat::joint_weight_backward", lib=_library)
+def _(grad, base, base_scale, a, b, step, bits, scale_dtype, grad_scale):
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape), torch.empty_like(step)
