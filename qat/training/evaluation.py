@@ -7,9 +7,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from ..errors import DataError
+from .image_data import ImageData
 from .instruction_data import InstructionData, require_apart
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, run
 from .own_data import test_batches
+
+ONLY_LANGUAGE = "only language models are compared with a reference: leave it out"
 
 
 def evaluate(
@@ -31,6 +34,8 @@ def evaluate(
         DataError: there are none, or they do not fit the model; a reference for images; or a model that does not keep
             packed examples apart.
     """
+    if reference is not None and isinstance(data, ImageData):
+        raise DataError(ONLY_LANGUAGE)
     metrics: ClassificationMetrics | LanguageMetrics | None = None
     training = model.training
     model.to(device).eval()
@@ -57,5 +62,5 @@ def _metrics(logits: Tensor, compared: bool) -> ClassificationMetrics | Language
     if logits.dim() > 2:
         return LanguageMetrics(compared)
     if compared:
-        raise DataError("only language models are compared with a reference: leave it out")
+        raise DataError(ONLY_LANGUAGE)
     return ClassificationMetrics()
