@@ -139,7 +139,7 @@ def cold_start(folder: Path, shape: Shape, device: str) -> dict[str, float]:
     start = time.perf_counter()
     with torch.device("meta"):
         model = CachedDecoder(shape).to(torch.bfloat16)
-    model = qat.load(folder, model=model, device=device)
+    model = qat.load(folder, model=model, device=device, tokens=(1, PROMPT))
     synchronize(torch.device(device))
     loaded = time.perf_counter()
     turns, caches = model.turns(POSITIONS), model.caches(1, POSITIONS)

@@ -2,6 +2,8 @@
 
 Microseconds of Python, dispatcher and driver for a matrix product so small that the GPU is never behind: the operator
 as a frozen layer calls it, the layer, and torch's dense ones beside them. The median of several batches of calls.
+Without a GPU, what is left of it with a driver that does nothing (``idle_driver``): the processor's time, of this
+thread alone, in the fastest batch.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from torch import nn
 
 import qat
 
+from . import idle_driver
+
 
 def host_time(call: Callable[[], object], calls: int = 300, batches: int = 9) -> float:
     """Return the microseconds until a call returns, without waiting for the GPU inside a batch."""
+    if not torch.cuda.is_available():
+        return min(_idle_time(call, 200) for _ in range(100))
     times = []
     for _ in range(batches + 1):
         torch.cuda.synchronize()
@@ -29,32 +35,48 @@ def host_time(call: Callable[[], object], calls: int = 300, batches: int = 9) ->
     return sorted(times[1:])[batches // 2]
 
 
+def _idle_time(call: Callable[[], object], calls: int) -> float:
+    start = time.thread_time()
+    for _ in range(calls):
+        call()
+    return (time.thread_time() - start) / calls * 1e6
+
+
 def rows(width: int = 1024) -> dict[str, float]:
     """Return microseconds by what is called."""
-    from qat.kernels.int4_linear import int4_linear
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        idle_driver.install()
+    from qat.kernels.int4_linear import int4_dequantize, int4_linear
 
-    dense = nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
+    dense = nn.Linear(width, width, bias=False, device=device, dtype=torch.bfloat16)
     policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=128))
-    layer = nn.Sequential(nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16))
+    layer = nn.Sequential(nn.Linear(width, width, bias=False, device=device, dtype=torch.bfloat16))
     frozen = qat.freeze(qat.prepare(layer, policy, verbose=False))[0]
+    if device == "cpu":
+        frozen.packed_weight.prepack()
     weight = frozen.packed_weight.gpu_operands[torch.bfloat16]
     found = {}
     with torch.no_grad():
-        for tokens in (1, 32):
-            x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        for tokens in (1, 32, 128):
+            x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
             calls = {
                 "int4_linear": lambda x=x: int4_linear(x, weight),
                 "frozen layer": lambda x=x: frozen(x),
-                "F.linear": lambda x=x: nn.functional.linear(x, dense.weight),
-                "nn.Linear": lambda x=x: dense(x),
             }
+            if device == "cuda":  # a CPU would multiply
+                calls["F.linear"] = lambda x=x: nn.functional.linear(x, dense.weight)
+                calls["nn.Linear"] = lambda x=x: dense(x)
             found |= {f"{name}, {tokens} tokens": host_time(call) for name, call in calls.items()}
+        found["int4_dequantize"] = host_time(lambda: int4_dequantize(weight, torch.bfloat16))
+        found["torch.empty of the same"] = host_time(lambda: torch.empty_like(dense.weight))
     return found
 
 
 def main() -> None:
     """Measure and print."""
-    print(f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: host us a call, eager")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, a driver that does nothing"
+    print(f"{datetime.date.today()}, {device}, torch {torch.__version__}: host us a call, eager")
     for name, microseconds in rows().items():
         print(f"{microseconds:8.1f}  {name}")
 

@@ -74,9 +74,10 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
 def int4_dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return the weight (N, K) in ``dtype``: the bits of ``qat.numerics.dequantize``."""
     w = weight
-    return torch.ops.qat.int4_dequantize(
-        w.words, w.scale, w.zero_point, w.levels, w.nest, w.out_features, w.in_features, w.group_size, dtype
-    )
+    if w.scale.requires_grad or torch.compiler.is_compiling() or not _is_plain(w.words):
+        parts = w.words, w.scale, w.zero_point, w.levels, w.nest
+        return torch.ops.qat.int4_dequantize(*parts, w.out_features, w.in_features, w.group_size, dtype)
+    return _matrix(weight, dtype)
 
 
 def int4_linear_reference(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
@@ -133,6 +134,12 @@ def _product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     return int4_run.multiply(x, weight, bias)
 
 
+def _matrix(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
+    if backend(weight.words.device) == "torch reference":
+        return int4_dequantize_reference(weight, dtype)
+    return int4_run.dequantized(weight, dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     _, words, scale, zero_point, levels, nest, bias, *sizes = inputs
     if ctx.needs_input_grad[2]:
@@ -146,7 +153,8 @@ def _backward(ctx, grad_y: Tensor):
     """grad_x = grad_y @ W with W in the dtype of x; grad_bias = the sum of grad_y over tokens, in float32."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        matrix = torch.ops.qat.int4_dequantize(*ctx.saved_tensors, *ctx.sizes, grad_y.dtype)
+        words, scale, zero_point, levels, nest = ctx.saved_tensors
+        matrix = int4_dequantize(Int4Weight(words, scale, zero_point, *ctx.sizes, levels, nest), grad_y.dtype)
         with torch.autocast(grad_y.device.type, enabled=False):
             grad_x = grad_y @ matrix
     if ctx.needs_input_grad[6]:
@@ -164,10 +172,7 @@ _library.impl("int4_linear", _linear, "CompositeExplicitAutograd")
 
 @torch.library.impl(_library, "int4_dequantize", "CompositeExplicitAutograd")
 def _dequantize_impl(words, scale, zero_point, levels, nest, out_features, in_features, group_size, dtype):
-    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest)
-    if backend(words.device) == "torch reference":
-        return int4_dequantize_reference(weight, dtype)
-    return int4_run.dequantized(weight, dtype)
+    return _matrix(Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest), dtype)
 
 
 @torch.library.register_fake("qat::int4_linear", lib=_library)

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from qat import backend
 
+from . import bare_launch
 from .int4_layout import Int4Weight
 
-# A build of torch for CPUs has neither, and no recipe.
+# A build of torch for CPUs has none, and no recipe.
 current_device: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
-current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 # Of x, words, scale, zero point, levels and bias: its own, or that of a tensor that the kernel then does not read.
 Addresses = tuple[int, int, int, int, int, int]
 Recipe = Callable[[Tensor, Int4Weight, Tensor | None, Addresses], Tensor]
 
 # Prompts of every length have recipes of their own: so many are kept.
-MOST = 8192
+MOST = 4096
 
 _products: dict[tuple, Recipe] = {}
 _matrices: dict[tuple, Callable[[Addresses], Tensor]] = {}
@@ -49,27 +49,9 @@ class Launch(NamedTuple):
     device: int
     tail: tuple
 
-    def runner(self) -> Callable[..., None]:
+    def starter(self) -> Callable[..., None]:
         """Return what launches the kernel: it takes the arguments up to the tail, tensors as addresses."""
-        run, tail, device = self.compiled.run, self.tail, self.device
-        ahead = self.compiled.function, self.compiled.packed_metadata, None, None, None
-        x, y, z = self.grid
-        stream = current_stream
-
-        def launch(*arguments) -> None:
-            run(x, y, z, stream(device), *ahead, *arguments, *tail)
-
-        return launch
-
-
-class Described:
-    """What a launch reads of Triton's TensorDescriptor, without its checks, which a first launch with it has passed."""
-
-    __slots__ = ("base", "shape", "strides")
-    padding, round_f32_to_tf32 = "zero", False
-
-    def __init__(self, base: Tensor, shape: tuple[int, int], strides: tuple[int, int]) -> None:
-        self.base, self.shape, self.strides = base, shape, strides
+        return bare_launch.starter(*self)
 
 
 def repeat(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor | None:
@@ -92,10 +74,10 @@ def remember(x: Tensor, weight: Int4Weight, bias: Tensor | None, recipe: Recipe)
 
 def decode(launch: Launch, shape: torch.Size) -> Recipe:
     """Return a recipe for a kernel of ``int4_decode`` and results of ``shape``."""
-    start, tokens = launch.runner(), shape[:-1].numel()
+    start, tokens, sizes = launch.starter(), shape[:-1].numel(), tuple(shape)
 
     def recipe(x: Tensor, weight: Int4Weight, bias: Tensor | None, at: Addresses) -> Tensor:
-        y = x.new_empty(shape)
+        y = x.new_empty(*sizes)  # sizes one by one are read faster
         start(*at, y.data_ptr(), tokens)
         return y
 
@@ -104,26 +86,28 @@ def decode(launch: Launch, shape: torch.Size) -> Recipe:
 
 def batch(launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: int, split: int) -> Recipe:
     """Return a recipe for a kernel of ``int4_batch``, and for the one that sums ``split`` parts where it is more."""
-    start, tokens = launch.runner(), shape[:-1].numel()
-    described, strides = (tokens, inputs), (inputs, 1)
+    start, tokens, sizes = launch.starter(), shape[:-1].numel(), tuple(shape)
+    describe = bare_launch.describer(launch.compiled, (tokens, inputs))
     if sum_parts is None:
 
         def whole(x: Tensor, weight: Int4Weight, bias: Tensor | None, at: Addresses) -> Tensor:
-            y = x.new_empty(shape)
-            to = y.data_ptr()
-            start(Described(x, described, strides), *at[1:], to, to, tokens)
+            x_at, *others = at
+            y = x.new_empty(*sizes)
+            y_at = y.data_ptr()
+            start(*describe(x, x_at), *others, y_at, y_at, tokens)
             return y
 
         return whole
 
-    add_up, parts_shape = sum_parts.runner(), (split, tokens, shape[-1])
+    add_up, outputs = sum_parts.starter(), shape[-1]
 
     def in_parts(x: Tensor, weight: Int4Weight, bias: Tensor | None, at: Addresses) -> Tensor:
-        y = x.new_empty(shape)
-        parts = x.new_empty(parts_shape, dtype=torch.float32)
-        to, parts_at = y.data_ptr(), parts.data_ptr()
-        start(Described(x, described, strides), *at[1:], to, parts_at, tokens)
-        add_up(parts_at, None if bias is None else at[5], to)
+        x_at, *others = at
+        y = x.new_empty(*sizes)
+        parts = torch.empty(split, tokens, outputs, dtype=torch.float32, device=x.device)
+        y_at, parts_at = y.data_ptr(), parts.data_ptr()
+        start(*describe(x, x_at), *others, y_at, parts_at, tokens)
+        add_up(parts_at, None if bias is None else at[5], y_at)
         return y
 
     return in_parts
@@ -140,11 +124,11 @@ def repeat_dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor | None:
 
 def remember_dequantized(weight: Int4Weight, matrix: Tensor, launch: Launch) -> None:
     """Let ``repeat_dequantized`` take weights like this one."""
-    start, shape, dtype, device = launch.runner(), tuple(matrix.shape), matrix.dtype, matrix.device
+    start, shape, dtype, device = launch.starter(), tuple(matrix.shape), matrix.dtype, matrix.device
     has_zero, has_levels = weight.zero_point is not None, weight.levels is not None
 
     def recipe(at: Addresses) -> Tensor:
-        made = torch.empty(shape, dtype=dtype, device=device)
+        made = torch.empty(*shape, dtype=dtype, device=device)
         start(at[1], at[2], at[3] if has_zero else None, at[4] if has_levels else None, made.data_ptr())
         return made
 

@@ -5,6 +5,8 @@ What was launched once is launched again by ``int4_recipe``, which takes less ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -37,7 +39,7 @@ def multiply(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     if suits:
         if weight.in_features % ROWS:  # rows that 16-byte copies can start at
             x_MK = F.pad(x_MK, (0, -weight.in_features % ROWS))
-        plan = ANY_TOKENS if one_plan else _plan(x_MK, plain)
+        plan = plan_for(x_MK, plain, x.device.index)
         if weight.nest is not None and not isinstance(plan, Dequantize):
             plan = plan._replace(early=0)  # a kernel that starts early reads scales before they are there
         y_MN = run_plan(plan, x_MK, plain, bias)
@@ -79,11 +81,16 @@ def _on_nvidia(x: Tensor) -> bool:
 
 
 def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
-    if not _on_nvidia(x) or x.dtype == torch.float32:
+    return _on_nvidia(x) and suits_kernels(x.dtype, weight, x.device.index)
+
+
+def suits_kernels(dtype: torch.dtype, weight: Int4Weight, device: int) -> bool:
+    """Return whether ``int4_decode`` and ``int4_batch`` take the weight, with x in ``dtype``, on that NVIDIA GPU."""
+    if dtype == torch.float32:
         return False
     integers = weight.zero_point is None or weight.zero_point.dtype == torch.int8
-    suits = weight.levels is not None or (weight.scale.dtype == x.dtype and integers)
-    return suits and limits(x.device.index)[1] >= 80
+    suits = weight.levels is not None or (weight.scale.dtype == dtype and integers)
+    return suits and limits(device)[1] >= 80
 
 
 _devices: dict[int, tuple[str, int, int]] = {}
@@ -99,15 +106,18 @@ def limits(index: int) -> tuple[str, int, int]:
     return _devices[index]
 
 
-def _plan(x_MK: Tensor, weight: Int4Weight):
+def plan_for(x_MK: Tensor, weight: Int4Weight, device: int):
+    """Return the plan of ``int4_plans`` on that NVIDIA GPU, of which x may be on the meta device."""
+    if backend.batch_invariant():
+        return ANY_TOKENS
     tokens, in_features = x_MK.shape
     if weight.levels is not None and tokens > MANY_TOKENS_BY_TABLE:
         return Dequantize()
     out_features = weight.out_features
-    key = tokens, out_features, in_features, x_MK.device.index, x_MK.dtype
+    key = tokens, out_features, in_features, device, x_MK.dtype
     if key not in _plans:
         kind = "float16" if x_MK.dtype == torch.float16 else "bfloat16"
-        _plans[key] = choose(tokens, out_features, in_features, *limits(x_MK.device.index), kind)
+        _plans[key] = choose(tokens, out_features, in_features, *limits(device), kind)
     return _plans[key]
 
 
@@ -135,7 +145,42 @@ def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Ten
     return y_MN
 
 
-def _decode(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
+def launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
+    """Launch a kernel; after the first time without Triton's own look-up, which takes longer than a small matmul."""
+    device = torch.cuda.current_device()
+    key = kernel, device, key
+    compiled = _kernels.get(key)
+    if compiled is None:
+        _kernels[key] = kernel[grid](*arguments, num_warps=warps, launch_pdl=early > 0)
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def compile_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> list:
+    """Start to compile what ``run_plan`` would launch, in Triton's current mode, for tensors on the meta device.
+
+    Returns:
+        What Triton returns: the kernels, or in its asynchronous mode what stands for them until they are done.
+    """
+    kernels = []
+
+    def compile(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
+        kernels.append(kernel.warmup(*arguments, grid=grid, num_warps=warps, launch_pdl=early > 0))
+
+    if isinstance(plan, Dequantize):
+        matrix = x_MK.new_empty(weight.out_features, weight.in_features)
+        grid, arguments = _dequantize_launch(weight, matrix)
+        kernels.append(int4_portable.dequantize_kernel.warmup(*arguments, grid=grid, num_warps=4))
+    else:
+        run = _decode if isinstance(plan, Decode) else _batch
+        run(plan, x_MK, weight, bias, x_MK.new_empty(x_MK.shape[0], weight.out_features), compile)
+    return kernels
+
+
+def _decode(
+    plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
+) -> None:
     kernel, key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
     arguments = x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
     launch(kernel, key, grid, arguments, plan.warps, plan.early)
@@ -151,7 +196,9 @@ def _decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor 
     return int4_decode.decode_kernel, key, grid, (*sizes, *_constants(weight, bias), *constants)
 
 
-def _batch(plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor) -> None:
+def _batch(
+    plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
+) -> None:
     (kernel, key, grid, tail), sum_parts = _batch_launches(plan, x_MK, weight, bias)
     x = int4_batch.descriptor(x_MK, plan.block_m)
     parts = y_MN
@@ -208,18 +255,6 @@ def _kind(weight: Int4Weight, bias: Tensor | None) -> tuple:
     return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size, aligned
 
 
-def launch(kernel, key: tuple, grid: tuple, arguments: tuple, warps: int, early: int) -> None:
-    """Launch a kernel; after the first time without Triton's own look-up, which takes longer than a small matmul."""
-    device = torch.cuda.current_device()
-    key = kernel, device, key
-    compiled = _kernels.get(key)
-    if compiled is None:
-        _kernels[key] = kernel[grid](*arguments, num_warps=warps, launch_pdl=early > 0)
-        return
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-
 def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: int) -> Tensor:
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
     row_blocks = weight.words.shape[0]
@@ -253,12 +288,17 @@ def dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     matrix = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device)
     if not matrix.numel():
         return matrix
-    row_blocks, tiles, _ = weight.words.shape
-    grid, tail = (-(-tiles // 2), row_blocks, 1), (*_sizes(weight), weight.group_size, 1, 2)
-    arguments = weight.words, weight.scale, weight.zero_point, weight.levels, matrix, *tail
+    grid, arguments = _dequantize_launch(weight, matrix)
     with torch.accelerator.device_index(matrix.device.index):
         compiled = int4_portable.dequantize_kernel[grid](*arguments, num_warps=4)
     if _on_nvidia(matrix) and int4_recipe.addresses(weight.words, weight, None) is not None:
-        launch = int4_recipe.Launch(compiled, grid, matrix.device.index, tail)
-        int4_recipe.remember_dequantized(weight, matrix, launch)
+        again = int4_recipe.Launch(compiled, grid, matrix.device.index, arguments[5:])
+        int4_recipe.remember_dequantized(weight, matrix, again)
     return matrix
+
+
+def _dequantize_launch(weight: Int4Weight, matrix: Tensor) -> tuple[tuple[int, int, int], tuple]:
+    """Return a grid, and arguments of which the first five are tensors or None."""
+    row_blocks, tiles, _ = weight.words.shape
+    tail = *_sizes(weight), weight.group_size, 1, 2
+    return (-(-tiles // 2), row_blocks, 1), (*weight[:3], weight.levels, matrix, *tail)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .ahead import compiled_ahead
 from .atomic import atomic_folder
 from .formats import native
 from .quantized_model import from_model, to_model
@@ -30,7 +32,12 @@ def save(model: nn.Module, out: str | Path, companions: str | Path | None = None
         native.write(quantized, folder)
 
 
-def load(path: str | Path, model: nn.Module | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    tokens: Iterable[int] = (),
+) -> nn.Module:
     """Read an artifact folder into a frozen model in eval mode.
 
     Args:
@@ -39,9 +46,14 @@ def load(path: str | Path, model: nn.Module | None = None, device: torch.device 
             not name an architecture that this package or transformers can build. It may lie on the meta device, unless
             it has buffers of its own that no state dict holds.
         device: where the model goes, and its codes before they are unpacked.
+        tokens: numbers of tokens, batch times length, of calls to come, whose kernels are compiled while the model is
+            read: ``(1, 512)`` for a prompt of 512 and what follows one by one. On NVIDIA GPUs, for 4-bit linear layers.
 
     Raises:
         StateError: the given model is prepared or frozen.
-        ArtifactError: no artifact, a damaged one, one from a newer version, or one of another model.
+        ArtifactError: no artifact, a damaged one, one from a newer version, or one of another model. Files are checked
+            while they are read, and a given model may be swapped by then.
     """
-    return to_model(native.read(Path(path), device), model).to(device)
+    with native.reading(Path(path), device) as quantized, compiled_ahead(quantized, tokens, device):
+        model = to_model(quantized, model).to(device)
+    return model

@@ -83,9 +83,8 @@ class FusedProjections:
 
     def __call__(self, layer: FrozenLinear, x: Tensor) -> Tensor:
         """Return the layer's product, (..., N): a view of the group's result."""
-        from qat.kernels.int4_linear import int4_linear
-
-        return self._part(layer, x, x.dtype, lambda weights, _, bias: int4_linear(x, weights[x.dtype], bias))
+        product = layer.packed_weight.int4_linear
+        return self._part(layer, x, x.dtype, lambda weights, _, bias: product(x, weights[x.dtype], bias))
 
     def in_integers(self, layer: FrozenLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the layer's product of integers in ``dtype``, for x that is not rounded yet: a view likewise."""

@@ -115,10 +115,12 @@ def _linear(x, a, b, bias, words, scale, zero_point, levels, nest, out_features,
 
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(grad, x, low, a, b, *rest):
-    *parts, scaling, of_x = rest
+    words, scale, zero_point, levels, nest, *sizes, scaling, of_x = rest
 
     def weight() -> Tensor:
-        return torch.ops.qat.int4_dequantize(*parts, grad.dtype)
+        from qat.kernels.int4_linear import Int4Weight, int4_dequantize
+
+        return int4_dequantize(Int4Weight(words, scale, zero_point, *sizes, levels, nest), grad.dtype)
 
     with torch.autocast(grad.device.type, enabled=False):
         grads = _backward(grad, x, low, a, b, scaling, weight if of_x else None)

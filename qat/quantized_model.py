@@ -5,8 +5,11 @@ Tensors are made when asked for, one at a time, so that a model larger than memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec, as_member
 from .wrappers import call_every_layer_, unwrapped
 
+# Threads that read weights ahead: fresh memory takes one of them as long as the bytes.
+READERS = 4
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
 
@@ -97,6 +102,9 @@ class QuantizedModel:
         files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
         adapter: writes peft's folder of the adapter on the model; None if there is none, or one in ``files``.
         activation_zero_point: layer name -> its input's zero point, int8 (1, 1), where its spec is asymmetric.
+        stored: layer name -> its packed weight's tensors as a state dict names them, on the CPU, where they are at hand
+            so; threads may ask side by side.
+        device: where to put them.
     """
 
     architecture: dict[str, Any] | None
@@ -110,6 +118,8 @@ class QuantizedModel:
     files: Path | None = None
     adapter: Callable[[Path], None] | None = None
     activation_zero_point: Callable[[str], Tensor] = {}.__getitem__
+    stored: Callable[[str], dict[str, Tensor]] | None = None
+    device: torch.device | str = "cpu"
 
 
 def shares_embedding(model: QuantizedModel, name: str) -> bool:
@@ -180,9 +190,12 @@ def to_model(quantized: QuantizedModel, model: nn.Module | None = None, codes: b
     state.update(quantized.dense)
     state.update({name: quantized.dense[owner] for name, owner in quantized.tied.items()})
     load_state(model, state, quantized.source, ArtifactError)
+    del state  # so that codes laid out for a GPU take the place of those it holds
     for _, layer in frozen_layers(model):
         if layer.packed_weight is None:  # its dtype and device were the untrained weight's
             set_dtype_(layer, layer.weight.dtype, layer.weight.device)
+        elif codes:
+            layer.packed_weight.lay_out()
     return (model if given is None else given).eval()
 
 
@@ -223,14 +236,13 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
     call_every_layer_(model)
     split_attentions_(model, {*quantized.layers, *quantized.dense, *quantized.tied})
     packed: dict[str, PackedWeight | None] = {}
+    stored = _stored_in_order(quantized) if codes and quantized.stored is not None else None
     for name, entry in quantized.layers.items():
         layer = matching_layer(model, name, entry, quantized.source)
         if entry.tied is not None:
             packed[name] = packed[entry.tied]
         else:
-            packed[name] = entry.weight and (
-                PackedWeight.from_tensor(quantized.quantized(name)) if codes else _without_codes(entry)
-            )
+            packed[name] = entry.weight and (_with_codes(quantized, name, stored) if codes else _without_codes(entry))
         activation = None
         if isinstance(entry.activation, Dynamic):
             activation = DynamicActivation(entry.activation)
@@ -241,6 +253,28 @@ def _frozen(quantized: QuantizedModel, model: nn.Module | None, codes: bool) -> 
         if isinstance(layer, FrozenEmbedding) and entry.dtype is not None:
             set_dtype_(layer, _DTYPES[entry.dtype], layer.like.device)
     return model
+
+
+def _stored_in_order(quantized: QuantizedModel) -> Iterator[dict[str, Tensor]]:
+    """Give what is stored of each weight, in the order of the layers, and read those that follow meanwhile."""
+    owners = (name for name, layer in quantized.layers.items() if layer.weight is not None and layer.tied is None)
+    with ThreadPoolExecutor(READERS, "read") as threads:
+        coming = deque(threads.submit(quantized.stored, name) for name in islice(owners, READERS))
+        while coming:
+            yield coming.popleft().result()
+            coming.extend(threads.submit(quantized.stored, name) for name in islice(owners, 1))
+
+
+def _with_codes(quantized: QuantizedModel, name: str, stored: Iterator[dict[str, Tensor]] | None) -> PackedWeight:
+    """Return a layer's weight as it is stored: ``PackedWeight.lay_out`` is for when all of the model is filled."""
+    if stored is None:
+        return PackedWeight.from_tensor(quantized.quantized(name), lay_out=False)
+    entry, parts = quantized.layers[name], next(stored)
+    try:
+        parts = {part: tensor.to(quantized.device) for part, tensor in parts.items()}
+        return PackedWeight.from_parts(replace(entry.weight), entry.shape, parts)
+    except StateError as error:
+        raise ArtifactError(f"{quantized.source} is damaged in the layer {name!r}: {error}") from None
 
 
 def _without_codes(entry: QuantizedLayer) -> PackedWeight:

@@ -3,19 +3,25 @@
 import functools
 import json
 import operator
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import qat
 from qat.errors import ArtifactError, StateError
+from qat.formats import native
 from qat.formats.native import checksum
+from qat.formats.stored_tensors import StoredTensors
+from qat.layers import PackedWeight
 from qat.models import build
 
 W4 = qat.QuantSpec(bits=4)
@@ -160,6 +166,86 @@ def test_a_truncated_tensor_file_is_named(tmp_path):
     file.unlink()
     with pytest.raises(ArtifactError, match=r"model\.safetensors is missing"):
         qat.load(tmp_path / "out", model=Net())
+
+
+def test_the_shard_that_is_damaged_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "SHARD_BYTES", 700)
+    output, _ = saved(tmp_path / "out")
+    assert torch.equal(qat.load(tmp_path / "out", model=Net())(images()), output)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match=rf"{shard.name} is damaged \(its SHA-256"):
+            qat.load(tmp_path / "out", model=Net())
+        shard.write_bytes(content)
+
+
+def test_damage_is_told_instead_of_what_came_of_it(tmp_path):
+    saved(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    with pytest.raises(ZeroDivisionError), native.reading(tmp_path / "out"):
+        raise ZeroDivisionError
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="SHA-256"), native.reading(tmp_path / "out"):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("at_a_place", [True, False])
+def test_threads_read_tensors_side_by_side(tmp_path, monkeypatch, at_a_place):
+    if not at_a_place:  # as on Windows
+        monkeypatch.delattr(os, "preadv")
+    made = {f"t{i}": torch.randn(300, 70) for i in range(40)}
+    save_file(made, tmp_path / "a.safetensors")
+    stored = StoredTensors([tmp_path / "a.safetensors"])
+    with ThreadPoolExecutor(8) as threads:
+        for name, found in zip([*made] * 5, threads.map(stored.__getitem__, [*made] * 5), strict=True):
+            assert torch.equal(found, made[name])
+
+
+def test_an_artifact_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):
+    _, tensors = saved(tmp_path / "out")
+    with native.reading(tmp_path / "out") as model:
+        saved(tmp_path / "out", weight=qat.QuantSpec(bits=2))
+        owners = "conv", "fc", "a"
+        assert_same({name: tensors[name] for name in owners}, {name: model.quantized(name) for name in owners})
+
+
+def test_codes_of_another_shape_are_refused(tmp_path):
+    saved(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["layers"]["fc"]["weight"]["bits"] = 2
+    config["quantization_config"]["checksum"] = checksum(config)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"damaged in the layer 'fc': codes of \(12, 128\) in 2 bits"):
+        qat.load(tmp_path / "out", model=Net())
+
+
+@pytest.mark.parametrize("codebook", [None, "nf4", "nf4_double"])
+def test_a_gpu_lays_each_weight_out_once(tmp_path, monkeypatch, codebook):
+    def made():
+        return nn.Sequential(nn.Embedding(96, 64), nn.Linear(64, 96), nn.Linear(96, 64, bias=False))
+
+    spec = qat.QuantSpec(codebook=codebook, group_size=32, symmetric=codebook is not None)
+    rules = [{"match": "0", "weight": {"codebook": None, "symmetric": True}}]
+    model = qat.prepare(made(), qat.QuantPolicy(weight=spec, rules=rules), verbose=False)
+    tensors = qat.quantized_tensors(model)
+    qat.save(qat.freeze(model), tmp_path / "out")
+    calls, prepack = [], PackedWeight.prepack
+    monkeypatch.setattr(PackedWeight, "_on_gpu", lambda self: self.packed.device.type != "meta")
+    monkeypatch.setattr(PackedWeight, "prepack", lambda self: (calls.append(self), prepack(self)))
+    loaded = qat.load(tmp_path / "out", model=made())
+    packed = [layer.packed_weight for layer in loaded]
+    assert len(calls) == 3 and all(a is b for a, b in zip(calls, packed, strict=True))
+    assert all(weight.gpu_operands for weight in packed)
+    before = [weight.gpu_operands for weight in packed]
+    loaded.to("cpu").to(torch.bfloat16)
+    assert all(weight.gpu_operands is operands for weight, operands in zip(packed, before, strict=True))
+    assert_same(tensors, qat.quantized_tensors(loaded))
+    loaded.to_empty(device="cpu")
+    assert all(weight.gpu_operands is not operands for weight, operands in zip(packed, before, strict=True))
 
 
 @given(where=st.floats(0, 0.999), bit=st.integers(0, 7), name=st.sampled_from(["config.json", "model.safetensors"]))

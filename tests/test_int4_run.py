@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from qat.kernels import bare_launch, int4_recipe, int4_run, int8_run
 from qat.kernels import int4_linear as module
-from qat.kernels import int4_recipe, int4_run, int8_run
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
 from qat.kernels.int8_codes import int8_codes
@@ -59,7 +59,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(int4_run.int4_decode, "decode_kernel", decode)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(int4_recipe, "current_device", lambda: -1)  # what a tensor on a CPU says
-    monkeypatch.setattr(int4_recipe, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(bare_launch, "current_stream", lambda device: "stream")
     stream = type("Driver", (), {"get_current_stream": staticmethod(lambda device: "stream")})
     monkeypatch.setattr(int4_run.triton.runtime, "driver", type("Drivers", (), {"active": stream}))
     for owner, caches in ((int4_run, ("_plans", "_kernels")), (int4_recipe, ("_products", "_matrices"))):
@@ -73,7 +73,7 @@ def batch_kernels(kernel, monkeypatch):
     """Also stand in for the kernels of many tokens: the product, and the sum of its parts."""
     batch, sums = Kernel(), Kernel()
     monkeypatch.setattr(int4_run.int4_batch, "batch_kernel", batch)
-    monkeypatch.setattr(int4_run.int4_batch, "descriptor", lambda x, block_m: int4_recipe.Described(x, x.shape, None))
+    monkeypatch.setattr(int4_run.int4_batch, "descriptor", lambda x, block_m: bare_launch.Described(x, x.shape))
     monkeypatch.setattr(int4_run.int4_portable, "sum_parts_kernel", sums)
     return batch, sums
 
@@ -99,13 +99,17 @@ def check_again(launch, names, new, number=0):
 
 def forget_nothing(monkeypatch):
     """Keep every tensor that a recipe allocates, so that addresses tell them apart; return them."""
-    made, new_empty = [], torch.Tensor.new_empty
+    made = []
 
-    def kept(self, *args, **kwargs):
-        made.append(new_empty(self, *args, **kwargs))
-        return made[-1]
+    def keeping(allocate):
+        def kept(*args, **kwargs):
+            made.append(allocate(*args, **kwargs))
+            return made[-1]
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", kept)
+        return kept
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", keeping(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", keeping(torch.empty))
     return made
 
 
@@ -162,25 +166,6 @@ def test_a_second_call_of_many_tokens_too(batch_kernels, monkeypatch, split, lea
         (launch,) = sums.launches
         at = check_again(launch, SUM_NAMES, {"parts_ptr", "y_ptr"})
         assert at == {"parts_ptr": parts.data_ptr(), "y_ptr": y.data_ptr()}
-
-
-def test_a_described_tensor_has_all_that_triton_reads_of_its_own():
-    """Triton's launcher builds a TMA descriptor of these; here it is run with a driver that keeps what it is given."""
-    x = torch.randn(70, 128).bfloat16()
-    driver = pytest.importorskip("triton.backends.nvidia.driver")
-    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [64, 64], "fp4_padded": False}
-    given = []
-
-    def fill(*arguments):
-        given.append([list(a) if isinstance(a, tuple) else a for a in arguments])
-
-    utils = type("Utils", (), {"fill_tma_descriptor": fill, "fill_tma_descriptor_tiled": fill})
-    active = type("Active", (), {"utils": utils})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver.triton.runtime, "driver", type("Drivers", (), {"active": active}))
-        true = driver.make_tensordesc_arg(int4_run.int4_batch.descriptor(x, 64), meta)
-        ours = driver.make_tensordesc_arg(int4_recipe.Described(x, (70, 128), (128, 1)), meta)
-    assert ours == true == [None, 70, 128, 128, 1] and given[0] == given[1] and given[0][0] == x.data_ptr()
 
 
 def test_a_dequantized_weight_is_launched_again(kernel, monkeypatch):
@@ -446,4 +431,4 @@ def test_a_table_of_levels_gives_way_to_the_library_earlier(kernel):
         (4097, (True, True)),
     ):
         x = torch.empty(tokens, plain.in_features, dtype=torch.bfloat16)
-        assert tuple(isinstance(int4_run._plan(x, w), Dequantize) for w in (plain, table)) == dequantizes
+        assert tuple(isinstance(int4_run.plan_for(x, w, None), Dequantize) for w in (plain, table)) == dequantizes

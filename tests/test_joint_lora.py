@@ -119,3 +119,20 @@ def test_refusals():
     frozen = qat.freeze(qat.prepare(nn.Sequential(nn.Conv2d(16, 16, 1)), policy, verbose=False))
     with pytest.raises(LayerError, match="'0': a FrozenConv2d takes no joint adapter"):
         joint_lora(frozen, policy, verbose=False)
+
+
+@pytest.mark.parametrize("frozen_base", [False, True])
+def test_compiled_it_is_the_same(frozen_base):
+    model = net()
+    if frozen_base:
+        policy = qat.QuantPolicy(weight=qat.QuantSpec(bits=8, group_size=16), init="mse")
+        model = qat.freeze(qat.prepare(model, policy, verbose=False))
+    layer = joint(model)[0]
+    x, found = torch.randn(6, 48, requires_grad=True), []
+    learned = [x, layer.lora_A, layer.lora_B, layer.weight_quantizer.step_size]
+    torch._dynamo.reset()
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        out = call(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), learned)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,15 @@ from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Codebook
 from .companions import copy_companions
+from .digests import Digests, sha256
 from .shards import ShardWriter
 from .stored_tensors import Selected, StoredTensors
 
 VERSION = 1
+NOT_OURS = (LookupError, TypeError, ValueError, AttributeError)  # what a config of other keys and kinds ends in
 METHOD = "qat"
 CONFIG = "config.json"
+SHARD_BYTES = 2**29  # files are checked side by side
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
@@ -49,7 +54,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         OSError: the disk is full, or cannot be written.
     """
     copy_companions(model, folder)
-    shards = ShardWriter(folder)
+    shards = ShardWriter(folder, SHARD_BYTES)
     for name, layer in model.layers.items():
         if layer.weight is not None and layer.tied is None:
             tensor = model.quantized(name)
@@ -70,9 +75,9 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
                 shards.add(f"{name}.activation_quantizer.zero_point", model.activation_zero_point(name))
     for name in model.dense:
         shards.add(name, model.dense[name])
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in shards.close()
-    }
+    names = shards.close()
+    sums = dict(zip(names, sha256([folder / name for name in names]), strict=True))
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sums[name]} for name in names}
     description = {
         "quant_method": METHOD,
         "version": VERSION,
@@ -98,15 +103,46 @@ def read(path: Path, device: torch.device | str = "cpu") -> QuantizedModel:
     Raises:
         ArtifactError: no artifact, a damaged one, or one from a newer version.
     """
+    with reading(path, device) as model:
+        return model
+
+
+@contextmanager
+def reading(path: Path, device: torch.device | str = "cpu") -> Iterator[QuantizedModel]:
+    """Open a folder for a ``with`` block, at whose end it has been checked: its tensors are read meanwhile.
+
+    What the block made of them is right if it ends without an error.
+
+    Raises:
+        ArtifactError: as ``read``; of a damaged file also in the place of an error from inside the block.
+    """
+    model, digests = _opened(path, device)
+    try:
+        yield model
+    finally:
+        digests.check()
+
+
+def _opened(path: Path, device: torch.device | str) -> tuple[QuantizedModel, Digests]:
     for _ in range(5):
         text = _config_text(path)
         try:
-            return _open(path, _parse(text, path), device)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            config = _parse(text, path)
+            tensors = _open_files(path, config["quantization_config"]["files"])
+        except NOT_OURS as error:
             raise ArtifactError(f"{path / CONFIG} is none that this package writes: {error!r}") from error
         except ArtifactError:
             if _config_text(path) == text:
-                raise  # and not a mixture of two artifacts, the second of which is just being put in place
+                raise
+            continue  # a mixture of two artifacts, the second of which is just being put in place
+        digests = Digests(path, config["quantization_config"]["files"])
+        if _config_text(path) == text:  # so that both have opened the files that it describes
+            try:
+                return _described(path, config, tensors, device), digests.start()
+            except NOT_OURS as error:
+                digests.close()
+                raise ArtifactError(f"{path / CONFIG} is none that this package writes: {error!r}") from error
+        digests.close()
     raise ArtifactError(f"{path} is being rewritten again and again: wait for its writer to finish")
 
 
@@ -154,9 +190,10 @@ def checksum(config: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> QuantizedModel:
+def _described(
+    path: Path, config: dict[str, Any], tensors: StoredTensors, device: torch.device | str
+) -> QuantizedModel:
     description = config["quantization_config"]
-    tensors = _open_files(path, description["files"])
     layers = {name: QuantizedLayer.from_dict(values) for name, values in description["layers"].items()}
     _check_ties(layers, description["tied"], tensors)
     inside = set()
@@ -167,36 +204,40 @@ def _open(path: Path, config: dict[str, Any], device: torch.device | str) -> Qua
         if layer.has_activation_scale:
             inside |= {f"{name}.activation_quantizer.{part}" for part in ("scale", "zero_point")}
 
-    def stored(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor:
         if name not in tensors:
             raise ArtifactError(f"{path} holds no tensor {name!r}: convert the checkpoint again")
         return tensors[name]
 
-    def quantized(name: str) -> QuantizedTensor:
-        def part(of_weight: str) -> Tensor:
-            return stored(f"{name}.packed_weight.{of_weight}").to(device)
+    def stored(name: str) -> dict[str, Tensor]:
+        spec = layers[name].weight
+        double = spec.codebook is Codebook.nf4_double
+        names = ["packed", *((f"scale_{part}" for part in PARTS) if double else ["scale"])]
+        names += ["zero_point"] * (not spec.symmetric) + ["levels"] * (spec.codebook is Codebook.custom)
+        return {part: tensor(f"{name}.packed_weight.{part}") for part in names}
 
-        layer = layers[name]
+    def quantized(name: str) -> QuantizedTensor:
+        layer, parts = layers[name], {part: value.to(device) for part, value in stored(name).items()}
         spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
-        codes = unpack(part("packed"), spec.bits, columns, -spec.q_n).view(layer.shape)
-        zero_point = None if spec.symmetric else part("zero_point")
-        levels = part("levels") if spec.codebook is Codebook.custom else None
+        codes = unpack(parts["packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
         if spec.codebook is Codebook.nf4_double:
-            nested = NestedScale(*(part(f"scale_{each}") for each in PARTS))
+            nested = NestedScale(*(parts[f"scale_{part}"] for part in PARTS))
             return QuantizedTensor(codes, nested.values(), spec, None, None, nested)
-        return QuantizedTensor(codes, part("scale"), spec, zero_point, levels)
+        return QuantizedTensor(codes, parts["scale"], spec, parts.get("zero_point"), parts.get("levels"))
 
     return QuantizedModel(
         _architecture(config),
         layers,
         quantized,
-        lambda name: stored(f"{name}.activation_quantizer.scale"),
+        lambda name: tensor(f"{name}.activation_quantizer.scale"),
         Selected(tensors, [name for name in tensors if name not in inside]),
         description["tied"],
         f"the artifact {path}",
         description.get("example"),
         path,
-        activation_zero_point=lambda name: stored(f"{name}.activation_quantizer.zero_point"),
+        activation_zero_point=lambda name: tensor(f"{name}.activation_quantizer.zero_point"),
+        stored=stored,
+        device=device,
     )
 
 
@@ -256,11 +297,6 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _open_files(path: Path, files: dict[str, dict[str, Any]]) -> StoredTensors:
     for name, expected in files.items():
         if Path(name).name != name:
@@ -275,13 +311,6 @@ def _open_files(path: Path, files: dict[str, dict[str, Any]]) -> StoredTensors:
                 "or convert the checkpoint again"
             )
     try:
-        tensors = StoredTensors([path / name for name in files])
-        digests = {name: _sha256(path / name) for name in files}
+        return StoredTensors([path / name for name in files])
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; copy it again or convert the checkpoint again") from None
-    for name, expected in files.items():
-        if digests[name] != expected["sha256"]:
-            raise ArtifactError(
-                f"{path / name} is damaged (its SHA-256 does not match): copy it again or convert again"
-            )
-    return tensors

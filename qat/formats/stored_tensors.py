@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -16,13 +19,15 @@ DTYPES |= {
     f"{kind[0].upper()}{bits}": getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 
+_turn = threading.Lock()
+
 
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of safetensors files, read when asked for.
 
-    The files stay open, so that an artifact which is replaced meanwhile goes on being read whole. They are read and not
-    mapped, as ``safe_open`` does it, so that what has been converted does not stay in memory. ``metadata`` is the
-    files' own, merged.
+    Threads may read side by side. The files stay open, so that an artifact which is replaced meanwhile goes on being
+    read whole. They are read and not mapped, as ``safe_open`` does it, so that what has been converted does not stay in
+    memory. ``metadata`` is the files' own, merged.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -40,8 +45,7 @@ class StoredTensors(Mapping[str, Tensor]):
         stream, start, entry = self._files[name]
         begin, end = entry["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
-        stream.seek(start + begin)
-        stream.readinto(memoryview(data.numpy()))
+        _read(stream, memoryview(data.numpy()), start + begin)
         return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def header(self, name: str) -> tuple[list[int], str]:
@@ -54,6 +58,19 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _read(stream: BinaryIO, target: memoryview, start: int) -> None:
+    """Fill ``target`` from a place in a file, whose position threads would share."""
+    if not hasattr(os, "preadv"):  # Windows
+        with _turn:
+            stream.seek(start)
+            stream.readinto(target)
+        return
+    while len(target) and (count := os.preadv(stream.fileno(), [target], start)):
+        target, start = target[count:], start + count
+    if len(target):
+        raise OSError(f"{stream.name} has become shorter while it was read")
 
 
 class Selected(Mapping[str, Tensor]):

@@ -55,7 +55,9 @@ class PackedWeight(FixedDtype):
         shape: the weight's logical shape.
         cpu_operands: what torch's CPU operator reads, made at its first use; never stored.
         gpu_operands: by the dtype of x, what the int4 kernels read; empty where they do not take the weight.
+        int4_linear: of ``qat.kernels.int4_linear``, beside ``gpu_operands``; an import at each call takes its time.
         looked_up: an embedding reads rows of ``packed``, which therefore stays.
+        as_stored: a model is being read, and a state dict's layout stays until ``lay_out``, on a GPU too.
         meets_codes: a layer has int8 inputs, whose zero points take ``row_sums``.
         row_sums: float32 (O,), beside ``gpu_operands`` where integer kernels take the weight.
     """
@@ -82,28 +84,54 @@ class PackedWeight(FixedDtype):
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
         self.gpu_operands: dict[torch.dtype, Int4Weight] = {}
-        self.looked_up = self.meets_codes = False
+        self.int4_linear: Callable[[Tensor, Int4Weight, Tensor | None], Tensor] | None = None
+        self.looked_up = self.meets_codes = self.as_stored = False
         self.row_sums: Tensor | None = None
 
     @classmethod
-    def from_tensor(cls, tensor: QuantizedTensor) -> PackedWeight:
-        """Pack a quantized tensor, on its device."""
-        with torch.device("meta"):
-            weight = cls(tensor.spec, tensor.codes.shape)
-        weight.packed = pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
-        if weight.double:
-            for part in PARTS:
-                setattr(weight, f"scale_{part}", getattr(tensor.nested, part))
+    def from_tensor(cls, tensor: QuantizedTensor, lay_out: bool = True) -> PackedWeight:
+        """Pack a quantized tensor, on its device; ``lay_out`` as a GPU's kernels read it, or that is called later."""
+        parts = {"packed": pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)}
+        if tensor.nested is None:
+            parts["scale"] = tensor.scale
         else:
-            weight.scale = tensor.scale
-        weight.zero_point = tensor.zero_point
-        weight.levels = tensor.levels
-        weight._prepack_on_gpu()
+            parts |= {f"scale_{part}": getattr(tensor.nested, part) for part in PARTS}
+        others = {"zero_point": tensor.zero_point, "levels": tensor.levels}
+        parts |= {name: part for name, part in others.items() if part is not None}
+        weight = cls.from_parts(tensor.spec, tensor.codes.shape, parts)
+        if lay_out:
+            weight.lay_out()
         return weight
+
+    @classmethod
+    def from_parts(cls, spec: QuantSpec, shape: torch.Size | tuple[int, ...], parts: dict[str, Tensor]) -> PackedWeight:
+        """Take the tensors of a state dict, by its names, as they are. On a GPU, they stay so until ``lay_out``.
+
+        Raises:
+            StateError: ``packed`` does not hold a weight of this shape.
+        """
+        with torch.device("meta"):
+            weight = cls(spec, shape)
+        packed = parts["packed"]
+        if packed.shape != weight.packed.shape:
+            wanted, found = tuple(weight.packed.shape), tuple(packed.shape)
+            raise StateError(f"codes of {tuple(shape)} in {spec.bits} bits are packed as {wanted}, not as {found}")
+        weight.as_stored = True
+        for name, part in parts.items():
+            setattr(weight, name, part)
+        if "levels" not in parts:
+            weight.restore_levels()
+        return weight
+
+    def lay_out(self) -> None:
+        """Let a GPU's kernels read the weight from now on, if it lies on one."""
+        self.as_stored = False
+        self._prepack_on_gpu()
 
     def prepack(self) -> None:
         """Lay 4-bit codes out for the int4 kernels, in the place of ``packed``; done by itself on a GPU."""
         from qat.kernels.int4_layout import GROUP_MULTIPLE, prepack  # kernels are not needed elsewhere
+        from qat.kernels.int4_linear import int4_linear
         from qat.kernels.nested_scale import join
 
         group_size = self.spec.group_size or self.columns
@@ -114,6 +142,7 @@ class PackedWeight(FixedDtype):
             return
         levels = self.levels.view(16) if one_table else None
         scale, nest = (self.scale_codes, join(self._nested())) if self.double else (self.scale, None)
+        self.int4_linear = int4_linear
         stored = prepack(self.packed, scale, self.zero_point, self.columns, group_size, levels, nest)
         self.gpu_operands = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), stored)
         for dtype in (torch.bfloat16, torch.float16):  # on an even grid, fastest with the scale in the dtype of x
@@ -129,8 +158,11 @@ class PackedWeight(FixedDtype):
             self.meet_codes()
 
     def _prepack_on_gpu(self) -> None:
-        if self.packed.device.type not in ("cpu", "meta"):
+        if not self.as_stored and self._on_gpu():
             self.prepack()
+
+    def _on_gpu(self) -> bool:
+        return self.packed.device.type not in ("cpu", "meta")
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         """Return ``packed`` and ``scale`` as a state dict has them."""
@@ -161,7 +193,8 @@ class PackedWeight(FixedDtype):
         if dtype in self.gpu_operands:
             from qat.kernels.int4_linear import int4_dequantize
 
-            return int4_dequantize(self.gpu_operands[dtype], dtype).view(self.shape)
+            matrix = int4_dequantize(self.gpu_operands[dtype], dtype)
+            return matrix if matrix.shape == self.shape else matrix.view(self.shape)
         return self.quantized_tensor().dequantize(dtype)
 
     def _nested(self) -> NestedScale:
@@ -189,6 +222,10 @@ class PackedWeight(FixedDtype):
         return dequantize(codes, parameters[0], dtype, parameters[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.gpu_operands and self._on_gpu():
+            probe = self.packed.new_empty(0)
+            if fn(probe) is probe:  # it stays on its device, and keeps its dtypes anyway
+                return self
         self._undo_prepack()
         self.cpu_operands = None
         super()._apply(fn, recurse)
