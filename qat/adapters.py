@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import ArtifactError, StateError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = "adapter"
 CONFIG = "adapter_config.json"  # by which peft knows its folders
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BASE = "base.json"
 
 
@@ -118,16 +120,15 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
         any_base: take the adapter whatever it was trained on, such as one of another package, which says nothing of it.
 
     Raises:
-        ArtifactError: there is no adapter, or it was trained on other codes.
+        ArtifactError: there is no adapter, or it is damaged, or it was trained on other codes.
         StateError: peft is not installed.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ArtifactError(f"{folder} holds no adapter of peft: there is no {CONFIG}")
-    expected = None
-    if (folder / BASE).is_file():
-        expected = json.loads((folder / BASE).read_text(encoding="utf-8")).get("sha256")
-    here = fingerprint(model)
+    if not any((folder / name).is_file() for name in WEIGHTS):  # which peft would look for on the Hub
+        raise ArtifactError(f"{folder} holds no weights of an adapter: there is no {WEIGHTS[0]}")
+    peft, expected, here = import_peft(), _trained_on(folder), fingerprint(model)
     if expected != here and not any_base:
         there = (
             "on a base it does not name (peft alone saved it, as HF's Trainer does)"
@@ -138,7 +139,27 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
             f"the adapter {folder} was trained {there}, and this base has codes {str(here)[:12]}: "
             "open the base that it was trained on; any_base=True (--any-base) takes it all the same"
         )
-    return use_lora_product_(import_peft().PeftModel.from_pretrained(model, folder, is_trainable=trainable))
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"the adapter {folder} is damaged, or fits another model: {reason[:200]}") from error
+    return use_lora_product_(adapted)
+
+
+def _trained_on(folder: Path) -> str | None:
+    """Return the hash of the base that an adapter names; None where it names none."""
+    try:
+        named = json.loads((folder / BASE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ArtifactError(f"{folder / BASE} is damaged: {error}") from None
+    if not isinstance(named, dict) or not isinstance(named.get("sha256"), str):
+        raise ArtifactError(f"{folder / BASE} is damaged: it names no base")
+    return named["sha256"]
 
 
 def fingerprint(model: nn.Module) -> str | None:

@@ -44,7 +44,7 @@ def named_levels(spec: QuantSpec, device: torch.device) -> Tensor:
     """
     if spec.codebook is Codebook.custom:
         raise LayerError("a custom codebook is without its levels")
-    return torch.tensor([NF4], device=device)
+    return torch.tensor([NF4], dtype=torch.float32, device=device)
 
 
 def block_scale(x: Tensor, shape: tuple[int, int]) -> Tensor:

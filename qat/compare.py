@@ -21,6 +21,7 @@ from .training.result import read_result
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 ARTIFACT = "artifact"
 OF_ONE_RUN = ("name", "run_dir", "resume")  # overrides that say nothing of what was trained
+SIZES = ("bits", "tensor_bytes", "artifact_bytes")
 RISING = ("accuracy", "agreement")  # metrics of which more is better
 
 
@@ -90,17 +91,22 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             artifact = sum(file.stat().st_size for file in files) if files else None
             metrics = {name: [value] for name, value in result["metrics"].items()}
             size = result["bits_per_weight"], result["bytes"], artifact
-            runs[run_dir.resolve()] = Run(run_dir, read_overrides(run_dir / OVERRIDES), metrics, *size)
+            overrides = result["overrides"] or read_overrides(run_dir / OVERRIDES)  # older results hold none
+            runs[run_dir.resolve()] = Run(run_dir, by_key(overrides), metrics, *size)
     if not runs:
         raise DataError(f"no run has come to its end yet: {', '.join(map(str, unfinished))}")
     return list(runs.values()), unfinished
 
 
-def read_overrides(path: Path) -> dict[str, str]:
-    """Return a run's overrides as {key: value}, without those that only name the run."""
+def read_overrides(path: Path) -> list[str]:
+    """Return the overrides that Hydra wrote."""
     from omegaconf import OmegaConf
 
-    words = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
+def by_key(words: Sequence[str]) -> dict[str, str]:
+    """Return overrides as {key: value}, without those that only name the run."""
     pairs = (word.lstrip("+").partition("=") for word in words)
     return {key: value for key, _, value in pairs if key not in OF_ONE_RUN}
 
@@ -108,18 +114,28 @@ def read_overrides(path: Path) -> dict[str, str]:
 def averaged(runs: Sequence[Run], over: str) -> list[Run]:
     """Return one run for all that differ in a key alone.
 
+    A size in which they differ is None.
+
     Raises:
-        DataError: no run has that key.
+        DataError: no run has that key, or two differ in nothing, so that one would count twice.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.overrides))
     if over not in known:
         raise DataError(f"--over {over}: no run was given {over}=VALUE{did_you_mean(over, known)}")
     groups: dict[tuple, Run] = {}
+    members: dict[tuple, dict[str | None, Run]] = {}
     for run in runs:
         overrides = {key: value for key, value in run.overrides.items() if key != over}
         key = tuple(sorted(overrides.items()))
+        twin = members.setdefault(key, {}).setdefault(run.overrides.get(over), run)
+        if twin is not run:
+            same = f"{over}={run.overrides[over]}" if over in run.overrides else f"no {over}"
+            raise DataError(f"--over {over}: {twin.folder} and {run.folder} both have {same}: leave one of them out")
         if key not in groups:
             groups[key] = Run(run.folder, overrides, {}, run.bits, run.tensor_bytes, run.artifact_bytes)
+        for size in SIZES:
+            if getattr(groups[key], size) != getattr(run, size):
+                setattr(groups[key], size, None)
         for name, values in run.metrics.items():
             groups[key].metrics.setdefault(name, []).extend(values)
     return list(groups.values())

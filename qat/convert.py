@@ -8,6 +8,7 @@ format through its client's own reader where that is installed.
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -76,10 +77,10 @@ def convert(
         raise ArtifactError(f"--out {out} is the source itself: choose another folder")
     if qdq and to != "onnx":
         raise ArtifactError(f"--qdq says how --to onnx writes linear weights, and this is --to {to}: leave it out")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ArtifactError(f"--tokenizer {tokenizer}: there is no such folder")
     quantized = read_source(source, model)
     if tokenizer is not None:
-        if not tokenizer.is_dir():
-            raise ArtifactError(f"--tokenizer {tokenizer}: there is no such folder")
         quantized.files = tokenizer
     with atomic_folder(out, lambda folder: formats.format_of(folder) == to) as folder:
         options = _network(to, model) | ({"qdq": True} if qdq else {})
@@ -157,15 +158,24 @@ def build_model(target: str | None) -> nn.Module | None:
     """Call the user's own package.module:function; None for None.
 
     Raises:
-        CheckpointError: it cannot be imported or is not there.
+        CheckpointError: it cannot be imported, is not there, takes arguments, or builds something else.
     """
     if target is None:
         return None
-    module, _, function = target.partition(":")
+    from torch import nn
+
+    module, _, name = target.partition(":")
     try:
-        return getattr(import_module(module), function)()
+        function = getattr(import_module(module), name)
+        inspect.signature(function).bind()
     except (ImportError, AttributeError, ValueError) as error:
         raise CheckpointError(f"--model {target}: {error}; give package.module:function") from None
+    except TypeError as error:
+        raise CheckpointError(f"--model {target}: {error}; give a function that takes no arguments") from None
+    model = function()
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"--model {target} returns a {type(model).__name__}: give a function that builds a model")
+    return model
 
 
 def _network(to: str, model: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure an artifact or a checkpoint: ``python -m qat.evaluate PATH data=NAME [key=value ...]``."""
+"""Measure a quantized model or a checkpoint: ``python -m qat.evaluate PATH data=NAME [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = "evaluate"
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description=__doc__)
-    parser.add_argument("path", help="an artifact, a checkpoint of python -m qat.train, or a folder of transformers")
+    parser.add_argument("path", help="a quantized model in any format, a checkpoint, or a folder of transformers")
     parser.add_argument(
         "overrides", nargs="+", metavar="data=NAME", help="as for python -m qat.train: data=..., data.KEY=..."
     )
@@ -32,14 +32,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="put it on the model; default: what lies beside an artifact")
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
     parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="with data/ files of your own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         fail(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
+    if options.config_dir is not None and not options.config_dir.is_dir():
+        fail(f"--config-dir {options.config_dir}: there is no such folder")
     try:
         with initialize_config_module("qat.conf", version_base="1.3"):
-            config = compose(CONFIG, overrides=options.overrides)
+            config = compose(CONFIG, overrides=[*own_configs(options.config_dir), *options.overrides])
         adapter = Path(options.adapter) if options.adapter else None
         if adapter is None and not options.no_adapter:
             adapter = adapter_beside(options.path)
@@ -53,7 +56,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if abs(value) >= 0.01 else f"{name} {value:.3g}")  # a small divergence is no zero
     if options.json is not None:
-        options.json.write_text(json.dumps(metrics) + "\n")
+        try:
+            options.json.write_text(json.dumps(metrics) + "\n")
+        except OSError as error:
+            fail(f"--json {options.json} cannot be written: {error.strerror}")
+
+
+def own_configs(folder: Path | None) -> list[str]:
+    """Return the override that lets Hydra find the files of a folder, too."""
+    return [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
 
 
 def evaluate_path(
@@ -64,7 +75,7 @@ def evaluate_path(
     adapter: Path | None = None,
     own_model: str | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of an artifact folder, a checkpoint or a model of transformers on the config's data.
+    """Return the metrics of a quantized model, a checkpoint or a model of transformers on the config's data.
 
     Args:
         path: what to measure.
@@ -81,6 +92,7 @@ def evaluate_path(
 
     from .training.evaluation import evaluate
     from .training.instantiation import make
+    from .training.own_data import open_module
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -93,7 +105,7 @@ def evaluate_path(
         from .adapters import load_adapter
 
         model = load_adapter(model, adapter)
-    return evaluate(model, make(config.data), device, compared)
+    return evaluate(model, open_module(make(config.data)), device, compared)
 
 
 def adapter_beside(path: str) -> Path | None:
@@ -105,7 +117,7 @@ def adapter_beside(path: str) -> Path | None:
 
 
 def read_model(path: str, own_model: str | None = None) -> nn.Module:
-    """Return the model of an artifact, a checkpoint, or a folder of transformers that is not quantized.
+    """Return the model of a checkpoint, of a quantized model in any format, or of a folder of transformers.
 
     Args:
         path: of one of these.
@@ -114,16 +126,16 @@ def read_model(path: str, own_model: str | None = None) -> nn.Module:
     Raises:
         QATError: it cannot be read.
     """
-    from . import load
     from .checkpoint import read_checkpoint
-    from .convert import build_model
-    from .formats import format_of
+    from .convert import build_model, is_checkpoint
+    from .formats import format_of, read
+    from .quantized_model import to_model
 
     folder = Path(path)
-    if not folder.is_dir():
+    if is_checkpoint(folder):
         return read_checkpoint(path).build(build_model(own_model))
     if format_of(folder) is not None or not (folder / "config.json").is_file():
-        return load(path, build_model(own_model))
+        return to_model(read(folder), build_model(own_model))
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path)

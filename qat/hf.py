@@ -215,7 +215,7 @@ def _weight_decisions(model: nn.Module, policy: QuantPolicy | None) -> dict[str,
     if policy.init.reads_data:
         raise PolicyError(
             f"init={policy.init.value} reads data, which a model that is quantized while it is loaded never sees: use "
-            "init=mse, minmax or hqq, or prepare the model and calibrate it"
+            "init=mse or minmax, or prepare the model and calibrate it"
         )
     decisions = decide(model, policy)
     for decision in decisions:

@@ -129,9 +129,10 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
         ArtifactError: it loses something and ``lossy`` is not set; or a folder cannot be read or written.
     """
     from . import formats
-    from .adapters import load_adapter
+    from .adapters import load_adapter, stored
     from .atomic import atomic_folder
     from .formats import native
+    from .formats.companions import copy_files
     from .quantized_model import from_model, to_model
 
     quantized = formats.read(source)
@@ -143,9 +144,13 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
             "nothing, or ship the adapter beside its base"
         )
     merged = from_model(base)
-    merged.files, merged.example = quantized.files, quantized.example
+    merged.example = quantized.example
     with atomic_folder(out, native.is_artifact) as folder:
         native.write(merged, folder)
+        if quantized.files is not None:  # without adapters, which belong to the codes of before
+            copy_files(quantized.files, folder)
+    for name in stored(quantized.files):
+        print(f"left out: the adapter {name!r} beside {source}, which was trained on its codes")
     print(f"wrote {out}")
 
 

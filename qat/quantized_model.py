@@ -82,7 +82,7 @@ class QuantizedLayer:
         if activation is not None:
             word = isinstance(activation, str)
             activation = as_member(Dynamic, "activation", activation) if word else QuantSpec.from_dict(activation)
-        weight = weight and QuantSpec.from_dict(weight)
+        weight = None if weight is None else QuantSpec.from_dict(weight)
         return cls(values["type"], values["shape"], weight, activation, values["tied"], values.get("dtype"))
 
 

@@ -1,6 +1,8 @@
 """Artifacts: what is saved is what is read, atomically, and whatever is wrong is said by name."""
 
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from qat.formats import native
 from qat.formats.native import checksum
 from qat.formats.stored_tensors import StoredTensors
 from qat.layers import PackedWeight
+from qat.models import build
 
 W4 = qat.QuantSpec(bits=4)
 A4 = qat.QuantSpec(bits=4, granularity="tensor")
@@ -293,6 +296,37 @@ def test_a_file_outside_the_folder_is_refused(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="outside its folder"):
         qat.load(tmp_path / "out", model=Net())
+
+
+def places(value, at=()):
+    """Yield the path of every value in nested ones."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*at, key)
+        yield from places(value[key], (*at, key))
+
+
+def test_a_config_that_says_anything_with_a_true_checksum_is_refused_or_loads(tmp_path):
+    """Whoever writes an artifact by hand, or to harm: no error but ours, whatever value stands wherever."""
+    torch.manual_seed(0)
+    model = qat.prepare(build({"builder": "cnn", "args": {"width": 2}}), qat.QuantPolicy(weight=W4), verbose=False)
+    qat.save(qat.freeze(model), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    refused = 0
+    for *path, key in places(written):
+        for value in (None, -1, "x", [], {}, "gone"):
+            config = json.loads(json.dumps(written))
+            node = functools.reduce(operator.getitem, path, config)
+            node[key] = value
+            if value == "gone":
+                del node[key]
+            if isinstance(config.get("quantization_config"), dict):
+                config["quantization_config"]["checksum"] = checksum(config)
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            try:
+                qat.load(tmp_path)
+            except qat.QATError:
+                refused += 1
+    assert refused > 300
 
 
 def test_a_folder_that_is_no_artifact_is_never_replaced(tmp_path):

@@ -22,8 +22,9 @@ from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Mon
 from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
 from qat.training.image_data import ImageData
+from qat.training.losses import soft_cross_entropy
 from qat.training.optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes
-from qat.training.tasks import CausalLanguageModel, ImageClassification, soft_cross_entropy
+from qat.training.tasks import CausalLanguageModel, ImageClassification
 from qat.training.text_data import TextData
 
 W4A4 = {"weight": {"bits": 4}, "activation": {"bits": 4, "granularity": "tensor"}}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import qat
 from qat import compare, convert
 from qat.compare import Run, as_markdown, averaged, ordered, rows_of
+from qat.errors import DataError
 from qat.layers import quant_layers
 from qat.models import build
 from qat.table import stored_size
@@ -62,10 +63,50 @@ def test_a_sweep_becomes_a_table(train, tmp_path, capsys):
 def test_a_run_that_goes_on_has_no_result_until_its_end(train, tmp_path):
     train(ONE)
     result = tmp_path / "runs" / "run" / "result.json"
-    assert set(json.loads(result.read_text())) == {"metrics", "bits_per_weight", "bytes"}
+    assert set(json.loads(result.read_text())) == {"overrides", "metrics", "bits_per_weight", "bytes"}
     with pytest.raises(SystemExit):
         train(f"{ONE} resume=auto optim.momentum=-1")
     assert not result.exists()
+
+
+@pytest.mark.parametrize("more", ["", "resume=auto seed=-1"])
+def test_a_command_that_is_refused_changes_nothing_of_a_finished_run(train, tmp_path, capsys, more):
+    """Hydra has written its own files for the folder by then."""
+    train(f"{ONE} policy=conv_w4a4")
+    capsys.readouterr()
+    compare.main(["runs"])
+    table = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train(f"{ONE} policy=none {more}")
+    capsys.readouterr()
+    compare.main(["runs"])
+    assert capsys.readouterr().out == table and "policy=conv_w4a4" in table
+
+
+def test_a_result_without_overrides_is_named_by_what_hydra_wrote(train, tmp_path, capsys):
+    train(f"{ONE} seed=3")
+    result = tmp_path / "runs" / "run" / "result.json"
+    values = json.loads(result.read_text())
+    del values["overrides"]
+    result.write_text(json.dumps(values))
+    compare.main(["runs"])
+    assert "seed=3" in capsys.readouterr().out
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails_and_after_a_kill(train, tmp_path, capsys):
+    sweep = f"-m {ONE} policy=conv_w4a4 name=which"
+    with pytest.raises(SystemExit) as stopped:
+        train(f"{sweep} policy.weight.bits=2,1,4")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "Traceback" not in said
+    assert "error: bits=1: give" in said and said.endswith(
+        "a job of the sweep failed: bits=1: give a whole number from 2 to 8\n"
+    )
+    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("last.ckpt")}
+    assert len(checkpoints) == 2
+    train(f"{sweep} policy.weight.bits=2,8,4 resume=auto")
+    assert len(list(tmp_path.rglob("last.ckpt"))) == 3
+    assert {path: path.stat().st_mtime_ns for path in checkpoints} == checkpoints  # not trained again
 
 
 def run(accuracy, size=None, **overrides):
@@ -102,6 +143,15 @@ def test_averages_are_over_that_key_alone():
         ["1", "0.6000 ± 0.1414", "4.00", "~1,000", "2"],
         ["2", "0.9000", "4.00", "~1,000", "1"],
     ]
+
+
+def test_a_size_in_which_they_differ_is_a_dash_and_none_counts_twice():
+    narrow, wide = run(0.5, size=10, bits="2"), run(0.7, size=20, bits="4")
+    wide.bits, wide.tensor_bytes = 8.0, 2000
+    rows, _ = rows_of(averaged([narrow, wide], "bits"), "bits")
+    assert rows[1][-3:] == ["-", "-", "2"]
+    with pytest.raises(DataError, match=r"runs/0\.5 and runs/0\.7 both have seed=0: leave one of them out"):
+        averaged([run(0.5, seed="0"), run(0.7, seed="0")], "seed")
 
 
 @pytest.mark.parametrize(

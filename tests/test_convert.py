@@ -105,7 +105,17 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, capsys):
     assert "full-precision model" in error_of(capsys, tmp_path / "fp.ckpt", *out)
     checkpoint(tmp_path / "a.ckpt")
     assert "--model package.module:function" in error_of(capsys, tmp_path / "a.ckpt", *out)
-    assert "--model no.such:thing" in error_of(capsys, tmp_path / "a.ckpt", *out, "--model", "no.such:thing")
+    for target, said in (
+        ("no.such:thing", "No module named 'no'"),
+        ("torch.nn:Linear", "missing a required argument: 'in_features'; give a function that takes no arguments"),
+        ("os:getcwd", "returns a str: give a function that builds a model"),
+        ("torch:e", "is not a callable object"),
+    ):
+        assert said in error_of(capsys, tmp_path / "a.ckpt", *out, "--model", target)
+    (tmp_path / "run").mkdir()
+    assert "run is no model in a format" in error_of(capsys, tmp_path / "run", *out)
+    checkpoint(tmp_path / "run" / "last.ckpt")
+    assert f"of a run's folder, give {tmp_path / 'run' / 'last.ckpt'}" in error_of(capsys, tmp_path / "run", *out)
     assert not (tmp_path / "out").exists()
 
 

@@ -163,6 +163,47 @@ def test_parquet_in_the_hubs_layout(tmp_path, column):
     assert images.pixels[:, 0, 0, 0].tolist() == [1, 2, 5] and images.labels.tolist() == [3, 4, 6]
 
 
+def encoded(mode: str, kind: str = "png") -> dict:
+    """A 2 x 1 picture of 255 and 0, or of pure red and blue where the mode has colours."""
+    image = pytest.importorskip("PIL.Image")
+    picture = image.new("RGB", (2, 1), (255, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 255))
+    grey = image.fromarray(torch.tensor([[255, 0]], dtype=torch.uint8).numpy())
+    start = grey if mode in ("L", "LA", "1") else picture
+    made = {"P": lambda: start.quantize(2), "I;16": lambda: image.new(mode, (2, 1), 1000)}
+    buffer = io.BytesIO()
+    made.get(mode, lambda: start.convert(mode))().save(buffer, kind)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "LA", "1"])
+def test_pixels_are_colours_and_no_places_in_a_palette(tmp_path, mode):
+    write_parquet(tmp_path / "a.parquet", image=[encoded(mode)], label=[0])
+    pixels = read_parquet(str(tmp_path), "train").pixels[0, :, 0]
+    assert pixels.tolist() == ([[255, 0], [0, 0], [0, 255]] if mode in ("RGB", "P") else [[255, 0]])
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"image": [encoded("I;16")], "label": [0]}, "has pixels of the kind I;16: give 8 bits, grey or RGB"),
+        ({"image": [encoded("CMYK", "jpeg")], "label": [0]}, "has pixels of the kind CMYK"),
+        ({"image": [png(1)], "label": [None]}, "has None in its column 'label'"),
+        ({"image": [png(1)], "label": ["cat"]}, "has 'cat' in its column 'label'"),
+        ({"image": [png(1)], "label": [-1]}, "has -1 in its column 'label'"),
+        ({"image": [png(1)], "label": [0.0]}, "has 0.0 in its column 'label'"),
+        ({"image": [png(1), None], "label": [0, 0]}, "has no encoded image in some row of its column 'image'"),
+        ({"image": [{"bytes": None, "path": "a.png"}], "label": [0]}, "has no encoded image in some row"),
+        ({"image": ["a.png"], "label": [0]}, "has no encoded image in some row"),
+        ({"image": [], "label": []}, "holds no image"),
+    ],
+)
+def test_what_is_no_image_or_no_class_is_named(tmp_path, columns, said):
+    write_parquet(tmp_path / "a.parquet", **columns)
+    with pytest.raises(DataError, match=said):
+        read_parquet(str(tmp_path), "train")
+
+
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.train=PATH"):
         ImageData("parquet", [0], [1], 4)

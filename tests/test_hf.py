@@ -141,6 +141,7 @@ NF4 = {"codebook": "nf4", "group_size": 64}
     "method, spec",
     [
         ("bitsandbytes", NF4),
+        ("bitsandbytes", {**NF4, "codebook": "nf4_double"}),
         ("gptq", {"group_size": 64}),
         ("awq", {"group_size": 64}),
         ("compressed-tensors", {"group_size": 64}),
@@ -159,6 +160,10 @@ def test_other_formats_open_as_a_frozen_base(tmp_path, method, spec):
         assert torch.equal(tensor.dequantize(), qat.quantized_tensors(frozen)[name].dequantize())
     with torch.no_grad():
         torch.testing.assert_close(opened(TOKENS).logits, frozen(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    half = qat.quantized_tensors(qat.hf.from_pretrained(tmp_path, dtype=torch.bfloat16))  # which is then the default
+    for name, tensor in qat.quantized_tensors(opened).items():
+        assert torch.equal(half[name].codes, tensor.codes)
+        assert torch.equal(half[name].dequantize(), tensor.dequantize())
     opened.save_pretrained(tmp_path / "a")
     assert_same(qat.load(tmp_path / "a"), opened)
     assert (tmp_path / "config.json").read_text() == config

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qat.errors import DataError
 from qat.training.evaluation import evaluate
 from qat.training.instruction_data import InstructionData, encode, pack_rows, require_apart
+from qat.training.losses import soft_cross_entropy
 from qat.training.metrics import IGNORED, LanguageMetrics, cross_entropy, run
-from qat.training.tasks import soft_cross_entropy
 
 
 def words(tokens):
@@ -173,6 +173,17 @@ def test_files_that_other_tools_write(tmp_path, form):
     path.write_text(json.dumps([PAIR] * 9, indent=1) if form == "list" else json.dumps({"conversations": turns}))
     data = InstructionData(str(path), str(tmp_path / "tokenizer"), 16, 1, val=str(path), pack=False)
     assert words(data.train_rows[0][0, :7].tolist()) == "<user> who sat <bot> the cat <eos>"
+
+
+def test_validation_examples_alone(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "seq_len": 16, "batch_size": 2}
+    data = InstructionData(None, val=write(tmp_path / "x.jsonl", [PAIR]), **options)
+    assert len(list(data.test_loader("cpu"))) == 1 and data.example()["high"] == WORDS.index("who")
+    with pytest.raises(DataError, match="no training examples"):
+        data.train_loader("cpu")
+    with pytest.raises(DataError, match=r"needs data\.train or data\.val"):
+        InstructionData(None, **options)
 
 
 @pytest.mark.parametrize(

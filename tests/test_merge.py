@@ -128,6 +128,16 @@ def test_a_lossy_merge_needs_the_flag(tmp_path, policy, capsys):
     assert qat.quantized_tensors(qat.load(tmp_path / "out")).keys() == qat.quantized_tensors(frozen(policy)).keys()
 
 
+def test_a_merge_leaves_the_adapter_beside_its_base_behind(tmp_path, capsys):
+    """As a run ships it: the artifact, and in it the adapter, which does not fit the codes of the merge."""
+    qat.save(adapted(frozen(), 0.02), tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    command = [str(tmp_path / "base"), str(tmp_path / "base" / "adapter"), "--out", str(tmp_path / "out"), "--lossy"]
+    assert merge.main(command) == 0
+    assert "left out: the adapter 'adapter'" in capsys.readouterr().out
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file() and not (tmp_path / "out" / "adapter").exists()
+
+
 def test_an_update_that_fits_the_codes_is_merged_exactly(tmp_path):
     """One step of every second code of a row is an update of rank one that the grid holds."""
     torch.manual_seed(0)
@@ -207,6 +217,24 @@ def test_refusals(tmp_path):
     with pytest.raises(StateError, match="merge takes a frozen base"):
         merge.merge(lora(llama()))
     with pytest.raises(ArtifactError, match=r"no adapter_config.json"):
+        load_adapter(frozen(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("base.json", "{bad", "base.json is damaged: Expecting property name"),
+        ("base.json", "[1]", "base.json is damaged: it names no base"),
+        ("adapter_config.json", "{bad", "is damaged, or fits another model: Expecting property name"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 3}', "is damaged, or fits another model: Error"),
+        ("adapter_model.safetensors", "short", "is damaged, or fits another model: Error while deserializing header"),
+        ("adapter_model.safetensors", None, "there is no adapter_model.safetensors"),  # peft would ask the Hub for it
+    ],
+)
+def test_a_damaged_adapter_is_one_line(tmp_path, name, content, said):
+    save_adapter(adapted(frozen(), 0.02), tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    with pytest.raises(ArtifactError, match=said):
         load_adapter(frozen(), tmp_path)
 
 

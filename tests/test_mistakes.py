@@ -1,12 +1,17 @@
 """What the commands say when something is wrong: one line that names the key, the file or the layer, and the fix."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 import qat
 from qat import evaluate as evaluate_command
 from qat.arguments import wrong_types
 from qat.errors import SpecError
+from qat.training.csv_logger import ResumableCSVLogger
 
 SHORT = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=3 trainer.limit_val_batches=1"
 TEXT = "data=topics data.seq_len=16 model=gpt task=language model.args.width=8 model.args.depth=1 trainer.max_steps=1"
@@ -94,6 +99,10 @@ def test_a_value_out_of_range_is_named_by_its_key(fails, tmp_path, overrides, sa
     assert said in fails(f"{SHORT} {overrides}")
 
 
+def test_a_model_that_other_keys_follow_has_to_be_named(fails):
+    assert fails("experiment=qlora data.train=afile") == "error: model.name is not given: add model.name=VALUE\n"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -119,6 +128,34 @@ def test_a_sweep_with_too_many_overrides_for_a_folder_name_can_count_instead(fai
     assert len(list((tmp_path / "runs" / "run").glob("[01]/last.ckpt"))) == 2
 
 
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(train, fails, tmp_path, monkeypatch):
+    def half(trainer, path):
+        path.write_bytes(b"half")
+        full_disk()
+
+    train(f"{SHORT} trainer.log_every_n_steps=1")
+    run, on = tmp_path / "runs" / "run", f"{SHORT} resume=auto trainer.max_steps=5 trainer.log_every_n_steps=1"
+    before = (run / "last.ckpt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", half)
+        said = fails(on)
+    assert said.startswith(
+        f"error: no checkpoint can be written to {Path('runs/run/last.ckpt')}: No space left on device"
+    )
+    assert "the last one is untouched, and resume=auto goes on" in said
+    assert (run / "last.ckpt").read_bytes() == before and not list(run.glob(".*.tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableCSVLogger, "log_metrics", full_disk)
+        assert "the run's folder cannot be written: [Errno 28] No space left" in fails(on)
+        patch.setattr(Path, "mkdir", full_disk)
+        assert "the run folder cannot be made: No space left on device; choose another" in fails("run_dir=other")
+    train(on)
+
+
 def test_the_progress_bar_can_be_switched_off(train, tmp_path):
     train(f"{SHORT} trainer.enable_progress_bar=false trainer.log_every_n_steps=0")
     assert (tmp_path / "runs" / "run" / "last.ckpt").is_file()
@@ -134,6 +171,7 @@ def test_the_progress_bar_can_be_switched_off(train, tmp_path):
         (["run.ckpt", "data=topics"], "the model cannot run on these data, shape [64, 128]"),
         (["run.ckpt", "data=digits", "--device", "foo"], "--device foo: "),
         (["run.ckpt", "data=digits", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder "),
+        (["run.ckpt", "data=digits", "--json", "runs"], "--json runs cannot be written: Is a directory"),
     ],
 )
 def test_evaluate_says_what_is_wrong(train, tmp_path, arguments, said, capsys):

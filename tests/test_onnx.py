@@ -10,7 +10,7 @@ from torch import nn
 
 import qat
 from qat.errors import ArtifactError
-from qat.formats import onnx, onnx_graph, onnx_parts, onnx_weights
+from qat.formats import onnx, onnx_parts, onnx_trace, onnx_weights
 from qat.models import build
 from qat.numerics import QuantizedTensor, scale_shape
 from qat.quantized_model import QuantizedLayer, from_model, to_model
@@ -467,12 +467,12 @@ def test_mutants_are_noticed(tmp_path, part, change, message):
 @pytest.mark.clients
 def test_a_graph_that_computes_something_else_is_noticed(tmp_path, monkeypatch):
     clients()
-    right = onnx_graph.Exported.forward
+    right = onnx_trace.Exported.forward
 
     def forward(self, x):
         return right(self, x) * 1.1
 
-    monkeypatch.setattr(onnx_graph.Exported, "forward", forward)
+    monkeypatch.setattr(onnx_trace.Exported, "forward", forward)
     onnx.write(net(), tmp_path, Net())
     with pytest.raises(ArtifactError, match="outputs of"):
         onnx.verify(tmp_path, net(), Net())

@@ -102,6 +102,14 @@ def test_images_stopped_by_sigterm(tmp_path):
     check(tmp_path, SMALL_IMAGES, [(53, "on_train_batch_start")], "SIGTERM", 128 + 15)
 
 
+@pytest.mark.parametrize(("step", "said"), [(5, "nothing was saved yet"), (15, "add resume=auto to go on from")])
+def test_ctrl_c_says_what_is_left(tmp_path, step, said):
+    (tmp_path / "killer.py").write_text(KILLER)
+    more = f"+callbacks.killer={{_target_:killer.Killer,step:{step},hook:on_train_batch_end,how:SIGINT}}"
+    run = train(tmp_path, f"{SMALL_IMAGES} name=stopped {more}")
+    assert run.returncode == 1 and f"interrupted at step {step}: {said}" in run.stdout and "Traceback" not in run.stderr
+
+
 def test_images_stopped_by_sigterm_during_validation(tmp_path):
     """It ends first; the step before it is then saved."""
     check(tmp_path, f"{SMALL_IMAGES} data.eval_batch_size=50", [(44, "on_validation_batch_start")], "SIGTERM", 143, 0)

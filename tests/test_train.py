@@ -132,6 +132,22 @@ def test_a_model_of_transformers_trains_in_training_mode(train, tmp_path, recwar
     assert qat.quantized_tensors(read_checkpoint(tmp_path / "runs" / "run" / "last.ckpt").build())
 
 
+def test_a_model_in_any_format_is_measured(train, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    train(f"{DIGITS} policy=conv_w4a4 trainer.max_epochs=1")
+    run = tmp_path / "runs" / "run"
+    assert convert_command.main([str(run / "last.ckpt"), "--to", "onnx", "--out", str(run / "onnx")]) == 0
+    results = []
+    for path in (run / "last.ckpt", run / "onnx", run / "onnx" / "model.onnx"):
+        capsys.readouterr()
+        evaluate_command.main([str(path), "data=digits"])
+        results.append(capsys.readouterr().out)
+    assert results[0] == results[1] == results[2] and "accuracy" in results[0]
+    with pytest.raises(SystemExit):
+        evaluate_command.main([str(run), "data=digits"])
+    assert f"of a run's folder, give {run / 'last.ckpt'}" in capsys.readouterr().err
+
+
 def test_a_model_of_the_users_own(train, tmp_path, monkeypatch, capsys):
     """Its checkpoint cannot name its architecture: what convert has to be told is printed; evaluate takes it too."""
     (tmp_path / "their_nets.py").write_text(

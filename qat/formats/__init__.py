@@ -21,6 +21,7 @@ FORMATS = {
     "onnx": "onnx",
     "executorch": "executorch",
 }
+OF_A_RUN = ("artifact", "last.ckpt")  # what python -m qat.train and our commands put into its folder
 SUFFIXES = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
 METHODS = {"qat": "native"} | {name: name for name in ("compressed-tensors", "gptq", "awq", "bitsandbytes", "torchao")}
 
@@ -53,5 +54,8 @@ def read(path: Path):
     """
     name = format_of(path)
     if name is None:
-        raise ArtifactError(f"{path} is no model in a format that can be read: {', '.join(FORMATS)}")
+        if not path.exists():
+            raise ArtifactError(f"there is nothing at {path}")
+        run = next((f": of a run's folder, give {path / part}" for part in OF_A_RUN if (path / part).exists()), "")
+        raise ArtifactError(f"{path} is no model in a format that can be read, {', '.join(FORMATS)}{run}")
     return module(name).read(path)

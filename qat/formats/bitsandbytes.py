@@ -71,7 +71,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
             shards.add(f"{name}.weight.nested_quant_map", nested.levels.clone())
         else:
             shards.add(f"{name}.weight.absmax", grid(tensor, shape[1] // size)[0].flatten())
-        shards.add(f"{name}.weight.quant_map", torch.tensor(NF4))
+        shards.add(f"{name}.weight.quant_map", torch.tensor(NF4, dtype=torch.float32))
         shards.add(f"{name}.{STATE}nf4", torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8))
     shards.close()
     description = {
@@ -144,7 +144,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     except ImportError:
         return [*rows, (METHOD, "not installed: pip install bitsandbytes accelerate transformers")]
     _, _, stored = hf.read_folder(folder, METHOD)
-    levels = torch.tensor(NF4)
+    levels = torch.tensor(NF4, dtype=torch.float32)
 
     def one(name: str) -> tuple[Tensor, Tensor]:
         packed = stored[f"{name}.weight"]
@@ -194,7 +194,7 @@ def _layer(stored: StoredTensors, name: str, kind: str, state: dict[str, Any]) -
     stored_bytes = math.prod(packed) * DTYPES[storage].itemsize
     if math.prod(absmax) * size != math.prod(shape) or stored_bytes * 2 != math.prod(shape):
         raise ValueError(f"{stored_bytes} bytes and {math.prod(absmax)} scales do not make {shape} in blocks of {size}")
-    if stored[f"{name}.weight.quant_map"].tolist() != list(torch.tensor(NF4).tolist()):
+    if stored[f"{name}.weight.quant_map"].tolist() != list(torch.tensor(NF4, dtype=torch.float32).tolist()):
         raise ValueError("its quant_map holds other levels than NF4's, which runtimes ignore")
     if state.get("nested_blocksize", BLOCK) != BLOCK:
         raise ValueError(
@@ -214,7 +214,7 @@ def _nested(stored: StoredTensors, name: str, state: dict[str, Any]) -> NestedSc
         stored[f"{name}.weight.{part}"] for part in ("absmax", "nested_absmax", "nested_quant_map")
     )
     rows = state["shape"][0]
-    return NestedScale(codes.view(rows, -1), factor, torch.tensor(state["nested_offset"]), levels)
+    return NestedScale(codes.view(rows, -1), factor, torch.tensor(state["nested_offset"], dtype=torch.float32), levels)
 
 
 def _stays_nested(layer: QuantizedLayer, size: int) -> bool:

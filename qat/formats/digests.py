@@ -53,7 +53,7 @@ class Digests:
         """
         try:
             for (name, expected), found in zip(self._files.items(), self._found, strict=True):
-                if found.result() != expected["sha256"]:
+                if found.result() != expected.get("sha256"):
                     raise ArtifactError(
                         f"{self._folder / name} is damaged (its SHA-256 does not match): copy it again or convert again"
                     )

@@ -35,7 +35,7 @@ from .executorch_program import lower, lowered_layer, quantized_weights
 from .integer_linears import EMBEDDING_FORMATS, exact, other_grid, refuse
 from .model_card import write_card
 from .onnx import example_input
-from .onnx_graph import LogitsOnly
+from .onnx_trace import LogitsOnly
 
 METHOD = "ExecuTorch"
 FILE = "model.pte"

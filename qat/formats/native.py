@@ -38,6 +38,7 @@ from .shards import ShardWriter
 from .stored_tensors import Selected, StoredTensors
 
 VERSION = 1
+NOT_OURS = (LookupError, TypeError, ValueError, AttributeError)  # what a config of other keys and kinds ends in
 METHOD = "qat"
 CONFIG = "config.json"
 SHARD_BYTES = 2**29  # files are checked side by side
@@ -128,13 +129,19 @@ def _opened(path: Path, device: torch.device | str) -> tuple[QuantizedModel, Dig
         try:
             config = _parse(text, path)
             tensors = _open_files(path, config["quantization_config"]["files"])
+        except NOT_OURS as error:
+            raise ArtifactError(f"{path / CONFIG} is none that this package writes: {error!r}") from error
         except ArtifactError:
             if _config_text(path) == text:
                 raise
             continue  # a mixture of two artifacts, the second of which is just being put in place
         digests = Digests(path, config["quantization_config"]["files"])
         if _config_text(path) == text:  # so that both have opened the files that it describes
-            return _described(path, config, tensors, device), digests.start()
+            try:
+                return _described(path, config, tensors, device), digests.start()
+            except NOT_OURS as error:
+                digests.close()
+                raise ArtifactError(f"{path / CONFIG} is none that this package writes: {error!r}") from error
         digests.close()
     raise ArtifactError(f"{path} is being rewritten again and again: wait for its writer to finish")
 
@@ -188,6 +195,7 @@ def _described(
 ) -> QuantizedModel:
     description = config["quantization_config"]
     layers = {name: QuantizedLayer.from_dict(values) for name, values in description["layers"].items()}
+    _check_ties(layers, description["tied"], tensors)
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
@@ -196,15 +204,20 @@ def _described(
         if layer.has_activation_scale:
             inside |= {f"{name}.activation_quantizer.{part}" for part in ("scale", "zero_point")}
 
+    def tensor(name: str) -> Tensor:
+        if name not in tensors:
+            raise ArtifactError(f"{path} holds no tensor {name!r}: convert the checkpoint again")
+        return tensors[name]
+
     def stored(name: str) -> dict[str, Tensor]:
         spec = layers[name].weight
         double = spec.codebook is Codebook.nf4_double
         names = ["packed", *((f"scale_{part}" for part in PARTS) if double else ["scale"])]
         names += ["zero_point"] * (not spec.symmetric) + ["levels"] * (spec.codebook is Codebook.custom)
-        return {part: tensors[f"{name}.packed_weight.{part}"] for part in names}
+        return {part: tensor(f"{name}.packed_weight.{part}") for part in names}
 
     def quantized(name: str) -> QuantizedTensor:
-        layer, parts = layers[name], {part: tensor.to(device) for part, tensor in stored(name).items()}
+        layer, parts = layers[name], {part: value.to(device) for part, value in stored(name).items()}
         spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
         codes = unpack(parts["packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
         if spec.codebook is Codebook.nf4_double:
@@ -216,16 +229,29 @@ def _described(
         _architecture(config),
         layers,
         quantized,
-        lambda name: tensors[f"{name}.activation_quantizer.scale"],
+        lambda name: tensor(f"{name}.activation_quantizer.scale"),
         Selected(tensors, [name for name in tensors if name not in inside]),
         description["tied"],
         f"the artifact {path}",
         description.get("example"),
         path,
-        activation_zero_point=lambda name: tensors[f"{name}.activation_quantizer.zero_point"],
+        activation_zero_point=lambda name: tensor(f"{name}.activation_quantizer.zero_point"),
         stored=stored,
         device=device,
     )
+
+
+def _check_ties(layers: dict[str, QuantizedLayer], tied: dict[str, str], tensors: StoredTensors) -> None:
+    """Raise KeyError where a layer or a tensor shares what is not there: the layer that owns a weight comes first."""
+    owners = set()
+    for name, layer in layers.items():
+        if layer.tied is None:
+            owners.add(name)
+        elif layer.tied not in owners:
+            raise KeyError(layer.tied)
+    for owner in tied.values():
+        if owner not in tensors:
+            raise KeyError(owner)
 
 
 def _architecture_entries(architecture: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""ONNX: one graph for onnxruntime, OpenVINO and their kin, with the trained codes and scales in it (``onnx_graph``).
+"""ONNX: one graph for onnxruntime, OpenVINO and their kin, with the trained codes and scales in it (``onnx_trace``,
+``onnx_graph``).
 
 ``model.onnx`` (with ``model.onnx.data`` beside it where it is large) maps a batch of inputs to the outputs in float32.
 Its metadata key "qat" says, as JSON, what the layers are and under which name each other tensor lies: torch's exporter
@@ -27,7 +28,8 @@ from . import onnx_client
 from .companions import copy_companions
 from .integer_linears import ROUNDS, other_grid, refuse
 from .model_card import write_card
-from .onnx_graph import export, fill, insert_quantized, strip_traces
+from .onnx_graph import fill, insert_quantized, strip_traces
+from .onnx_trace import export
 from .onnx_weights import decode
 
 FILE = "model.onnx"

@@ -1,7 +1,6 @@
-"""A frozen model as an ONNX graph, its quantized layers first as placeholders and then as the nodes that run them.
+"""A frozen model as an ONNX graph: values and nodes in place of the placeholders that ``onnx_trace`` left.
 
-torch's exporter sees each quantized weight and activation as one node of the domain "qat", which carries the layer's
-name and no data; ``insert_quantized`` puts in its place (opset 21; ``onnx_weights`` has the layouts)
+In the place of one ``insert_quantized`` puts (opset 21; ``onnx_weights`` has the layouts)
 
     a Linear's product   com.microsoft MatMulNBits
     an Embedding's rows  com.microsoft GatherBlockQuantized
@@ -18,133 +17,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ArtifactError
-from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
-from ..layers.conv_transpose import convolve
 from ..numerics import QuantizedTensor
-from ..outline import fake_
-from ..quantized_model import QuantizedLayer, QuantizedModel
-from . import huggingface as hf
+from ..quantized_model import QuantizedModel
+from .onnx_trace import NETWORK
 from .onnx_weights import (
     DEQUANTIZE_PARTS,
     MATMUL_PARTS,
     ROW_PARTS,
     dequantize_operands,
     dequantize_shapes,
-    in_blocks,
     matmul_block,
     matmul_operands,
     matmul_shapes,
     stored_bits,
 )
-
-OPSET = 21
-NETWORK = "network."  # where LogitsOnly holds it
-
-
-class Exported(nn.Module):
-    """A frozen layer whose quantized parts are placeholder nodes."""
-
-    def __init__(self, layer: FrozenLayer, name: str, entry: QuantizedLayer, multiply: bool) -> None:
-        super().__init__()
-        self.layer, self.name, self.entry, self.multiply = layer, name, entry, multiply
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x as the layer does."""
-        layer = self.layer
-        if isinstance(layer, FrozenEmbedding):
-            if self.multiply:
-                return self._placeholder("embedding", x, (*x.shape, self.entry.shape[1]))
-            return F.embedding(x, self._placeholder("weight", x, self.entry.shape))
-        if self.entry.activation is not None:
-            x = self._placeholder("activation", x, x.shape)
-        if self.multiply:
-            y = self._placeholder("linear", x, (*x.shape[:-1], self.entry.shape[0]))
-            return y if layer.bias is None else y + layer.bias
-        weight = matrix(layer) if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
-        if isinstance(layer, FrozenLinear):
-            y, bias = F.linear(x, weight), layer.bias
-        else:
-            transposed = isinstance(layer, FrozenConvTranspose)
-            y = convolve(layer, x, weight, None) if transposed else layer._conv_forward(x, weight, None)
-            bias = None if layer.bias is None else layer.bias.view(-1, *[1] * len(layer.kernel_size))
-        # A node of its own: inside Conv and Gemm, onnxruntime rounds it to the product of the two scales.
-        return y if bias is None else y + bias
-
-    def _placeholder(self, kind: str, x: Tensor, shape: Any) -> Tensor:
-        attributes = {"layer": self.name}
-        return torch.onnx.ops.symbolic(f"qat::{kind}", (x,), attributes, dtype=torch.float32, shape=tuple(shape))
-
-
-class LogitsOnly(nn.Module):
-    """Gives the logits of a language model, without a cache."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.options = {"use_cache": False} if hasattr(network, "config") else {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, or what another network returns."""
-        output = self.network(x, **self.options)
-        return getattr(output, "logits", output)
-
-
-def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> tuple[Any, dict[str, Any]]:
-    """Return an ``onnx_ir.Model`` of a frozen network, with placeholders for quantized layers; and its open values.
-
-    Args:
-        network: an outline in float32 (``qat.quantized_model.outline``), which is changed.
-        model: what it outlines.
-        example: an input.
-        qdq: whether the weights of linear layers are dequantized and then multiplied.
-
-    Returns:
-        The model, and {name of a parameter or buffer in ``network``: its value in the graph, without a tensor}.
-
-    Raises:
-        ArtifactError: torch cannot export it, or only for the example's own batch or length.
-    """
-    tokens = example.dtype == torch.int64
-    axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
-    wrapped, exported = LogitsOnly(network).eval(), {}
-    for name, layer in frozen_layers(network):
-        entry = model.layers[name]
-        exported[layer] = Exported(layer, name, entry, not qdq and in_blocks(entry))
-    for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
-        if layer in exported:
-            wrapped.set_submodule(name, exported[layer])
-    if hf.fused_experts(model):
-        network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
-    fake_(wrapped)
-    names = {"input_names": ["input_ids" if tokens else "input"], "output_names": ["logits" if tokens else "output"]}
-    try:
-        program = torch.onnx.export(
-            wrapped,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=(axes,),
-            optimize=False,
-            verbose=False,
-            **names,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        sizes = " and ".join(axes.values())
-        raise ArtifactError(f"torch cannot export {model.source} to ONNX for any {sizes} size: {reason}") from error
-    graph = program.model.graph
-    unfilled = {name: value for name, value in graph.initializers.items() if _is_fake(value.const_value)}
-    for name, value in unfilled.items():  # as an input, nothing is made of its values
-        del graph.initializers[name]
-        value.const_value = None
-        graph.inputs.append(value)
-    program.optimize()
-    del graph.inputs[1:]
-    return program.model, {name.removeprefix(NETWORK): value for name, value in unfilled.items() if value.uses()}
 
 
 def fill(ir_model: Any, values: dict[str, Any], model: QuantizedModel) -> tuple[dict[str, str], dict[str, Any]]:
@@ -202,10 +91,6 @@ def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
         raise ArtifactError(f"the forward does not reach {names}: remove these layers, or leave them in full precision")
     graph.opset_imports.pop("qat", None)
     graph.opset_imports["com.microsoft"] = 1
-
-
-def _is_fake(tensor: Any) -> bool:
-    return isinstance(getattr(tensor, "raw", None), torch._subclasses.FakeTensor)
 
 
 def _exported_name(name: str, model: QuantizedModel) -> str:

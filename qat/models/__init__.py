@@ -28,13 +28,15 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     Raises:
         ModelError: an unknown builder, key, argument or transformers class.
     """
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("args") or {}, dict):
+        raise ModelError(f"{architecture!r:.80} is no architecture: give {{'builder': NAME, 'args': {{...}}}}")
     if set(architecture) == {"transformers"}:
         return _build_transformers(architecture["transformers"])
     for key in architecture:
         if key not in ("builder", "args"):
             raise ModelError(f"unknown key {key!r} in the architecture{did_you_mean(key, ('builder', 'args'))}")
     name, args = architecture.get("builder"), dict(architecture.get("args") or {})
-    if name not in BUILDERS:
+    if not isinstance(name, str) or name not in BUILDERS:
         raise ModelError(f"unknown model builder {name!r}{did_you_mean(str(name), BUILDERS)}")
     known = signature(BUILDERS[name]).parameters
     for key in args:
@@ -43,7 +45,8 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     for key, instead in wrong_types(BUILDERS[name], args):
         raise ModelError(f"model.args.{key}={args[key]!r}: give {instead}")
     for key, value in args.items():
-        if isinstance(known[key].default, int) and value < 1 and not isinstance(value, bool):  # sizes, all of them
+        positive = isinstance(value, int | float) and value >= 1
+        if isinstance(known[key].default, int) and not isinstance(value, bool) and not positive:  # sizes, all of them
             raise ModelError(f"model.args.{key}={value}: give 1 or more")
     model = BUILDERS[name](**args)
     model.architecture = {"builder": name, "args": args}

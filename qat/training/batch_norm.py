@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from ..errors import TrainingError
+from .own_data import training_batches
 from .tasks import Task
 
 
@@ -36,7 +37,7 @@ class BatchNormEstimate(Callback):
         """Measure, where there is anything to measure."""
         if not any(isinstance(module, _BatchNorm) for module in task.model.modules()):
             return
-        loader = trainer.datamodule.train_loader(task.device)
+        loader = training_batches(trainer.datamodule, task.device)
         inputs = (batch[0] for batch in islice(loader, self.batches))
         with trainer.strategy.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             update_bn(inputs, task)

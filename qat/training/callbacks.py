@@ -27,6 +27,7 @@ from ..reach import check
 from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
 from .metrics import cross_entropy, logits_of, run
+from .own_data import training_batches
 from .tasks import Task
 
 
@@ -50,7 +51,7 @@ class Calibration(Callback):
         waiting = [quantizer for quantizer in activation_quantizers(task.model) if not quantizer.is_initialised]
         if not waiting and not weights_wait(task.model):
             return
-        loader = trainer.datamodule.train_loader(task.device, trainer.global_rank, trainer.world_size)
+        loader = training_batches(trainer.datamodule, task.device, trainer.global_rank, trainer.world_size)
         batches = ((inputs,) for inputs, _ in islice(loader, self.batches))
         with trainer.strategy.precision_plugin.forward_context():
             calibrate(task.model, batches, lambda _, batch: task(*batch), self.options, rank_zero_only.rank == 0)
@@ -89,7 +90,8 @@ class MemoryEstimate(Callback):
 
     def on_fit_start(self, trainer: Trainer, task: Task) -> None:
         """Estimate it from the first batch."""
-        batch = next(iter(trainer.datamodule.train_loader(task.device, trainer.global_rank, trainer.world_size)))
+        loader = training_batches(trainer.datamodule, task.device, trainer.global_rank, trainer.world_size)
+        batch = next(iter(loader))
         forward = trainer.strategy.precision_plugin.forward_context
 
         def loss(model: torch.nn.Module, batch: Any) -> Tensor:

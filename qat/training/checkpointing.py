@@ -114,9 +114,18 @@ class Checkpoints(Checkpoint):
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Save beside the path, then rename: Lightning's own save may copy across file systems, which a kill can cut."""
+    """Save beside the path, then rename: Lightning's own save may copy across file systems, which a kill can cut.
+
+    Raises:
+        TrainingError: the disk is full or read-only; what stood there is unchanged.
+    """
     new = path.with_name(f".{path.name}.tmp")
-    trainer.save_checkpoint(new)
+    try:
+        trainer.save_checkpoint(new)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        left = "; the last one is untouched, and resume=auto goes on from it" if path.exists() else ""
+        raise TrainingError(f"no checkpoint can be written to {path}: {error.strerror or error}{left}") from error
     if trainer.is_global_zero:
         os.replace(new, path)
     trainer.strategy.barrier("checkpoint renamed")

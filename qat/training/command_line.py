@@ -12,14 +12,26 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from ..errors import QATError, did_you_mean
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing that the code could have done
 FULL_ERROR = "HYDRA_FULL_ERROR"
 TRACEBACK_WANTED = os.environ.get(FULL_ERROR) == "1"
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended in an error, which has been printed; Hydra keeps this until the other jobs are done."""
 
 
 def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
@@ -33,11 +45,17 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     os.environ[FULL_ERROR] = "1"  # Hydra then raises, where it would print text of its own; run_job takes it back
     try:
         hydra_main()
+    except JobFailed as error:
+        fail(f"a job of the sweep failed: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, sys.argv[1:]))
+    except BrokenPipeError:  # of --help or --cfg job into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
         fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
-        fail(f"the run folder {error.filename} cannot be made: {error.strerror}; choose another with {fix}")
+        which = "" if error.filename is None else f" {error.filename}"  # a write to a full disk names no file
+        fail(f"the run folder{which} cannot be made: {error.strerror}; choose another with {fix}")
     except ValueError as error:
         nulls = [word for word in sys.argv[1:] if word.endswith("=null")]
         if not nulls or "Config group override" not in str(error):
@@ -46,17 +64,27 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
-    """Import a job and run it; an error raised on purpose ends in one line ``error: ...`` and exit status 1."""
+    """Import a job and run it; an error raised on purpose ends in one line ``error: ...`` and exit status 1.
+
+    Of a sweep, the other jobs run before it exits.
+    """
     if TRACEBACK_WANTED:
         getattr(import_module(module), function)(config)
         return
-    os.environ.pop(FULL_ERROR, None)
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    if not sweeps:
+        os.environ.pop(FULL_ERROR, None)
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
         getattr(import_module(module), function)(config)
-    except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
+    except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, HydraException) and error.errno not in DISK:
+            raise
+        if not sweeps:
+            fail(explain(error))
+        print(f"error: {explain(error)}", file=sys.stderr)
+        raise JobFailed(explain(error)) from None
 
 
 def fail(message: str) -> NoReturn:
@@ -70,9 +98,13 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     text = str(error)
     if isinstance(error, QATError):
         return text
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"the run's folder cannot be written: {text}; resume=auto goes on from its last checkpoint"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group}={name}{did_you_mean(name, error.options)}"
+    if isinstance(error, InterpolationToMissingValueError) and (match := re.search(r"value: (\S+)", text)):
+        return f"{match[1]} is not given: add {match[1]}=VALUE"
     if isinstance(error, MissingMandatoryValue):
         key = text.rsplit(" ", 1)[-1] if error.full_key is None else error.full_key
         return f"{key} is not given: add {key}=VALUE"

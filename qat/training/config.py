@@ -19,7 +19,8 @@ class TrainConfig:
 
     Args:
         model: an architecture for ``qat.models.build``, or a ``_target_`` of the user's own.
-        data, task, optim, trainer: what is instantiated.
+        data, task, optim, trainer: what is instantiated; of data, a module of ours or any LightningDataModule whose
+            batches are (inputs, targets).
         policy: a QuantPolicy.
         logger: a ``_target_``, or empty for none.
         adapter: what trains in place of the weights: a ``_target_`` such as ``qat.lora.lora``; empty for none.

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
 
 from ..errors import DataError
 from .image_data import ImageData
 from .instruction_data import InstructionData, require_apart
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, run
-from .text_data import TextData
+from .own_data import test_batches
 
-Data = ImageData | TextData | InstructionData
-METRICS = {ImageData: ClassificationMetrics, TextData: LanguageMetrics, InstructionData: LanguageMetrics}
+ONLY_LANGUAGE = "only language models are compared with a reference: leave it out"
 
 
 def evaluate(
     model: nn.Module,
-    data: Data,
+    data: LightningDataModule,
     device: torch.device | str = "cpu",
     reference: nn.Module | None = None,
 ) -> dict[str, float]:
@@ -25,20 +25,18 @@ def evaluate(
 
     Args:
         model: from inputs to logits; it is moved to the device, and its mode is restored.
-        data: a data module of ours; its test part is used.
+        data: a data module of ours, whose test part is used, or of the user's own, set up, whose validation part is.
         device: where to run.
         reference: a language model to compare with, such as the one before quantization: adds ``kl`` and ``agreement``
             (see LanguageMetrics). Moved to the device, and left in eval mode.
 
     Raises:
-        DataError: another kind of data, or data that do not fit the model; a reference for images; or a model that
-            does not keep packed examples apart.
+        DataError: there are none, or they do not fit the model; a reference for images; or a model that does not keep
+            packed examples apart.
     """
-    if type(data) not in METRICS:
-        raise DataError(f"cannot evaluate on {type(data).__name__}: give ImageData, TextData or InstructionData")
-    if reference is not None and METRICS[type(data)] is not LanguageMetrics:
-        raise DataError("only language models are compared with a reference: leave it out")
-    metrics = (METRICS[type(data)]() if reference is None else LanguageMetrics(compared=True)).to(device)
+    if reference is not None and isinstance(data, ImageData):
+        raise DataError(ONLY_LANGUAGE)
+    metrics: ClassificationMetrics | LanguageMetrics | None = None
     training = model.training
     model.to(device).eval()
     if reference is not None:
@@ -46,11 +44,23 @@ def evaluate(
     if isinstance(data, InstructionData) and data.pack:
         require_apart(model, device)
     with torch.inference_mode():
-        for index, (inputs, targets) in enumerate(data.test_loader(device)):
-            logits = logits_of(run(model, inputs)) if index else first_logits(model, inputs)
-            if not index:
+        for inputs, targets in test_batches(data, device):
+            logits = first_logits(model, inputs) if metrics is None else logits_of(run(model, inputs))
+            if metrics is None:
                 check_targets(logits, targets)
+                metrics = _metrics(logits, reference is not None).to(device)
             more = () if reference is None else (logits_of(run(reference, inputs)),)
             metrics.update(logits, targets, *more)
     model.train(training)
+    if metrics is None:
+        raise DataError(f"{type(data).__name__} has no batch to measure on")
     return {name: value.item() for name, value in metrics.compute().items()}
+
+
+def _metrics(logits: Tensor, compared: bool) -> ClassificationMetrics | LanguageMetrics:
+    """Return what measures logits (B, C), or those of a language model, (B, T, C)."""
+    if logits.dim() > 2:
+        return LanguageMetrics(compared)
+    if compared:
+        raise DataError(ONLY_LANGUAGE)
+    return ClassificationMetrics()

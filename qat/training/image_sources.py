@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError, did_you_mean
+
+MODES = {mode: mode for mode in ("L", "RGB", "RGBA")} | {"1": "L", "P": "RGB", "LA": "L"}  # Pillow's, and what is read
 
 
 class Images(NamedTuple):
@@ -61,8 +63,11 @@ def split(images: Images, test_fraction: float) -> tuple[Images, Images]:
 def read_parquet(path: str | None, name: str) -> Images:
     """Read images with the columns img or image {bytes, path}, and label, of one size.
 
+    Palettes are looked up, for their colours; bits are black and white.
+
     Raises:
-        DataError: no path, nothing there, a damaged file or image, other columns, or images of several sizes.
+        DataError: no path, nothing there, a damaged file or image, other columns, a label that is no class, images of
+            several sizes or of more than 8 bits, or none at all.
     """
     files = _parquet_files(path, name)
     try:
@@ -79,18 +84,40 @@ def read_parquet(path: str | None, name: str) -> Images:
             table = parquet.read_table(file, columns=[image, label])
         except (ArrowException, OSError) as error:
             raise DataError(f"{file} is no parquet file, or damaged: {str(error).splitlines()[0]}") from None
-        labels += table[label].to_pylist()
-        encoded += [row["bytes"] for row in table[image].to_pylist()]
+        labels += _classes(table[label].to_pylist(), label, file)
+        encoded += _encoded(table[image].to_pylist(), image, file)
+
+    def decode(data: bytes) -> np.ndarray:
+        opened = Image.open(io.BytesIO(data))
+        if opened.mode not in MODES:
+            raise DataError(f"an image in {path} has pixels of the kind {opened.mode}: give 8 bits, grey or RGB")
+        return np.asarray(opened.convert(MODES[opened.mode]))
+
     try:
         with ThreadPoolExecutor() as threads:
-            pixels = list(threads.map(lambda data: np.asarray(Image.open(io.BytesIO(data))), encoded, chunksize=256))
+            pixels = list(threads.map(decode, encoded, chunksize=256))
     except OSError as error:  # of which Pillow's own is one
         raise DataError(f"an image in {path} cannot be decoded: {error}") from None
+    if not pixels:
+        raise DataError(f"data.{name}={path} holds no image")
     if len({array.shape for array in pixels}) != 1:
         raise DataError(f"the images in {path} differ in size or channels: resize them to one size first")
     stacked = torch.from_numpy(np.stack(pixels))
     stacked = stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
     return Images(stacked.contiguous(), torch.tensor(labels))
+
+
+def _classes(labels: list[Any], column: str, file: Path) -> list[int]:
+    for label in labels:
+        if not isinstance(label, int) or label < 0:
+            raise DataError(f"{file} has {label!r} in its column {column!r}: classes are whole numbers from 0")
+    return labels
+
+
+def _encoded(rows: list[Any], column: str, file: Path) -> list[bytes]:
+    if not all(isinstance(row, dict) and isinstance(row.get("bytes"), bytes) for row in rows):
+        raise DataError(f"{file} has no encoded image in some row of its column {column!r}: give {{bytes, path}}")
+    return [row["bytes"] for row in rows]
 
 
 def _parquet_files(path: str | None, name: str) -> list[Path]:

@@ -50,7 +50,7 @@ class InstructionData(InMemoryData):
     """Training and validation examples.
 
     Args:
-        train: a JSONL file, or a JSON file that is one list.
+        train: a JSONL file, or a JSON file that is one list. None where only validation examples are read.
         tokenizer: the name or path of a Hugging Face tokenizer; its chat template is used if it has one.
         seq_len: tokens of a row.
         batch_size: rows of a training step, on each device.
@@ -67,7 +67,7 @@ class InstructionData(InMemoryData):
 
     def __init__(
         self,
-        train: str,
+        train: str | None,
         tokenizer: str,
         seq_len: int,
         batch_size: int,
@@ -89,7 +89,9 @@ class InstructionData(InMemoryData):
             found = (encode(line, self.tokenizer, completion_only, where) for where, line in read_lines(path))
             return fitting(list(found), seq_len, path)
 
-        examples = read(train)
+        if train is None and val is None:
+            raise DataError("data=instructions needs data.train or data.val")
+        examples = [] if train is None else read(train)
         if val is None:
             cut = len(examples) - max(1, round(len(examples) * val_fraction))
             examples, held_out = examples[:cut], examples[cut:]
@@ -97,8 +99,11 @@ class InstructionData(InMemoryData):
             held_out = read(val)
         self.train_rows = pack_rows(examples, seq_len, pack)
         self.val_rows = pack_rows(held_out, seq_len, pack)
-        self.largest = max((max(tokens, default=0) for tokens, _ in examples), default=0)
-        for name, rows, least in (("training", self.train_rows, batch_size), ("validation", self.val_rows, 1)):
+        self.largest = max((max(tokens, default=0) for tokens, _ in examples or held_out), default=0)
+        for name, rows, least in (
+            ("training", self.train_rows, 0 if train is None else batch_size),
+            ("validation", self.val_rows, 1),
+        ):
             if len(rows[0]) < least:
                 raise DataError(f"the {name} examples fill {len(rows[0])} rows of data.seq_len={seq_len}, not {least}")
 
@@ -108,6 +113,8 @@ class InstructionData(InMemoryData):
 
     def train_loader(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> Loader:
         """Return shuffled batches of rows on a device."""
+        if not len(self.train_rows[0]):
+            raise DataError("there are no training examples: give data.train")
         rows = PackedRows(*self.train_rows, device)
         return Loader(rows, self.batch_size, EpochSampler(len(rows), self.seed, rank, world_size))
 

@@ -53,6 +53,18 @@ def first_logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor
         ) from error
 
 
+def pair(batch: Any) -> tuple[Any, Tensor]:
+    """Return a batch's inputs and targets.
+
+    Raises:
+        DataError: it is not these two.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        what = f"{len(batch)} parts" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+        raise DataError(f"a batch of the data is {what}: give (inputs, targets)")
+    return tuple(batch)
+
+
 def check_targets(logits: Tensor, targets: Tensor) -> None:
     """Compare targets (...) with logits (..., C), with one transfer from the device.
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..quantizers import ActivationPACT, LearnedStepSize
+from .in_memory_data import InMemoryData
 
 
 class Schedule(StrEnum):
@@ -54,11 +55,14 @@ def parameter_groups(model: nn.Module, lr: float, step_size_lr_scale: float) -> 
 def total_steps(trainer: Trainer) -> float:
     """Return the optimizer steps of the whole run; infinity where nothing ends it.
 
-    Lightning's own estimate would set up the data loader before a checkpoint's position in it is read.
+    Lightning's own estimate would set up our data loader before a checkpoint's position in it is read.
 
     Raises:
         TrainingError: validation would come after more batches than an epoch has.
     """
+    if not isinstance(trainer.datamodule, InMemoryData):
+        steps = trainer.estimated_stepping_batches
+        return math.inf if steps == -1 else steps  # -1: an endless loader
     batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     every = trainer.val_check_interval

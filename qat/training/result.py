@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from ..errors import DataError
 RESULT = "result.json"
 
 
-def write_result(run_dir: Path, metrics: dict[str, float], size: tuple[float, int] | None) -> None:
-    """Write the metrics of the final weights and, where a whole model was trained, its bits per weight and bytes."""
-    values: dict[str, Any] = {"metrics": metrics}
+def write_result(
+    run_dir: Path, overrides: Sequence[str], metrics: dict[str, float], size: tuple[float, int] | None
+) -> None:
+    """Write a run's overrides, the metrics of its final weights and, of a whole model, its bits per weight and bytes.
+
+    Hydra's own file of the overrides is written anew by every command for the folder, also by one that is refused.
+    """
+    values: dict[str, Any] = {"overrides": list(overrides), "metrics": metrics}
     if size is not None:
         values |= {"bits_per_weight": size[0], "bytes": size[1]}
     new = run_dir / f".{RESULT}.tmp"
@@ -38,6 +44,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text())
-        return {"bits_per_weight": None, "bytes": None, **values, "metrics": dict(values["metrics"])}
-    except (ValueError, KeyError, TypeError):
+        overrides = [str(word) for word in values.get("overrides", ())]
+        sizes = {"bits_per_weight": values.get("bits_per_weight"), "bytes": values.get("bytes")}
+        return {"overrides": overrides, "metrics": dict(values["metrics"]), **sizes}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path} is no result of python -m qat.train: run it again") from None

@@ -35,7 +35,9 @@ from ..starting import fill, take_codes
 from ..table import stored_size
 from .checkpointing import LAST, save_checkpoint
 from .evaluation import evaluate
+from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
+from .own_data import check_module
 from .result import remove_result, write_result
 from .tasks import Task
 from .tokenizer import keep_tokenizer
@@ -62,7 +64,6 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _check(config)
     run_dir = _run_dir(config)
-    rank_zero_only(remove_result)(run_dir)
     resume = _resume_from(config.resume, run_dir)
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
@@ -71,6 +72,7 @@ def train(config: DictConfig) -> dict[str, float]:
         torch.set_num_threads(config.threads)
     _quiet()
     data = make(config.data)
+    check_module(data)
     model = _model(config.model)
     codes = None if config.init_from is None or resume is not None else _start(model, config.init_from)
     if codes is not None and config.adapter:
@@ -85,7 +87,7 @@ def train(config: DictConfig) -> dict[str, float]:
         policy=policy,
         optimizer=instantiate(config.optim),
         teacher=_teachers(config.teacher),
-        example=data.example(),
+        example=data.example() if isinstance(data, InMemoryData) else None,
         compile_mode=config.compile_mode if config.compile else None,
         adapter=bool(config.adapter),
     )
@@ -100,15 +102,21 @@ def train(config: DictConfig) -> dict[str, float]:
     logger = make(config.logger) if config.logger else False
     trainer = make(config.trainer, logger=logger, callbacks=callbacks)
     checkpoint = run_dir / LAST
+    rank_zero_only(remove_result)(run_dir)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except SIGTERMException:
         rank_zero_only(print)(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
         sys.exit(128 + signal.SIGTERM)
+    except SystemExit:  # Lightning's own at Ctrl-C, of which it says nothing
+        on = "add resume=auto to go on from the last checkpoint" if checkpoint.exists() else "nothing was saved yet"
+        rank_zero_only(print)(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
+        raise
     if trainer.global_step == 0:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
-    rank_zero_only(write_result)(run_dir, metrics, None if config.adapter else stored_size(task.model))
+    overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
+    rank_zero_only(write_result)(run_dir, overrides, metrics, size)
     if config.adapter:
         _ship_adapter(run_dir, model, metrics)
     else:

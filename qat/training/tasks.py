@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -23,17 +21,18 @@ from ..spec import as_member
 from ..surgery import prepare
 from .chunked_loss import check_head, chunked_loss
 from .instruction_data import InstructionData, require_apart
+from .losses import mean_prediction, training_loss
 from .metrics import (
-    IGNORED,
     ClassificationMetrics,
     LanguageMetrics,
     check_targets,
-    cross_entropy,
     first_logits,
     logits_of,
+    pair,
     run,
 )
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
+from .own_data import example_of
 
 BLOCKS = "blocks"  # our own compile mode
 
@@ -124,7 +123,7 @@ class Task(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss of a batch."""
-        inputs, targets = batch
+        inputs, targets = pair(batch)
         share = torch.distributions.Beta(self.mixup, self.mixup).sample().item() if self.mixup else 1.0
         if share < 1:  # a shuffled batch in reverse order is a random partner for each example
             inputs = torch.lerp(inputs.flip(0), inputs, share)
@@ -142,7 +141,7 @@ class Task(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
-        inputs, targets = batch
+        inputs, targets = pair(batch)
         logits = self(inputs)
         self._check_targets(logits, targets)
         self.metrics.update(logits, targets)
@@ -158,6 +157,12 @@ class Task(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
         if not self.trainer.sanity_checking:
             self.measured_at = self.global_step
+
+    def setup(self, stage: str) -> None:
+        """Take an example from the user's own data, which does not say what its inputs are."""
+        data = self.trainer.datamodule
+        if self.example is None and data is not None:
+            self.example = example_of(data)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer, and the schedule that follows its steps."""
@@ -284,7 +289,7 @@ class CausalLanguageModel(Task):
         """Return the loss of a batch."""
         if self.loss_rows is None:
             return super().training_step(batch, batch_index)
-        inputs, targets = batch
+        inputs, targets = pair(batch)
         if not self._head_checked:
             check_head(self.model, inputs)
             self._head_checked = True
@@ -296,48 +301,3 @@ def check_compile_mode(name: str) -> None:
     modes = torch._inductor.list_mode_options()
     if name not in modes:
         raise TrainingError(f"compile_mode={name!r} is unknown{did_you_mean(name, [*modes, BLOCKS])}")
-
-
-def training_loss(
-    logits: Tensor,
-    targets: Tensor,
-    taught: Tensor | None,
-    share: float,
-    label_smoothing: float,
-    temperature: float,
-    teacher_share: float = 0.5,
-) -> Tensor:
-    """Return the loss of logits (..., C).
-
-    Args:
-        logits: the network's.
-        targets: (...); those of mixed examples count for ``share``, and their reverse for the rest.
-        taught: a teacher's logits, which then count for ``teacher_share``, and the targets for the rest.
-        share: 1 without mixtures.
-        label_smoothing, temperature, teacher_share: see ``Task``.
-    """
-    loss = cross_entropy(logits, targets, label_smoothing)
-    if share < 1:
-        loss = share * loss + (1 - share) * cross_entropy(logits, targets.flip(0), label_smoothing)
-    if taught is None:
-        return loss
-    return loss.lerp(soft_cross_entropy(logits, taught, targets, temperature), teacher_share)
-
-
-def mean_prediction(logits: Sequence[Tensor]) -> Tensor:
-    """Return logits (..., C) of the mean of the probabilities that several networks' logits (..., C) stand for."""
-    if len(logits) == 1:
-        return logits[0]
-    return torch.stack([each.float().log_softmax(-1) for each in logits]).logsumexp(0) - math.log(len(logits))
-
-
-def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean cross-entropy with the teacher's probabilities, for logits (..., C).
-
-    Both are softened by the temperature, whose square keeps the size of the gradients (arXiv:1503.02531, section 2.1).
-    Predictions whose target (...) is IGNORED do not count.
-    """
-    probabilities = (teacher_logits.flatten(0, -2).float() / temperature).softmax(-1)
-    losses = F.cross_entropy(logits.flatten(0, -2).float() / temperature, probabilities, reduction="none")
-    counted = targets.flatten() != IGNORED
-    return torch.where(counted, losses, 0).sum() / counted.sum() * temperature**2

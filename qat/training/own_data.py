@@ -1,0 +1,72 @@
+"""Data modules of ours and of the user's own, seen alike: what a run asks of either.
+
+One of the user's own is any ``LightningDataModule`` with a ``train_dataloader`` and a ``val_dataloader`` whose batches
+are (inputs, targets). Their order is its loaders' business, and a resumed run draws it anew; ours go on to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from ..errors import DataError
+from .in_memory_data import InMemoryData
+from .metrics import pair
+
+
+def check_module(data: Any) -> None:
+    """Raise DataError unless a run can read from it."""
+    name = type(data).__name__
+    if not isinstance(data, LightningDataModule):
+        raise DataError(f"data={name}: give a LightningDataModule, whose batches are (inputs, targets)")
+    for method in ("train_dataloader", "val_dataloader"):
+        if not is_overridden(method, data, LightningDataModule):
+            raise DataError(f"data={name} has no {method}: give it one, whose batches are (inputs, targets)")
+
+
+def open_module(data: Any) -> LightningDataModule:
+    """Return a data module that is ready to be read from, where no trainer sets it up.
+
+    Raises:
+        DataError: see ``check_module``.
+    """
+    check_module(data)
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def training_batches(
+    data: LightningDataModule, device: torch.device, rank: int = 0, world_size: int = 1
+) -> Iterable[Any]:
+    """Return training batches on a device, from a loader beside the one that trains; of ours, a rank's share."""
+    if isinstance(data, InMemoryData):
+        return data.train_loader(device, rank, world_size)
+    return _on_device(data.train_dataloader(), device)
+
+
+def test_batches(data: LightningDataModule, device: torch.device | str) -> Iterable[Any]:
+    """Return the batches that metrics are measured on, on a device: of the user's own data, those of validation."""
+    if isinstance(data, InMemoryData):
+        return data.test_loader(device)
+    return _on_device(data.val_dataloader(), device)
+
+
+def example_of(data: LightningDataModule) -> dict[str, Any] | None:
+    """Return shape (without batch), dtype and range of an input of the user's own data; None where it is no tensor."""
+    inputs, _ = next(iter(test_batches(data, "cpu")), (None, None))
+    if not isinstance(inputs, Tensor):
+        return None
+    dtype = "float32" if inputs.is_floating_point() else "int64"
+    return {"shape": list(inputs.shape[1:]), "dtype": dtype, "low": inputs.min().item(), "high": inputs.max().item()}
+
+
+def _on_device(loader: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
+    for batch in loader:
+        yield move_data_to_device(pair(batch), device)

@@ -1,0 +1,112 @@
+"""A user's own Lightning data module, from the command line to what ships, and a subclass of one of ours."""
+
+import json
+
+import pytest
+import torch
+
+from qat import convert as convert_command
+from qat import evaluate as evaluate_command
+from qat.checkpoint import read_checkpoint
+
+MODULES = """
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from qat.training.image_data import ImageData
+
+def pictures():
+    x = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return x, (x.mean((1, 2, 3)) > 0).long()
+
+class Pictures(LightningDataModule):
+    def setup(self, stage):
+        self.tensors = pictures()
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self.tensors), 16, shuffle=True)
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*self.tensors), 40)
+
+class WithIndex(Pictures):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self.tensors, self.tensors[1]), 16)
+
+class Endless(Pictures):
+    def train_dataloader(self):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return zip(*pictures())
+        return DataLoader(Stream(), 16)
+
+class NoValidation(LightningDataModule):
+    def train_dataloader(self):
+        return []
+
+class Digits(ImageData):
+    pass
+"""
+SHORT = "policy=conv_w4a4 model.args.width=4 trainer.accelerator=cpu"
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The words that choose a class of MODULES, whose configs lie in a folder of the user's."""
+    (tmp_path / "their_data.py").write_text(MODULES)
+    folder = tmp_path / "configs" / "data"
+    folder.mkdir(parents=True)
+    for name in ("Pictures", "WithIndex", "Endless", "NoValidation", "Nowhere"):
+        (folder / f"{name}.yaml").write_text(f"_target_: their_data.{name}\n")
+    (folder / "NoModule.yaml").write_text("_target_: builtins.dict\n")
+    (folder / "Digits.yaml").write_text(
+        "_target_: their_data.Digits\nsource: digits\nbatch_size: 32\nmean: [0.305]\nstd: [0.376]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda name: f"--config-dir {tmp_path / 'configs'} data={name} {SHORT}"
+
+
+def test_from_training_to_what_ships(own, train, tmp_path, capsys):
+    train(f"{own('Pictures')} callbacks=batch_norm trainer.max_epochs=8 trainer.log_every_n_steps=1")
+    assert "calibrated 5 activation step sizes" in capsys.readouterr().out
+    run = tmp_path / "runs" / "run"
+    example = read_checkpoint(run / "last.ckpt").example
+    assert example["shape"] == [1, 8, 8] and example["dtype"] == "float32" and example["low"] < -2
+    rates = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    last = [row[rates[0].index("lr")] for row in rates if row[rates[0].index("lr")]][-1]
+    assert float(last) < 0.001  # the cosine has come to its end: steps were counted
+
+    assert convert_command.main([str(run / "last.ckpt"), "--out", str(run / "artifact"), "--verify"]) == 0
+    measured = ["data=Pictures", "--config-dir", str(tmp_path / "configs"), "--json", str(tmp_path / "m.json")]
+    evaluate_command.main([str(run / "artifact"), *measured])
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    assert json.loads((tmp_path / "m.json").read_text()) == pytest.approx(metrics) and metrics["accuracy"] > 0.7
+
+
+def test_a_subclass_of_ours_is_measured_where_no_validation_ended_the_run(own, train, tmp_path):
+    train(f"{own('Digits')} trainer.max_steps=2")
+    assert (tmp_path / "runs" / "run" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("WithIndex", "", "a batch of the data is 3 parts: give (inputs, targets)"),
+        ("WithIndex", "policy=none", "a batch of the data is 3 parts: give (inputs, targets)"),
+        ("NoValidation", "", "data=NoValidation has no val_dataloader"),
+        ("NoModule", "", "data=dict: give a LightningDataModule"),
+        ("Endless", "", "a schedule needs an end"),
+        ("Nowhere", "", "data._target_=their_data.Nowhere cannot be found"),
+    ],
+)
+def test_what_cannot_be_read_from_is_one_line(own, fails, name, more, said):
+    assert said in fails(f"{own(name)} {more}")
+
+
+def test_an_endless_loader_ends_with_max_steps(own, train, tmp_path):
+    train(f"{own('Endless')} trainer.max_steps=3")
+    assert torch.load(tmp_path / "runs" / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_evaluate_names_a_config_folder_that_is_not_there(own, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_command.main(["x", "data=Pictures", "--config-dir", str(tmp_path / "nowhere")])
+    assert "there is no such folder" in capsys.readouterr().err
