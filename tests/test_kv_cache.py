@@ -153,4 +153,4 @@ def test_smollm2_diverges_by_less_than_its_rounded_weights_do(device, capsys):
         print(
             f"\nKL int4 {weights:.5f}, int8 cache {cache:.6f} nats; agreement {agreement:.4f}; tokens as without {same}"
         )
-    assert cache < 0.05 * weights and agreement > 0.95
+    assert cache < 0.05 * weights and agreement > 0.95 and min(same.values()) > 20
