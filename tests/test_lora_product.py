@@ -101,13 +101,14 @@ def test_compiled_it_is_the_same():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("codebook", [None, "nf4", "nf4_double"])
-def test_on_kernel_operands_it_compiles_to_one_operator_each_way(codebook, bias):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_on_kernel_operands_it_compiles_to_one_operator_each_way(device, codebook, bias):
     torch.manual_seed(0)
     spec = qat.QuantSpec(codebook=codebook, group_size=32) if codebook else qat.QuantSpec(bits=4, group_size=32)
     model = qat.prepare(nn.Sequential(nn.Linear(64, 32, bias=bias)), qat.QuantPolicy(weight=spec), verbose=False)
-    layer = qat.freeze(model)[0].requires_grad_(False)
+    layer = qat.freeze(model)[0].requires_grad_(False).to(device)
     layer.packed_weight.prepack()
-    x, a, b = torch.randn(2, 3, 64, requires_grad=True), torch.randn(4, 64), torch.randn(32, 4)
+    x, a, b = torch.randn(2, 3, 64, device=device), torch.randn(4, 64, device=device), torch.randn(32, 4, device=device)
     graphs = []
 
     def keep(graph, inputs):
@@ -116,7 +117,7 @@ def test_on_kernel_operands_it_compiles_to_one_operator_each_way(codebook, bias)
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    for leaves in ([x, a.requires_grad_(), b.requires_grad_()], [a, b]):
+    for leaves in ([x.requires_grad_(), a.requires_grad_(), b.requires_grad_()], [a, b]):
         given = x if leaves[0] is x else x.detach()
         exact = composed(given, layer, a, b, 0.5)
         out = torch.compile(lora_product, backend=backend, fullgraph=True)(given, layer, a, b, 0.5)
