@@ -183,21 +183,21 @@ MUTANTS = [
     Mutant(
         "the frozen input is not quantized",
         LINEAR,
-        "x = self.activation_quantizer(x) if self.fused is None",
-        "x = x if self.fused is None",
+        "x = activation(x) if fused is None",
+        "x = x if fused is None",
         lambda m: layers.check_frozen_forward(m, qat.layers.conv),
     ),
     Mutant(
         "no frozen bias",
         LINEAR,
-        "return F.linear(x, self.packed_weight.dequantize(x.dtype), bias)",
-        "return F.linear(x, self.packed_weight.dequantize(x.dtype))",
+        "return F.linear(x, packed.dequantize(x.dtype), bias)",
+        "return F.linear(x, packed.dequantize(x.dtype))",
         lambda m: layers.check_frozen_forward(m, qat.layers.conv),
     ),
     Mutant(
         "torch's int4 operator is never used",
         LINEAR,
-        "if cpu_int4.fits(x, self.packed_weight):",
+        "if not x.is_cuda and cpu_int4.fits(x, packed):",
         "if False:",
         lambda m: layers.check_identity(m, qat.layers.packed),
     ),
@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant(
         "scales are stored in fp32",
         PACKED,
-        "weight.scale = tensor.scale",
-        "weight.scale = tensor.scale.float()",
+        'parts["scale"] = tensor.scale',
+        'parts["scale"] = tensor.scale.float()',
         layers.check_packed_weight,
     ),
     Mutant(

@@ -25,6 +25,7 @@ from lightning.pytorch import Callback
 class Killer(Callback):
     def __init__(self, step, hook, how):
         self.step, self.how = step, signal.Signals[how]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore
         setattr(self, hook, self.kill)
 
     def kill(self, trainer, *_):

@@ -42,7 +42,7 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     if TRACEBACK_WANTED:
         hydra_main()
         return
-    os.environ[FULL_ERROR] = "1"  # Hydra then raises, where it would print text of its own; run_job takes it back
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises, where it would print text of its own; taken back for a job
     try:
         hydra_main()
     except JobFailed as error:
@@ -61,6 +61,8 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
         if not nulls or "Config group override" not in str(error):
             raise
         fail(f"{nulls[0]}: a group of files takes the name of one of them, as in logger=none or callbacks.NAME=null")
+    finally:
+        os.environ.pop(FULL_ERROR, None)
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
