@@ -28,7 +28,7 @@ try:
 
     from .fake_quant import clamp, divide, stored_scale
     from .launching import ceil_div, launch
-    from .rounding import INTERPRETED, round_half_even, round_to
+    from .rounding import round_half_even, round_to
 except ImportError:  # there is no Triton for macOS
     triton = None
 
@@ -179,10 +179,8 @@ def _block(of_base: int, of_step: int, columns: int) -> int:
 
 
 def _runs(base: Tensor, step: Tensor | None) -> bool:
-    if triton is None:
-        return False
     # uint8 codes stand for what kernels take.
-    return INTERPRETED.value or backend.fused(base if base.is_floating_point() else base.view(-1)[:0].float(), step)
+    return triton is not None and backend.fused(base if base.is_floating_point() else base[:0].float(), step)
 
 
 def joint_weight(

@@ -20,6 +20,16 @@ import qat
 from qat import numerics
 from qat.packing import pack
 
+
+def interpreted():
+    """Whether kernels run without a GPU."""
+    try:
+        from qat.kernels.rounding import INTERPRETED
+    except ImportError:  # there is no Triton for macOS
+        return False
+    return INTERPRETED.value
+
+
 GRIDS = [("group", 16), ("group", 48), ("group", 128), ("channel", None), ("tensor", None)]
 SHAPES = [(5, 384), (33, 384), (64, 768), (1, 384)]
 
@@ -69,9 +79,10 @@ def check(shape, kind, grid, bits, dtype, rank, device="cpu"):
 CASES = list(itertools.product([torch.float32, torch.bfloat16, "codes"], GRIDS))
 
 
-@pytest.mark.skipif(module.triton is None or not module.INTERPRETED.value, reason="TRITON_INTERPRET=1 for kernels")
+@pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET=1 for kernels")
 @pytest.mark.parametrize(("kind", "grid"), CASES, ids=str)
-def test_kernel_on_the_interpreter(kind, grid):
+def test_kernel_on_the_interpreter(kind, grid, monkeypatch):
+    monkeypatch.setattr(module, "_runs", lambda base, step: True)
     for index, shape in enumerate(SHAPES):
         check(shape, kind, grid, (4, 2, 3, 8)[index], (torch.float32, torch.bfloat16)[index % 2], (4, 16, 1, 8)[index])
 
