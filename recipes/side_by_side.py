@@ -85,16 +85,18 @@ class Gpus:
     """Gives each process the GPU that is least loaded, and lets it wait where that is full.
 
     Args:
-        limit: the most weight on a GPU at once. A training, of weight 4, took 9 GB at 8 windows of 512 tokens: nine at
-            once are too many for 80 GB.
+        limit: the most weight on a GPU at once; by default 28 for each 80 GB that it has. A training, of weight 4, took
+            9 GB at 8 windows of 512 tokens: nine at once are too many for 80 GB.
     """
 
-    def __init__(self, limit: int = 28) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         import torch
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         self.names = visible if visible != [""] else [str(index) for index in range(torch.cuda.device_count())]
-        self.load, self.limit, self.changed = [0] * len(self.names), limit, threading.Condition()
+        memory = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+        self.limit = limit or int(28 * min(memory, default=0) / 80e9)
+        self.load, self.changed = [0] * len(self.names), threading.Condition()
 
     @contextlib.contextmanager
     def one(self, weight: int) -> Iterator[dict[str, str]]:
