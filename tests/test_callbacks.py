@@ -17,6 +17,7 @@ from qat.models import build
 from qat.numerics import MIN_SCALE
 from qat.ptq.units import repeated
 from qat.quantizers import LearnedStepSize, WeightLSQ
+from qat.training import metrics
 from qat.training.batch_norm import BatchNormEstimate
 from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Monitor, ScaleMonitor
 from qat.training.checkpointing import Checkpoints
@@ -377,7 +378,7 @@ def language_task(**options) -> CausalLanguageModel:
 
 def test_blocks_are_compiled_once_and_validated_eagerly():
     """One graph for all blocks, one for the teacher's and one for the loss; the steps are those of an eager run."""
-    losses, metrics = [], []
+    losses, validated = [], []
     for mode in (None, "blocks"):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -387,8 +388,8 @@ def test_blocks_are_compiled_once_and_validated_eagerly():
         with mock.patch("torch.compile", functools.partial(torch.compile, backend="eager")):
             run.fit(task, datamodule=text)
         losses.append(recorder.losses)
-        metrics.append(run.callback_metrics["val/loss"].item())
-    assert losses[0] == losses[1] and metrics[0] == metrics[1]
+        validated.append(run.callback_metrics["val/loss"].item())
+    assert losses[0] == losses[1] and validated[0] == validated[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert all(block._compiled_call_impl is None for block in task.model.model.layers)
 
@@ -403,3 +404,12 @@ def test_language_models_train_without_a_key_value_cache():
     with mock.patch.object(type(task.model), "forward", autospec=True, side_effect=type(task.model).forward) as forward:
         task(torch.zeros(1, 4, dtype=torch.int64))
     assert forward.call_args.kwargs["use_cache"] is False and task.model.config.use_cache
+
+
+def test_adapters_of_peft_train_without_it_too():
+    peft = pytest.importorskip("peft")
+    base = language_task().model
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
+    with mock.patch.object(type(base), "forward", autospec=True, side_effect=type(base).forward) as forward:
+        metrics.run(model, torch.zeros(1, 4, dtype=torch.int64))
+    assert forward.call_args.kwargs["use_cache"] is False
