@@ -42,14 +42,16 @@ class Codebook(StrEnum):
 class Init(StrEnum):
     """How a weight's step sizes start, and for those that read calibration data also where the weight itself does.
 
-    From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; or the step
-    size of least squared error. With calibration data (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, and LSQ trained one
-    block at a time. Activations start at the least squared error where the word is one of weights only.
+    From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; the step size
+    of least squared error; or HQQ's of least error in a norm that outliers count little in. With calibration data
+    (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, and LSQ trained one block at a time. Activations start at the least
+    squared error where the word is one of weights only.
     """
 
     lsq = "lsq"
     minmax = "minmax"
     mse = "mse"
+    hqq = "hqq"
     gptq = "gptq"
     gptaq = "gptaq"
     awq = "awq"

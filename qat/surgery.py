@@ -109,9 +109,10 @@ def weight_quantizer(decision: Decision, init: Init, kind: WeightQuantizer = Wei
     if kind is WeightQuantizer.minmax:
         return WeightMinMax(decision.weight, decision.name)
     if not decision.weight.symmetric:
-        return AsymmetricLSQ(decision.weight, weight, decision.name)
-    # Methods that read data are for matrix products.
-    return WeightLSQ(decision.weight, weight, decision.name, init.of_activations if _is_embedding(decision) else init)
+        return AsymmetricLSQ(decision.weight, weight, decision.name, init)
+    if init.reads_data and _is_embedding(decision):
+        init = init.of_activations  # methods that read data are for matrix products
+    return WeightLSQ(decision.weight, weight, decision.name, init)
 
 
 def activation_quantizer(decision: Decision, init: Init, kind: ActivationQuantizer) -> LearnedActivation:

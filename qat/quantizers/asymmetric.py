@@ -20,14 +20,15 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from . import rules
+from .half_quadratic import half_quadratic
 from .lsq import LearnedStepSize
 
 
 class AsymmetricLSQ(LearnedStepSize):
     """Fake-quantizes a weight per tensor, channel or group.
 
-    It starts with the range of the weight's values, 0 included, whatever the policy's init says of symmetric grids; or
-    with the scales and zero points of a model that is quantized already (``start``).
+    It starts with the range of the weight's values, 0 included, which HQQ goes on from, whatever else the policy's init
+    says of symmetric grids; or with the scales and zero points of a model that is quantized already (``start``).
 
     Attributes:
         zero_point: int8 buffer (rows, groups), in the range of the codes; it does not learn.
@@ -35,13 +36,14 @@ class AsymmetricLSQ(LearnedStepSize):
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str) -> None:
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.minmax) -> None:
         spec = replace(spec, signed=True)
         shape = scale_shape(weight.shape, spec)
-        super().__init__(spec, shape, name, Init.minmax, weight.device)
+        super().__init__(spec, shape, name, init, weight.device)
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int8, device=weight.device))
         if not weight.is_meta:
-            self.start(*range_of(weight, spec))
+            start = range_of(weight, spec)
+            self.start(*(half_quadratic(weight, *start, spec) if init is Init.hqq else start))
 
     @torch.no_grad()
     def start(self, step_size: Tensor, zero_point: Tensor) -> None:

@@ -22,6 +22,7 @@ from ..numerics import (
 )
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
+from .half_quadratic import half_quadratic
 from .least_error import best_step_size, several_ranks, squared_errors, sum_over_ranks_
 from .rounding import Rounding
 
@@ -56,7 +57,10 @@ def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tenso
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
-    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
+    if init is Init.minmax:
+        return largest
+    least = best_step_size(squared_errors(weight, largest, spec, weights), largest)
+    return half_quadratic(weight, least, None, spec)[0] if init is Init.hqq else least
 
 
 class LearnedStepSize(FixedDtype):
