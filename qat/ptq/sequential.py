@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import CalibrationError, StateError
 from ..layers import QuantLayer, quant_layers
 from ..quantizers import LearnedStepSize, Quantizer, WeightCodebook, WeightLSQ
-from ..quantizers.least_error import several_ranks
+from ..ranks import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation
 from .error_compensation import fall_back
