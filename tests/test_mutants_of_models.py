@@ -13,10 +13,12 @@ calibration = load_checks("test_calibration")
 freezing = load_checks("test_freezing")
 layers = load_checks("test_layers")
 embedding = load_checks("test_embedding")
+modes = load_checks("test_modes")
 
 POLICY = "qat.policy"
 SURGERY, TABLE = "qat.surgery", "qat.table"
 CALIBRATION = "qat.calibration"
+MODES = "qat.modes"
 FREEZING = "qat.freezing"
 LINEAR = "qat.layers.linear"
 CONV = "qat.layers.conv"
@@ -103,14 +105,19 @@ MUTANTS = [
     # Calibration
     Mutant("calibrated again", CALIBRATION, " if not quantizer.is_initialised]", "]", calibration.check_only_once),
     Mutant(
-        "calibrated in training mode", CALIBRATION, "    model.eval()\n", "", calibration.check_model_is_left_as_it_was
+        "calibrated in training mode",
+        CALIBRATION,
+        "in_eval_mode(model), ",
+        "",
+        calibration.check_model_is_left_as_it_was,
     ),
+    Mutant("no eval mode", MODES, "    model.eval()\n", "", modes.check_each_module_gets_its_mode_back),
     Mutant(
         "modes not restored",
-        CALIBRATION,
+        MODES,
         "            module.training = training\n",
         "            pass\n",
-        calibration.check_model_is_left_as_it_was,
+        modes.check_each_module_gets_its_mode_back,
     ),
     Mutant(
         "observers stay after an error",

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..modes import in_eval_mode
 from .conversations import messages_of, read_lines
 from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
@@ -183,17 +184,14 @@ def require_apart(model: nn.Module, device: torch.device | str) -> None:
         return embedded[0]
 
     tokens, positions = torch.ones(1, 8, dtype=torch.int64), torch.arange(4).repeat(1, 2)
-    modes = {module: module.training for module in model.modules()}
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
-            output = logits_of(run(model.eval(), inputs))
+            output = logits_of(run(model, inputs))
             (slope,) = torch.autograd.grad(output[:, 4:].float().square().sum(), embedded)
     finally:
         handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if slope[:, :4].any():
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise DataError(
