@@ -105,7 +105,7 @@ def read_source(source: Path, model: str | None) -> QuantizedModel:
     """Return the quantized model of a checkpoint, which is frozen and summarised, or of a folder or file."""
     from . import formats, freezing
     from .checkpoint import TOKENIZER, read_checkpoint
-    from .quantized_model import from_model
+    from .frozen_model import from_model
     from .table import summary
 
     if not is_checkpoint(source):

@@ -129,7 +129,7 @@ def read_model(path: str, own_model: str | None = None) -> nn.Module:
     from .checkpoint import read_checkpoint
     from .convert import build_model, is_checkpoint
     from .formats import format_of, read
-    from .quantized_model import to_model
+    from .frozen_model import to_model
 
     folder = Path(path)
     if is_checkpoint(folder):

@@ -6,9 +6,9 @@ from torch import nn
 
 import qat
 from qat.errors import ArtifactError
+from qat.frozen_model import from_model, outline, to_model
 from qat.models import build
 from qat.outline import fake_, parameters_on_meta, to_meta_
-from qat.quantized_model import from_model, outline, to_model
 
 
 class Net(nn.Module):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..frozen_model import to_model
 from ..layers import frozen_layers
-from ..quantized_model import QuantizedModel, to_model
+from ..quantized_model import QuantizedModel
 from .integer_linears import grid, tensors
 
 

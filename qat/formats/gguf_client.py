@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..quantized_model import QuantizedModel, shares_embedding, to_model
+from ..frozen_model import to_model
+from ..quantized_model import QuantizedModel, shares_embedding
 from ..quantizers import DynamicActivation
 from .float_error import in_other_orders, root_mean_square
 from .gguf_names import ARCHITECTURES, ROPE_FREQUENCIES, gguf_names, row_order

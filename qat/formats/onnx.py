@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..adapters import refuse_beside
 from ..checkpoint import random_input
 from ..errors import ArtifactError
+from ..frozen_model import outline, to_model
 from ..numerics import scale_dtype
-from ..quantized_model import QuantizedLayer, QuantizedModel, outline, to_model
+from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Dynamic
 from . import huggingface as hf
 from . import onnx_client
