@@ -14,6 +14,7 @@ freezing = load_checks("test_freezing")
 layers = load_checks("test_layers")
 embedding = load_checks("test_embedding")
 modes = load_checks("test_modes")
+stored = load_checks("test_stored_weight")
 
 POLICY = "qat.policy"
 SURGERY, TABLE = "qat.surgery", "qat.table"
@@ -23,6 +24,7 @@ FREEZING = "qat.freezing"
 LINEAR = "qat.layers.linear"
 CONV = "qat.layers.conv"
 PACKED = "qat.layers.packed"
+STORED = "qat.stored_weight"
 CPU_INT4 = "qat.layers.cpu_int4"
 EMBEDDING = "qat.layers.embedding"
 
@@ -238,10 +240,17 @@ MUTANTS = [
     ),
     Mutant(
         "scales are stored in fp32",
-        PACKED,
+        STORED,
         'parts["scale"] = tensor.scale',
         'parts["scale"] = tensor.scale.float()',
-        layers.check_packed_weight,
+        stored.check_parts,
+    ),
+    Mutant(
+        "zero points are read as scales",
+        STORED,
+        'parts.get("zero_point")',
+        'parts.get("scale")',
+        stored.check_nothing_is_lost,
     ),
     Mutant(
         "an operand of torch's operator outlives a load",
