@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..frozen_model import frozen_activation
 from ..quantized_model import QuantizedModel
-from .float_error import float_error, outputs
-from .onnx_parts import TOLERANCE, WIDE, Parts, compare_wide, session, weight
+from .float_error import TOLERANCE, float_error, outputs
+from .onnx_parts import WIDE, Parts, compare_wide, session, weight
 
 # Where inputs are quantized, a sum at the edge of two integers may fall to either side: one code, not 1e-5.
 ROUNDING_TOLERANCE = 0.05
