@@ -68,6 +68,14 @@ def test_moving_to_the_meta_device_is_by_name():
     assert [p.is_meta for p in network.parameters()] == [True, False, False, False]
 
 
+def test_moving_a_module_that_stands_twice_keeps_what_is_tied_to_it():
+    shared, tied = nn.Linear(2, 2), nn.Linear(2, 2)
+    tied.weight = shared.weight
+    network = nn.Sequential(shared, tied, shared)
+    to_meta_(network, set(network.state_dict()))
+    assert shared.weight.is_meta and tied.weight is shared.weight
+
+
 @pytest.mark.parametrize("builder", ["gpt", "resnet20"])
 def test_a_model_that_is_built_to_be_filled_is_the_one_that_was_saved(builder):
     """The last layer has only its input quantized; a resnet's statistics are buffers."""
