@@ -45,7 +45,11 @@ def compare(model: QuantizedModel, other: Callable[[str], tuple[Tensor, Tensor]]
 
 
 def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, str]]:
-    """Compare an export read back by this package: codes, weights and dense tensors; as ``compare``."""
+    """Compare an export read back by this package: codes, weights and dense tensors; as ``compare``.
+
+    Raises:
+        ArtifactError: anything differs.
+    """
 
     def one(name: str) -> tuple[Tensor, Tensor]:
         tensor = read.quantized(read.layers[name].tied or name)

@@ -113,7 +113,11 @@ class InstructionData(InMemoryData):
         return {"shape": [self.seq_len], "dtype": "int64", "low": 0, "high": self.largest}
 
     def train_loader(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> Loader:
-        """Return shuffled batches of rows on a device."""
+        """Return shuffled batches of rows on a device.
+
+        Raises:
+            DataError: there are none.
+        """
         if not len(self.train_rows[0]):
             raise DataError("there are no training examples: give data.train")
         rows = PackedRows(*self.train_rows, device)

@@ -157,7 +157,11 @@ class Task(LightningModule):
             self.example = example_of(data)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return the optimizer, and the schedule that follows its steps."""
+        """Return the optimizer, and the schedule that follows its steps.
+
+        Raises:
+            TrainingError: a learning rate below zero, or options that the optimizer refuses.
+        """
         lr = getattr(self.optimizer, "keywords", {}).get("lr")
         if not isinstance(lr, int | float) or not lr >= 0:
             raise TrainingError(f"optim.lr={lr!r}: give a number that is not negative")
