@@ -90,9 +90,9 @@ def evaluate_path(
     """
     import torch
 
+    from .training.data_modules import open_module
     from .training.evaluation import evaluate
     from .training.instantiation import make
-    from .training.own_data import open_module
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

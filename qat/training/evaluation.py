@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..modes import in_eval_mode
+from .data_modules import test_batches
 from .image_data import ImageData
 from .instruction_data import InstructionData, require_apart
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, run
-from .own_data import test_batches
 
 ONLY_LANGUAGE = "only language models are compared with a reference: leave it out"
 

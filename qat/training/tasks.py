@@ -20,6 +20,7 @@ from ..spec import as_member
 from ..surgery import prepare
 from .chunked_loss import check_head, chunked_loss
 from .compilation import Compilation
+from .data_modules import example_of
 from .instruction_data import InstructionData, require_apart
 from .losses import mean_prediction
 from .metrics import (
@@ -32,7 +33,6 @@ from .metrics import (
     run,
 )
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
-from .own_data import example_of
 
 
 class Task(LightningModule):
