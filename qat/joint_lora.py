@@ -12,8 +12,9 @@ from .errors import LayerError, PolicyError
 from .layers import FrozenLinear, QuantLinear, frozen_layers, is_frozen, make_joint_
 from .policy import QuantPolicy
 from .quantizers import WeightLSQ
-from .spec import QuantSpec
 from .surgery import prepare
+
+GRID = "a joint adapter is rounded with learned step sizes on a symmetric grid"
 
 
 def joint_lora(
@@ -40,7 +41,7 @@ def joint_lora(
         verbose: print ``prepare``'s summary.
 
     Raises:
-        PolicyError: no weight spec, a codebook, or a target that matches no quantized linear layer.
+        PolicyError: no weight spec, a codebook, an asymmetric grid, or a target that matches no quantized linear layer.
         LayerError: shapes that do not fit.
     """
     if policy.quantizes_nothing():
@@ -63,7 +64,7 @@ def joint_lora(
                 f"{name!r}: a {type(layers[name]).__name__} takes no joint adapter: leave it out of targets"
             )
         if not isinstance(quantizers[name], WeightLSQ):
-            raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes on a symmetric grid")
+            raise PolicyError(f"{name!r}: {GRID}")
     model.requires_grad_(False)
     for name in chosen:
         make_joint_(layers[name], quantizers[name], rank, alpha / rank)
@@ -92,6 +93,6 @@ def chosen_layers(layers: dict[str, nn.Module], targets: Sequence[str] | None) -
 @torch.no_grad()
 def _quantizer(name: str, layer: nn.Module, policy: QuantPolicy) -> WeightLSQ:
     spec = policy.weight
-    if not isinstance(spec, QuantSpec) or spec.codebook is not None:
-        raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes on a symmetric grid")
+    if spec.codebook is not None or not spec.symmetric:
+        raise PolicyError(f"{name!r}: {GRID}")
     return WeightLSQ(spec, layer.packed_weight.dequantize(torch.float32), name, policy.init)

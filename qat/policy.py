@@ -79,7 +79,11 @@ class QuantPolicy:
             self.specs_of(rule)
 
     def specs_of(self, rule: dict[str, Any] | None) -> tuple[QuantSpec | None, QuantSpec | Dynamic | None]:
-        """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None."""
+        """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None.
+
+        Raises:
+            PolicyError: the rule or the policy asks for what no layer can have.
+        """
         weight, activation = self.weight, self.activation
         if rule is not None:
             if "weight" in rule:

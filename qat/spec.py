@@ -206,6 +206,9 @@ class QuantSpec:
         """Return a copy with some fields replaced.
 
         A new granularity or group size lets the other one follow, and a new codebook the scale's dtype.
+
+        Raises:
+            SpecError: an unknown field, or a value out of range.
         """
         check_keys(values, "QuantSpec")
         merged = self.to_dict()

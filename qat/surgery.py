@@ -126,7 +126,11 @@ def activation_quantizer(decision: Decision, init: Init, kind: ActivationQuantiz
 
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
-    """Return what the policy means for each layer that holds a matrix, in definition order."""
+    """Return what the policy means for each layer that holds a matrix, in definition order.
+
+    Raises:
+        PolicyError: a rule matches nothing, or asks to quantize a layer that cannot be.
+    """
     layers = [(name, layer) for name, layer in unwrapped(model).named_modules() if holds_matrix(layer)]
     adapters = own_modules(model)
     counted = set(FAKE_QUANT) - ON_REQUEST  # as the first or the last layer

@@ -3,6 +3,7 @@
 python recipes/side_by_side.py '[["qat.train", "key=value"], ["qat.evaluate", "PATH"]]'       what a process runs
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -12,9 +13,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``Rows`` to a recipe's."""
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
+    parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
+
+
+class Plan:
+    """A recipe's rows in the order in which a pool takes them.
+
+    Attributes:
+        futures: of their results.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool, self.futures = pool, []
+
+    def submit(self, function: Callable[..., dict], *arguments: Any, after: Sequence[Future] = ()) -> Future:
+        """Submit a row behind those that it waits for: submitted before, they never wait for it in turn."""
+
+        def wait() -> dict:
+            for future in after:
+                future.result()
+            return function(*arguments)
+
+        self.futures.append(self.pool.submit(wait))
+        return self.futures[-1]
 
 
 class Rows:

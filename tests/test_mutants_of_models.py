@@ -13,14 +13,18 @@ calibration = load_checks("test_calibration")
 freezing = load_checks("test_freezing")
 layers = load_checks("test_layers")
 embedding = load_checks("test_embedding")
+modes = load_checks("test_modes")
+stored = load_checks("test_stored_weight")
 
 POLICY = "qat.policy"
 SURGERY, TABLE = "qat.surgery", "qat.table"
 CALIBRATION = "qat.calibration"
+MODES = "qat.modes"
 FREEZING = "qat.freezing"
 LINEAR = "qat.layers.linear"
 CONV = "qat.layers.conv"
 PACKED = "qat.layers.packed"
+STORED = "qat.stored_weight"
 CPU_INT4 = "qat.layers.cpu_int4"
 EMBEDDING = "qat.layers.embedding"
 
@@ -103,14 +107,19 @@ MUTANTS = [
     # Calibration
     Mutant("calibrated again", CALIBRATION, " if not quantizer.is_initialised]", "]", calibration.check_only_once),
     Mutant(
-        "calibrated in training mode", CALIBRATION, "    model.eval()\n", "", calibration.check_model_is_left_as_it_was
+        "calibrated in training mode",
+        CALIBRATION,
+        "in_eval_mode(model), ",
+        "",
+        calibration.check_model_is_left_as_it_was,
     ),
+    Mutant("no eval mode", MODES, "    model.eval()\n", "", modes.check_each_module_gets_its_mode_back),
     Mutant(
         "modes not restored",
-        CALIBRATION,
+        MODES,
         "            module.training = training\n",
         "            pass\n",
-        calibration.check_model_is_left_as_it_was,
+        modes.check_each_module_gets_its_mode_back,
     ),
     Mutant(
         "observers stay after an error",
@@ -231,10 +240,17 @@ MUTANTS = [
     ),
     Mutant(
         "scales are stored in fp32",
-        PACKED,
+        STORED,
         'parts["scale"] = tensor.scale',
         'parts["scale"] = tensor.scale.float()',
-        layers.check_packed_weight,
+        stored.check_parts,
+    ),
+    Mutant(
+        "zero points are read as scales",
+        STORED,
+        'parts.get("zero_point")',
+        'parts.get("scale")',
+        stored.check_nothing_is_lost,
     ),
     Mutant(
         "an operand of torch's operator outlives a load",

@@ -6,9 +6,9 @@ from torch import nn
 
 import qat
 from qat.errors import ArtifactError
+from qat.frozen_model import from_model, outline, to_model
 from qat.models import build
 from qat.outline import fake_, parameters_on_meta, to_meta_
-from qat.quantized_model import from_model, outline, to_model
 
 
 class Net(nn.Module):
@@ -66,6 +66,14 @@ def test_moving_to_the_meta_device_is_by_name():
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     to_meta_(network, {"0.weight"})
     assert [p.is_meta for p in network.parameters()] == [True, False, False, False]
+
+
+def test_moving_a_module_that_stands_twice_keeps_what_is_tied_to_it():
+    shared, tied = nn.Linear(2, 2), nn.Linear(2, 2)
+    tied.weight = shared.weight
+    network = nn.Sequential(shared, tied, shared)
+    to_meta_(network, set(network.state_dict()))
+    assert shared.weight.is_meta and tied.weight is shared.weight
 
 
 @pytest.mark.parametrize("builder", ["gpt", "resnet20"])

@@ -8,9 +8,9 @@ from torch import nn
 import qat
 from qat import formats
 from qat.errors import ArtifactError, LayerError, PolicyError, SpecError, StateError
+from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, QALoraLinear
 from qat.qa_lora import qa_lora
-from qat.quantized_model import from_model
 
 POLICY = {"weight": {"bits": 4, "group_size": 16}, "init": "mse"}
 

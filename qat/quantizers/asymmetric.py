@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from ..numerics import (
 from ..spec import Init, QuantSpec
 from . import rules
 from .half_quadratic import half_quadratic
-from .lsq import LearnedStepSize
+from .lsq import LearnedStepSize, gradient_scale
 
 
 class AsymmetricLSQ(LearnedStepSize):
@@ -56,7 +55,7 @@ class AsymmetricLSQ(LearnedStepSize):
         if not self.enabled:
             return weight
         self.require_initialised()
-        grad_scale = 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
+        grad_scale = gradient_scale(weight.numel() // self.step_size.numel(), self.spec)
         rule = sys.modules[__name__]
         return rules.fake_quantize(rule, weight, self.step_size, self.zero_point, self.spec, grad_scale)
 
