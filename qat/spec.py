@@ -44,8 +44,8 @@ class Init(StrEnum):
 
     From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; the step size
     of least squared error; or HQQ's of least error in a norm that outliers count little in. With calibration data
-    (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, and LSQ trained one block at a time. Activations start at the least
-    squared error where the word is one of weights only.
+    (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, LSQ trained one block at a time, and for the levels of custom codebooks
+    SqueezeLLM. Activations start at the least squared error where the word is one of weights only.
     """
 
     lsq = "lsq"
@@ -57,11 +57,12 @@ class Init(StrEnum):
     awq = "awq"
     signround = "signround"
     blockwise = "blockwise"
+    squeezellm = "squeezellm"
 
     @property
     def reads_data(self) -> bool:
         """Whether ``qat.calibrate`` sets the weights' step sizes, and not ``qat.prepare``."""
-        return self in (Init.gptq, Init.gptaq, Init.awq, Init.signround, Init.blockwise)
+        return self not in (Init.lsq, Init.minmax, Init.mse, Init.hqq)
 
     @property
     def of_activations(self) -> Init:

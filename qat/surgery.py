@@ -104,14 +104,14 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
 def weight_quantizer(decision: Decision, init: Init, kind: WeightQuantizer = WeightQuantizer.lsq) -> OfWeight:
     """Return the quantizer that a decision gives its layer, started from the weight's values."""
     weight = matrix(decision.layer)
+    if init.reads_data and _is_embedding(decision):
+        init = init.of_activations  # methods that read data are for matrix products
     if decision.weight.codebook is not None:
         return WeightCodebook(decision.weight, weight, decision.name, init)
     if kind is WeightQuantizer.minmax:
         return WeightMinMax(decision.weight, decision.name)
     if not decision.weight.symmetric:
         return AsymmetricLSQ(decision.weight, weight, decision.name, init)
-    if init.reads_data and _is_embedding(decision):
-        init = init.of_activations  # methods that read data are for matrix products
     return WeightLSQ(decision.weight, weight, decision.name, init)
 
 
@@ -249,20 +249,28 @@ def check_shapes(decisions: list[Decision]) -> None:
 
 def _check_init(decisions: list[Decision], init: Init) -> None:
     """Raise a LayerError that names the layers which an init that reads data does not know."""
+    if not init.reads_data:
+        return
     known = (nn.Linear, nn.Conv2d, nn.Embedding)
     quantized = [decision for decision in decisions if decision.weight is not None]
     others = [decision for decision in quantized if plain_type(decision.layer) not in known]
     books = [decision for decision in quantized if decision.weight.codebook is not None]
-    if init in (Init.gptq, Init.gptaq):
-        books = [decision for decision in books if decision.weight.codebook is Codebook.custom]
-    for what, kind in (
-        ("codebooks" if init not in (Init.gptq, Init.gptaq) else "custom codebooks", books),
-        (f"{' or '.join(sorted({plain_type(d.layer).__name__ for d in others}))} layers", others),
-        ("zero points", [decision for decision in quantized if not decision.weight.symmetric]),
+    custom = [decision for decision in books if decision.weight.codebook is Codebook.custom]
+    if init is Init.squeezellm:
+        rest = [decision for decision in quantized if decision not in custom and not _is_embedding(decision)]
+        grids = "grids but custom codebooks", rest, "use weight.codebook=custom"
+    elif init in (Init.gptq, Init.gptaq):
+        grids = "custom codebooks", custom, "use init=mse"
+    else:
+        grids = "codebooks", books, "use init=mse"
+    for what, unknown, fix in (
+        (f"{' or '.join(sorted({plain_type(d.layer).__name__ for d in others}))} layers", others, "use init=mse"),
+        grids,
+        ("zero points", [decision for decision in quantized if not decision.weight.symmetric], "use init=mse"),
     ):
-        if init.reads_data and kind:
-            names = ", ".join(repr(decision.name) for decision in kind)
-            raise LayerError(f"init={init.value} does not know {what} ({names}): use init=mse, or weight: null there")
+        if unknown:
+            names = ", ".join(repr(decision.name) for decision in unknown)
+            raise LayerError(f"init={init.value} does not know {what} ({names}): {fix}, or weight: null there")
 
 
 def _is_finite(weight: Tensor) -> bool:

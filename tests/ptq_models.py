@@ -41,7 +41,7 @@ def tokens(batches=4, size=8, seed=0):
 
 
 def prepared(model, init, bits=3, group_size=16, **options):
-    weight = QuantSpec(bits=bits, group_size=group_size)
+    weight = QuantSpec(bits=bits, group_size=group_size, codebook="custom" if init == "squeezellm" else None)
     return qat.prepare(model, qat.QuantPolicy(weight=weight, init=init, **options), verbose=False)
 
 

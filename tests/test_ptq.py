@@ -49,7 +49,8 @@ def test_better_than_rounding_to_nearest(init):
 def test_codes_of_the_method_ship(init, bits, grid, dtype, tmp_path_factory):
     """Prepared model, frozen model and artifact have the same codes, and forwards use them."""
     model, x = mlp().to(dtype), [torch.randn(64, 32).to(dtype)]
-    policy = qat.QuantPolicy(weight=QuantSpec(bits=bits, **grid), init=init)
+    book = {"codebook": "custom", "bits": min(bits, 4)} if init == "squeezellm" else {"bits": bits}
+    policy = qat.QuantPolicy(weight=QuantSpec(**book, **grid), init=init)
     qat.calibrate(qat.prepare(model, policy, verbose=False), x, options=QUICK, verbose=False)
     trained = qat.quantized_tensors(model)
     with torch.no_grad():
@@ -259,14 +260,14 @@ def test_convolutions(init):
         nn.Flatten(),
         nn.Linear(288, 4),
     )
-    policy = qat.QuantPolicy(weight=QuantSpec(4), activation={"bits": 8}, init=init)
     data = [torch.randn(160, 3, 8, 8) for _ in range(2)]
-    qat.calibrate(qat.prepare(network, policy, verbose=False), data, options=QUICK, verbose=False)
+    network = prepared(network, init, bits=4, group_size=None, activation=QuantSpec(8, granularity="tensor"))
+    qat.calibrate(network, data, options=QUICK, verbose=False)
     assert all(layer.activation_quantizer.is_initialised for _, layer in quant_layers(network))
     assert network(data[0]).isfinite().all()
 
 
-@pytest.mark.parametrize("init", ["gptq", "gptaq", "awq", "signround", "blockwise"])
+@pytest.mark.parametrize("init", READ_DATA)
 def test_convolutions_of_several_kernels_on_one_input(init):
     """A ResNet's 3x3 convolution and its 1x1 shortcut read one tensor, and cut it into different rows."""
 

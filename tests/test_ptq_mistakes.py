@@ -75,7 +75,7 @@ def test_a_layer_that_is_never_reached(init, capsys):
     model = prepared(Rare(), init)
     qat.calibrate(model, x, options=Options(steps=8, allow_fallback=True))
     assert "fallbacks: 1, to the least squared error of the weight\n  'rare'" in capsys.readouterr().out
-    assert model.rare.weight_quantizer.is_initialised
+    assert not model.rare.weight_quantizer.waits_for_data
 
 
 @pytest.mark.parametrize("init", READ_DATA)
@@ -94,7 +94,7 @@ def test_a_weight_that_an_embedding_shares(init, capsys):
     qat.calibrate(model, tokens(), options=Options(steps=8, allow_fallback=True))
     assert "fallbacks: 1" in capsys.readouterr().out
     assert torch.equal(model.tokens.weight, tied().tokens.weight)
-    assert model.lm_head.weight_quantizer.is_initialised and model.lm_head.weight_quantizer.enabled
+    assert not model.lm_head.weight_quantizer.waits_for_data and model.lm_head.weight_quantizer.enabled
 
 
 def test_nothing_rounds_to_nearest_before_calibration():

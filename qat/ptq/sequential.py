@@ -24,7 +24,7 @@ from ..modes import in_eval_mode
 from ..quantizers import LearnedStepSize, Quantizer, WeightCodebook, WeightLSQ
 from ..ranks import several_ranks
 from ..spec import Init
-from . import awq, block_training, error_compensation
+from . import awq, block_training, error_compensation, squeezellm
 from .error_compensation import fall_back
 from .options import Options
 from .report import Report
@@ -37,6 +37,7 @@ METHODS: dict[Init, Callable[[Unit, Options, Report], None]] = {
     Init.awq: awq.quantize_unit,
     Init.signround: block_training.quantize_unit,
     Init.blockwise: block_training.quantize_unit,
+    Init.squeezellm: squeezellm.quantize_unit,
 }
 NEED_TWIN = (Init.gptaq, Init.signround, Init.blockwise)
 
