@@ -60,7 +60,7 @@ class Rows:
 
     def __init__(self, out: Path, jobs: int = 1, seconds: float = math.inf, table: bool = False) -> None:
         self.out, self.jobs, self.seconds, self.table = out, jobs, seconds, table
-        self.end, self.gpus = time.monotonic() + seconds, Gpus()
+        self.end, self.gpus, self.failed = time.monotonic() + seconds, Gpus(), []
         for folder in ("results", "logs"):
             (out / folder).mkdir(parents=True, exist_ok=True)
 
@@ -99,6 +99,7 @@ class Rows:
             except subprocess.CalledProcessError:
                 tail = file.read_text().splitlines()[-5:] if log else []
                 print("\n".join([f"{name}: failed after {time.monotonic() - start:.0f} s", *tail]), flush=True)
+                self.failed.append(name)
                 raise
         print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
 
@@ -107,7 +108,9 @@ class Rows:
         problems = [future.exception() for future in futures if future.exception() is not None]
         failures = [problem for problem in problems if not isinstance(problem, subprocess.TimeoutExpired)]
         if failures and not self.table:
-            sys.exit(f"error: {len(failures)} of {len(futures)} rows failed, the first one: {failures[0]}")
+            logs = f"; their output is in {self.out / 'logs'}" if self.jobs > 1 else ""
+            first = f"{', '.join(self.failed)}, and what waits for them{logs}" if self.failed else failures[0]
+            sys.exit(f"error: {len(failures)} of {len(futures)} rows failed: {first}")
         if problems and not self.table:
             print(f"{len(problems)} of {len(futures)} rows are left after {self.seconds:g} s: the same command goes on")
 
