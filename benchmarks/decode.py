@@ -26,6 +26,7 @@ import torch
 
 import qat
 from benchmarks.decoder import LLAMA_8B, CachedDecoder, Shape, random_decoder
+from qat.outline import parameters_on_meta
 
 SMALL = Shape(256, 2, 512, 4, 2, 1000)
 PROMPT, POSITIONS = 32, 512
@@ -141,7 +142,7 @@ def cold_start(folder: Path, shape: Shape, device: str, tokens: tuple[int, ...])
     torch.zeros(1, device=device)
     synchronize(torch.device(device))
     start = time.perf_counter()
-    with torch.device("meta"):
+    with parameters_on_meta():
         model = CachedDecoder(shape).to(torch.bfloat16)
     model = qat.load(folder, model=model, device=device, tokens=tokens)
     synchronize(torch.device(device))

@@ -5,8 +5,10 @@ Buffers are made as ever: those that no state dict holds, such as rotation frequ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Let every parameter that a module registers lie on the meta device; ties between them hold."""
+    """Let every parameter that a module registers lie on the meta device; ties between them hold.
+
+    torch.nn.init leaves them alone meanwhile: drawing numbers that nobody keeps, it would import all of torch._dynamo.
+    """
     register = nn.Module.register_parameter
+    initialisers = {name: getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name[0] != "_"}
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
@@ -23,10 +29,23 @@ def parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta
+    for name, initialise in initialisers.items():
+        setattr(nn.init, name, _but_on_meta(initialise))
     try:
         yield
     finally:
         nn.Module.register_parameter = register
+        for name, initialise in initialisers.items():
+            setattr(nn.init, name, initialise)
+
+
+def _but_on_meta(initialise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(initialise)
+    def run(*arguments: Any, **options: Any) -> Tensor:
+        tensor = arguments[0] if arguments else options["tensor"]
+        return tensor if tensor.is_meta else initialise(*arguments, **options)
+
+    return run
 
 
 def to_meta_(module: nn.Module, names: set[str]) -> None:

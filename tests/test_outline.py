@@ -1,5 +1,8 @@
 """A model without its values: nothing takes memory, ties and names hold, and filling it gives what was saved."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +40,25 @@ def test_parameters_made_on_the_meta_device_keep_their_ties_and_buffers_their_va
     assert nn.Module.register_parameter is register
     assert all(parameter.is_meta for parameter in network.parameters())
     assert network.head.weight is network.tokens.weight and network.frequencies.tolist() == [0, 1, 2, 3]
+
+
+def test_values_are_drawn_for_what_is_not_on_the_meta_device_alone():
+    normal = nn.init.normal_
+    with parameters_on_meta():
+        inside = nn.init.constant_(tensor=torch.empty(3), val=2.0)
+        meta = nn.init.kaiming_uniform_(torch.empty(3, 3, device="meta"))
+    assert nn.init.normal_ is normal
+    assert inside.tolist() == [2, 2, 2] and meta.is_meta
+    assert nn.Embedding(9, 4).weight.std() > 0.5
+
+
+def test_reading_imports_no_compiler(tmp_path):
+    """A torch operator on the meta device that draws numbers imports torch._dynamo, which takes seconds."""
+    network = build({"builder": "gpt", "args": {"vocabulary": 8, "width": 16, "depth": 1, "heads": 2, "context": 8}})
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=16))
+    qat.save(qat.freeze(qat.prepare(network, policy, verbose=False)), tmp_path / "out")
+    code = f"import sys, qat; qat.load({str(tmp_path / 'out')!r}); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
 
 
 def test_an_outline_holds_no_values():
