@@ -12,6 +12,7 @@ from .errors import LayerError, PolicyError
 from .layers import FrozenLinear, QuantLinear, frozen_layers, is_frozen, make_joint_
 from .policy import QuantPolicy
 from .quantizers import WeightLSQ
+from .spec import Init
 from .surgery import prepare
 
 GRID = "a joint adapter is rounded with learned step sizes on a symmetric grid"
@@ -47,8 +48,10 @@ def joint_lora(
     if policy.quantizes_nothing():
         raise PolicyError("a joint adapter is rounded as the policy says, and this one quantizes nothing: policy=lm_w4")
     if is_frozen(model):
-        if policy.weight is None or policy.init.reads_data:
-            raise PolicyError("a joint adapter on a frozen model takes policy.weight, and an init that reads no data")
+        if policy.weight is None or policy.init not in (Init.lsq, Init.mse, Init.minmax):
+            raise PolicyError(
+                "a joint adapter on a frozen model takes policy.weight, and policy.init=lsq, mse or minmax"
+            )
         layers = {name: layer for name, layer in frozen_layers(model) if layer.packed_weight is not None}
         quantizers = {name: _quantizer(name, layer, policy) for name, layer in layers.items()}
         chosen = chosen_layers(layers, targets)

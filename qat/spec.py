@@ -43,9 +43,9 @@ class Init(StrEnum):
     """How a weight's step sizes start, and for those that read calibration data also where the weight itself does.
 
     From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; the step size
-    of least squared error; or HQQ's of least error in a norm that outliers count little in. With calibration data
-    (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, LSQ trained one block at a time, and for the levels of custom codebooks
-    SqueezeLLM. Activations start at the least squared error where the word is one of weights only.
+    of least squared error; or HQQ's real zero points, of least error in a norm in which outliers count little. With
+    calibration data (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, LSQ trained one block at a time, and for the levels of
+    custom codebooks SqueezeLLM. Activations start at the least squared error where the word is one of weights only.
     """
 
     lsq = "lsq"
@@ -119,8 +119,8 @@ class QuantSpec:
             levels that the layer stores itself, one table an output channel; for weights only. The scale is then not
             learned: it is the largest magnitude of what shares it, as in bitsandbytes (``qat.codebook`` has the
             arithmetic).
-        zero_point_dtype: None for zero points among the codes; "float16" and the like for real ones, which trained
-            zero points are (``qat.qa_lora``); only with ``symmetric=False``.
+        zero_point_dtype: None for zero points among the codes; "float16" and the like for real ones, of weights, as HQQ
+            and QA-LoRA have them; only with ``symmetric=False``.
 
     Raises:
         SpecError: a field out of range, or fields that contradict each other.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -248,11 +248,14 @@ def check_shapes(decisions: list[Decision]) -> None:
 
 
 def _check_init(decisions: list[Decision], init: Init) -> None:
-    """Raise a LayerError that names the layers which an init that reads data does not know."""
+    """Raise a LayerError that names the layers which an init does not know: HQQ, or one that reads data."""
+    quantized = [decision for decision in decisions if decision.weight is not None]
+    if init is Init.hqq and (rest := [each for each in quantized if each.weight.zero_point_dtype is None]):
+        fix = "use weight.symmetric=false weight.zero_point_dtype=float16"
+        _refuse(init, "grids without real zero points", rest, fix)
     if not init.reads_data:
         return
     known = (nn.Linear, nn.Conv2d, nn.Embedding)
-    quantized = [decision for decision in decisions if decision.weight is not None]
     others = [decision for decision in quantized if plain_type(decision.layer) not in known]
     books = [decision for decision in quantized if decision.weight.codebook is not None]
     custom = [decision for decision in books if decision.weight.codebook is Codebook.custom]
@@ -269,8 +272,12 @@ def _check_init(decisions: list[Decision], init: Init) -> None:
         ("zero points", [decision for decision in quantized if not decision.weight.symmetric], "use init=mse"),
     ):
         if unknown:
-            names = ", ".join(repr(decision.name) for decision in unknown)
-            raise LayerError(f"init={init.value} does not know {what} ({names}): {fix}, or weight: null there")
+            _refuse(init, what, unknown, fix)
+
+
+def _refuse(init: Init, what: str, unknown: list[Decision], fix: str) -> NoReturn:
+    names = ", ".join(repr(decision.name) for decision in unknown)
+    raise LayerError(f"init={init.value} does not know {what} ({names}): {fix}, or weight: null there")
 
 
 def _is_finite(weight: Tensor) -> bool:

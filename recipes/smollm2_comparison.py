@@ -46,7 +46,7 @@ side_by_side = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))
 Plan, Rows, add_options = (side_by_side[name] for name in ("Plan", "Rows", "add_options"))
 MODEL = formats["MODEL"]
 OUT = Path("runs/smollm2_comparison")
-PTQ = ("minmax", "mse", "hqq", "gptq", "gptaq", "awq", "signround", "blockwise")
+PTQ = ("minmax", "mse", "gptq", "gptaq", "awq", "signround", "blockwise")
 LR = {32: 5e-5, 4: 1e-4, 3: 2e-4, 2: 5e-4}
 FULL, TUNED = "full precision", "full precision, tuned"
 
@@ -103,7 +103,7 @@ def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
 
 def calibration_seed(init: str, seed: int) -> int:
     """Return 0 for what reads no data, and is the same for every seed."""
-    return 0 if init in ("minmax", "mse", "hqq") else seed
+    return 0 if init in ("minmax", "mse") else seed
 
 
 def arguments() -> argparse.Namespace:

@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant(
         "clamp before the zero point",
         NUMERICS,
-        "    codes = ratio.round()\n",
-        "    codes = ratio.round().clamp(-spec.q_n, spec.q_p)\n",
+        "codes = ratio.round() + _broad",
+        "codes = ratio.round().clamp(-spec.q_n, spec.q_p) + _broad",
         numerics.check_zero_point,
     ),
     Mutant(
@@ -143,8 +143,8 @@ MUTANTS = [
     Mutant(
         "slope without the ratio",
         NUMERICS,
-        ".round() - ratio.masked_fill(~inside, 0)",
-        ".round()",
+        "slope = rounded - ratio.masked_fill(~inside, 0)",
+        "slope = rounded",
         gradients.check_surrogate,
     ),
     Mutant(
@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "clipped elements give the scale no gradient",
         NUMERICS,
-        "slope = ratio.clamp(low, high).round()",
-        "slope = ratio.masked_fill(~inside, 0).round()",
+        "rounded = ratio.clamp(low, high).round()",
+        "rounded = ratio.masked_fill(~inside, 0).round()",
         gradients.check_gradients,
     ),
     Mutant(

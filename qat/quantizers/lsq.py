@@ -16,7 +16,6 @@ from ..errors import StateError
 from ..numerics import MIN_SCALE, QuantizedTensor, quantize_tensor, scale_shape, stored_scale
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
-from .half_quadratic import half_quadratic
 from .least_error import best_step_size, squared_errors
 from .observer import ActivationStatistics
 from .rounding import Rounding
@@ -51,10 +50,7 @@ def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tenso
     if init is Init.lsq:
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
-    if init is Init.minmax:
-        return largest
-    least = best_step_size(squared_errors(weight, largest, spec, weights), largest)
-    return half_quadratic(weight, least, None, spec)[0] if init is Init.hqq else least
+    return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
 
 
 def gradient_scale(elements: int, spec: QuantSpec) -> float:
