@@ -60,14 +60,13 @@ def test_heavy_tails_lose_some_of_it(bits, most):
     assert after < most * before
 
 
-def test_a_zero_point_is_found_again_behind_an_outlier():
-    """All values but the largest lie on a grid, to which the range is not aligned."""
+def test_a_zero_point_is_found_again_behind_values_that_no_code_reaches():
+    """60 values lie on a grid; 15 lie 0.4 steps above it, by which a mean of all errors is 0.08 off."""
     step, zero = 2.0**-6, 0.375
-    weight = torch.cat([(torch.arange(-8, 7).repeat(5) - zero) * step, torch.tensor([(7 - zero - 0.3) * step])])[None]
+    grid = torch.arange(-8, 7).repeat(5) - zero + torch.tensor([0.0] * 60 + [0.4] * 15)
     spec = qat.QuantSpec(bits=4, scale_dtype="float32", **REAL)
-    step_size = torch.tensor([[step]])
-    found = half_quadratic(weight, step_size, torch.tensor([[zero - 0.2]]), spec)
-    assert (found.float() - zero).abs() < 0.01
+    found = half_quadratic((grid * step)[None], torch.tensor([[step]]), torch.tensor([[zero - 0.2]]), spec)
+    assert (found.float() - zero).abs() < 0.05
 
 
 def test_the_unit_of_the_weight_does_not_matter():
