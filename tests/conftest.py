@@ -5,12 +5,15 @@ import random
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
 import numpy
 import pytest
 import torch
+from packaging.version import Version
 
 # One thread: tests have small tensors, and on a busy machine OpenMP threads wait for each other (203 s against 37 s for
 # test_train.py on two busy cores). Subprocesses inherit what stands here.
@@ -21,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not (torch.cuda.is_available() or torch.xpu.is_available()):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: torch has not imported it yet
 
+TRITON_3_6 = find_spec("triton") is not None and version("triton").startswith("3.6.")
 IN_CI = bool(os.environ.get("CI"))
 hypothesis.settings.register_profile(
     "qat", deadline=None, max_examples=25, derandomize=IN_CI, print_blob=not IN_CI, database=None
@@ -31,6 +35,8 @@ hypothesis.settings.load_profile("qat")
 def pytest_report_header() -> str:
     """Say which torch runs, and whether kernels are interpreted."""
     kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    if kernels == "interpreted" and TRITON_3_6 and Version(numpy.__version__) >= Version("2.4"):
+        kernels += ", but not by Triton 3.6 with NumPy 2.4 and later: pip install 'numpy<2.4', or their tests fail"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, Triton kernels are {kernels}"
 
