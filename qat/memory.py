@@ -140,9 +140,15 @@ def _bytes(tensors: Iterator[Tensor]) -> int:
 
 @contextmanager
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Put tensors without data in the place of a model's own for a while; what is tied stays tied."""
+    """Put tensors without data in the place of a model's own for a while; what is tied stays tied.
+
+    What torch's CPU operator reads is made at its first use, from these tensors: it is for this while, too.
+    """
     made: dict[int, Tensor] = {}
     saved = []
+    packed = [(module, module.cpu_operands) for module in model.modules() if isinstance(module, PackedWeight)]
+    for module, _ in packed:
+        module.cpu_operands = None
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -159,3 +165,5 @@ def _without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     finally:
         for tensors, name, tensor in saved:
             tensors[name] = tensor
+        for module, operands in packed:
+            module.cpu_operands = operands
