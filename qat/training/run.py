@@ -38,6 +38,7 @@ from .evaluation import evaluate
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_data import check_module
+from .own_loader import keep_position
 from .result import remove_result, write_result
 from .tasks import Task
 from .tokenizer import keep_tokenizer
@@ -73,6 +74,7 @@ def train(config: DictConfig) -> dict[str, float]:
     _quiet()
     data = make(config.data)
     check_module(data)
+    keep_position(data)
     model = _model(config.model)
     codes = None if config.init_from is None or resume is not None else _start(model, config.init_from)
     if codes is not None and config.adapter:

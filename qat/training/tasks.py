@@ -33,6 +33,8 @@ from .metrics import (
 )
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 from .own_data import example_of
+from .own_loader import OwnLoader
+from .random_state import random_state, set_random_state
 
 BLOCKS = "blocks"  # our own compile mode
 
@@ -104,7 +106,8 @@ class Task(LightningModule):
         self._step_sizes = step_sizes(model)
         teachers = [teacher] if isinstance(teacher, nn.Module) else teacher or []
         self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
-        self._rng_state: dict[str, Tensor] | None = None
+        self._rng_state: dict[str, Any] | None = None
+        self._position: list[dict[str, Any]] = []
         self._loss = training_loss
         self._compiled: list[nn.Module] = []
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
@@ -191,7 +194,7 @@ class Task(LightningModule):
             teacher.to(self.device).eval()
 
     def on_train_start(self) -> None:
-        """Compile, now that calibration is over, and go on with the random state that a resumed run had."""
+        """Compile, now that calibration is over, and go on with the random state and the position of a killed run."""
         if self.compile_mode is not None:
             by_block = self.compile_mode == BLOCKS
             mode = "default" if by_block else self.compile_mode
@@ -202,10 +205,14 @@ class Task(LightningModule):
             if by_block:
                 self._loss, self._compiled = torch.compile(training_loss, dynamic=False), parts
         if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state["cpu"])
+            set_random_state(self._rng_state)
             if "cuda" in self._rng_state and self.device.type == "cuda":
-                torch.cuda.set_rng_state(self._rng_state["cuda"], self.device)
+                torch.cuda.set_rng_state(self._rng_state["cuda"].cpu(), self.device)
             self._rng_state = None
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, OwnLoader) and self._position:
+            loader.load_state_dict(self._position[0])
+            self._position = []
 
     def on_validation_start(self) -> None:
         """Validate eagerly where blocks are compiled: other shapes would each compile another graph."""
@@ -230,13 +237,14 @@ class Task(LightningModule):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["qat"]["adapter"] = True
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        checkpoint["rng"] = random_state()
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state until training starts."""
-        self._rng_state = {name: state.cpu() for name, state in checkpoint["rng"].items()}
+        """Keep the random state, and the position in the user's own data, until training starts."""
+        self._rng_state = checkpoint["rng"]
+        self._position = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
 
 class ImageClassification(Task):
