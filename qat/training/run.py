@@ -201,7 +201,11 @@ def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
 
 def _model(node: DictConfig) -> nn.Module:
     if "_target_" in node:
-        return make(node).train()  # from_pretrained gives a model in eval mode, and Lightning leaves it there
+        model = make(node)
+        if not isinstance(model, nn.Module):
+            what = type(model).__name__
+            raise TrainingError(f"model._target_={node._target_} gives a {what}: name what gives a torch.nn.Module")
+        return model.train()  # from_pretrained gives a model in eval mode, and Lightning leaves it there
     return build(OmegaConf.to_container(node, resolve=True))
 
 
