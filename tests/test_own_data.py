@@ -170,6 +170,32 @@ def test_an_endless_loader_ends_with_max_steps(own, train, tmp_path):
     assert torch.load(tmp_path / "runs" / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("data=Odd data.fom=x", "unknown key 'data.fom' (did you mean 'data.form'?)"),
+        ("experiment=theirs data.fom=x", "did you mean 'data.form'?"),
+        ("experiment=theirs policy.weight.bitz=3", "did you mean 'policy.weight.bits'?"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--config-dir {}", "--config-dir={}"])
+def test_a_key_of_a_users_own_configs_is_suggested(own, fails, tmp_path, overrides, said, flag):
+    folder = tmp_path / "configs"
+    (folder / "data" / "Odd.yaml").write_text("_target_: their_data.Odd\nform: column\n")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "theirs.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /data: Odd\n  - override /policy: conv_w4a4\n"
+    )
+    assert said in fails(f"{flag.format(folder)} {overrides}")
+
+
+def test_evaluate_suggests_such_a_key(own, tmp_path, capsys):
+    (tmp_path / "configs" / "data" / "Odd.yaml").write_text("_target_: their_data.Odd\nform: column\n")
+    with pytest.raises(SystemExit):
+        evaluate_command.main(["x", "data=Odd", "data.fom=x", "--config-dir", str(tmp_path / "configs")])
+    assert "did you mean 'data.form'?" in capsys.readouterr().err
+
+
 def test_evaluate_names_a_config_folder_that_is_not_there(own, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate_command.main(["x", "data=Pictures", "--config-dir", str(tmp_path / "nowhere")])
