@@ -115,12 +115,16 @@ class Task(LightningModule):
         self._ran = self._targets_fit = False
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-        """Return the network's logits.
+        """Return the network's logits."""
+        return self.logits(self.model, inputs)
+
+    def logits(self, model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+        """Return the logits of the network, or of a copy of it, such as an unquantized one that calibration makes.
 
         Raises:
-            DataError: the network cannot run on the data, found at the first batch.
+            DataError: it cannot run on the data, found at the first batch.
         """
-        logits = logits_of(run(self.model, inputs)) if self._ran else first_logits(self.model, inputs)
+        logits = logits_of(run(model, inputs)) if self._ran else first_logits(model, inputs)
         self._ran = True
         return logits
 
@@ -264,9 +268,9 @@ class ImageClassification(Task):
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model.to(memory_format=self.memory_format)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the network's logits."""
-        return super().forward(inputs.to(memory_format=self.memory_format))
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the logits of the network or a copy of it."""
+        return super().logits(model, inputs.to(memory_format=self.memory_format))
 
 
 class CausalLanguageModel(Task):
