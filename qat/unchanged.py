@@ -14,7 +14,7 @@ def unchanged_on_error(model: nn.Module | None) -> Iterator[None]:
 
     Tensors are kept, not copied: the block may replace them, and not write into them.
     """
-    if model is None:
+    if not isinstance(model, nn.Module):  # none, or a mistake, which who takes it names
         yield
         return
     kept = [(module, module.__class__, dict(module.__dict__)) for module in model.modules()]

@@ -193,6 +193,12 @@ def test_damage_is_told_instead_of_what_came_of_it(tmp_path):
         raise ZeroDivisionError
 
 
+def test_a_class_in_the_place_of_a_model_is_named(tmp_path):
+    saved(tmp_path / "out")
+    with pytest.raises(StateError, match=r"expected a torch.nn.Module, got Net: call it: Net\(\)"):
+        qat.load(tmp_path / "out", model=Net)
+
+
 @pytest.mark.parametrize("wrong", ["a damaged file", "a layer more", "a wider layer"])
 def test_a_given_model_is_as_it_was_after_an_error(tmp_path, wrong):
     class Attends(Net):
