@@ -190,13 +190,16 @@ def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
                 f"{run_dir} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
             )
         return None
-    if resume == "auto":
-        return last if last.exists() else None
-    if not Path(resume).is_file():
+    own = resume == "auto"
+    if own and not last.exists():
+        return None
+    path = last if own else Path(resume)
+    if not path.is_file():
         raise CheckpointError(f"resume={resume}: there is no checkpoint at that path; resume=auto finds the run's own")
-    if not zipfile.is_zipfile(resume):  # as torch.save writes it, its index last
-        raise CheckpointError(f"resume={resume} is damaged, or no checkpoint; resume=auto finds the run's own")
-    return Path(resume)
+    if not zipfile.is_zipfile(path):  # as torch.save writes it, its index last
+        other = "resume=PATH takes another, name=OTHER starts anew" if own else "resume=auto finds the run's own"
+        raise CheckpointError(f"resume={path if own else resume} is damaged, or no checkpoint; {other}")
+    return path
 
 
 def _model(node: DictConfig) -> nn.Module:

@@ -35,6 +35,7 @@ from .optimization import Schedule, learning_rate_factor, parameter_groups, step
 from .own_data import example_of
 from .own_loader import OwnLoader
 from .random_state import random_state, set_random_state
+from .resuming import other_model, require_same_policy
 
 BLOCKS = "blocks"  # our own compile mode
 
@@ -245,8 +246,24 @@ class Task(LightningModule):
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Take a state.
+
+        Raises:
+            CheckpointError: it is that of another network.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise other_model(error) from error
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state, and the position in the user's own data, until training starts."""
+        """Keep the random state, and the position in the user's own data, until training starts.
+
+        Raises:
+            CheckpointError: the checkpoint has another policy.
+        """
+        require_same_policy(checkpoint["qat"]["policy"], self.policy)
         self._rng_state = checkpoint["rng"]
         self._position = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
