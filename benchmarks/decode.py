@@ -5,7 +5,8 @@ chosen greedily inside it, twice: its blocks compiled by torch.compile (their co
 ``qat.kernels.decode_step`` between the matrix products. Beside the tokens: the matrix products of a step alone, and how
 many tokens the bytes of the weights allow at the measured read ceiling.
 
-Then the int4 model is saved, and read again by a process that has compiled no kernel before (cold start).
+Then the int4 model is saved, and read again by a process that has compiled no kernel before (cold start): once with its
+kernels compiled while it is read (``qat.load(tokens=...)``), and once without, which tells reading from compiling.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 import qat
 from benchmarks.decoder import LLAMA_8B, CachedDecoder, Shape, random_decoder
+from qat.outline import parameters_on_meta
 
 SMALL = Shape(256, 2, 512, 4, 2, 1000)
 PROMPT, POSITIONS = 32, 512
@@ -132,14 +134,17 @@ def measure(model: CachedDecoder, name: str, compiled: bool, tokens: int, ceilin
     }
 
 
-def cold_start(folder: Path, shape: Shape, device: str) -> dict[str, float]:
-    """Read an artifact in a process that has compiled nothing, and make one token after a prompt; seconds."""
+def cold_start(folder: Path, shape: Shape, device: str, tokens: tuple[int, ...]) -> dict[str, float]:
+    """Read an artifact in a process that has compiled nothing, and make one token after a prompt; seconds.
+
+    ``tokens`` are those of calls whose kernels are compiled meanwhile.
+    """
     torch.zeros(1, device=device)
     synchronize(torch.device(device))
     start = time.perf_counter()
-    with torch.device("meta"):
+    with parameters_on_meta():
         model = CachedDecoder(shape).to(torch.bfloat16)
-    model = qat.load(folder, model=model, device=device, tokens=(1, PROMPT))
+    model = qat.load(folder, model=model, device=device, tokens=tokens)
     synchronize(torch.device(device))
     loaded = time.perf_counter()
     turns, caches = model.turns(POSITIONS), model.caches(1, POSITIONS)
@@ -156,12 +161,12 @@ def cold_start(folder: Path, shape: Shape, device: str) -> dict[str, float]:
     }
 
 
-def _in_new_process(folder: Path, small: bool, device: str) -> dict[str, float]:
+def _in_new_process(folder: Path, small: bool, device: str, *more: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "benchmarks.decode", "--read", str(folder), "--device", device]
         begin = time.perf_counter()
         done = subprocess.run(
-            command + ["--small"] * small,
+            command + ["--small"] * small + list(more),
             env=os.environ | {"TRITON_CACHE_DIR": cache},
             capture_output=True,
             text=True,
@@ -185,10 +190,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--no-cold-start", action="store_true")
     parser.add_argument("--read", type=Path, help="only read this artifact, as the cold start does")
+    parser.add_argument("--not-ahead", action="store_true", help="with --read: compile no kernel before it is called")
     options = parser.parse_args()
     shape, device = SMALL if options.small else LLAMA_8B, torch.device(options.device)
     if options.read:
-        print(json.dumps(cold_start(options.read, shape, options.device)))
+        print(json.dumps(cold_start(options.read, shape, options.device, () if options.not_ahead else (1, PROMPT))))
         return
     ceiling, name = 20e9, "a CPU, at 20 GB/s"
     if device.type == "cuda":
@@ -218,7 +224,9 @@ def main() -> None:
             begin = time.perf_counter()
             qat.save(model, f"{folder}/model")
             print(f"saved in {time.perf_counter() - begin:.1f} s", flush=True)
-            print("cold start, seconds:", _in_new_process(Path(folder) / "model", options.small, options.device))
+            arguments = Path(folder) / "model", options.small, options.device
+            print("cold start, seconds:", _in_new_process(*arguments), flush=True)
+            print("without compiling ahead:", _in_new_process(*arguments, "--not-ahead"))
 
 
 def _uncompiled(model: CachedDecoder) -> None:

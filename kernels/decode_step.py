@@ -65,8 +65,8 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 if triton is not None:
-    from qat.kernels.launching import starts_early, take_turns
-    from qat.kernels.rounding import INTERPRETED, round_to
+    from .launching import starts_early, take_turns
+    from .rounding import INTERPRETED, round_to
 
     @triton.jit
     def _add_rms_norm_kernel(

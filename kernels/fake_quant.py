@@ -18,12 +18,13 @@ Bytes moved, at least: x and y forward; grad_y, x and grad_x backward. Nothing i
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.launching import ceil_div, launch, next_power_of_2
-from qat.kernels.rounding import INTERPRETED, round_half_even, round_to
 from torch import Tensor
 
 from qat.numerics import MIN_SCALE
 from qat.spec import QuantSpec
+
+from .launching import ceil_div, launch, next_power_of_2
+from .rounding import INTERPRETED, clamp, round_half_even, round_to
 
 TILE = 4096  # elements a program holds at a time
 WARPS = 8
@@ -38,13 +39,6 @@ def stored_scale(step_ptr, row, inside, dtype: tl.constexpr):
     """``qat.numerics.stored_scale``, in float32; a NaN stays one."""
     step = tl.load(step_ptr + row, mask=inside, other=1.0).to(tl.float32)
     return round_to(tl.where(step < _MIN_SCALE, _MIN_SCALE, step), dtype).to(tl.float32)
-
-
-@triton.jit
-def clamp(ratio, low: tl.constexpr, high: tl.constexpr):
-    """Clamp as torch does: a NaN stays one."""
-    nan: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(tl.maximum(ratio, low, propagate_nan=nan), high, propagate_nan=nan)
 
 
 @triton.jit

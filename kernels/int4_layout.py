@@ -29,6 +29,11 @@ _ROW_AND_INPUT = (2, 8, 4, 2, 4, 2)  # rh g j kh c e
 _SHIFTS = [[4 * j + 16 * e for e in range(2)] for j in range(4)]
 
 
+# How an operator's schema lists ``Int4Weight.tensors`` and ``Int4Weight.sizes``.
+TENSORS = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels, Tensor? nest"
+SIZES = "int out_features, int in_features, int group_size"
+
+
 class Int4Weight(NamedTuple):
     """A weight as the kernels read it.
 
@@ -50,6 +55,27 @@ class Int4Weight(NamedTuple):
     group_size: int
     levels: Tensor | None = None
     nest: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return words, scale, zero_point, levels and nest: its part of an operator's tensors."""
+        return self.words, self.scale, self.zero_point, self.levels, self.nest
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Return out_features, in_features and group_size: its part of an operator's sizes."""
+        return self.out_features, self.in_features, self.group_size
+
+    @classmethod
+    def of(
+        cls,
+        words: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        levels: Tensor | None,
+        nest: Tensor | None,
+        *sizes: int,
+    ) -> Int4Weight:
+        """Return the weight whose ``tensors`` and ``sizes`` these are."""
+        return cls(words, scale, zero_point, *sizes, levels, nest)
 
     def checkpoint(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Undo ``prepack``: packed uint8 (N, ceil(K / 2)), scale and zero point (N, groups)."""

@@ -37,7 +37,7 @@ from qat.errors import LayerError
 from qat.numerics import dequantize
 from qat.packing import unpack
 
-from .int4_layout import GROUP_MULTIPLE, INPUTS, ROWS, Int4Weight
+from .int4_layout import GROUP_MULTIPLE, INPUTS, ROWS, SIZES, TENSORS, Int4Weight
 from .nested_scale import LEVELS, nested_scale_reference
 
 try:
@@ -66,8 +66,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     w = weight
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wanted or w.scale.requires_grad or torch.compiler.is_compiling() or not _is_plain(x):
-        parts = w.words, w.scale, w.zero_point, w.levels, w.nest
-        return torch.ops.qat.int4_linear(x, *parts, bias, w.out_features, w.in_features, w.group_size)
+        return torch.ops.qat.int4_linear(x, *w.tensors(), bias, *w.sizes())
     return _product(x, weight, bias)  # torch's dispatcher and back takes longer than a small matmul
 
 
@@ -75,8 +74,7 @@ def int4_dequantize(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Return the weight (N, K) in ``dtype``: the bits of ``qat.numerics.dequantize``."""
     w = weight
     if w.scale.requires_grad or torch.compiler.is_compiling() or not _is_plain(w.words):
-        parts = w.words, w.scale, w.zero_point, w.levels, w.nest
-        return torch.ops.qat.int4_dequantize(*parts, w.out_features, w.in_features, w.group_size, dtype)
+        return torch.ops.qat.int4_dequantize(*w.tensors(), *w.sizes(), dtype)
     return _matrix(weight, dtype)
 
 
@@ -110,10 +108,6 @@ def backend(device: torch.device) -> str:
     return "triton" if device.type in ("cuda", "xpu") else "torch reference"
 
 
-def _linear(x, words, scale, zero_point, levels, nest, bias, out_features, in_features, group_size) -> Tensor:
-    return _product(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest), bias)
-
-
 def _is_plain(x: Tensor) -> bool:
     """Return whether x is nothing but a tensor to everyone: no subclass, dispatch mode or functorch transform."""
     modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
@@ -141,11 +135,11 @@ def _matrix(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, words, scale, zero_point, levels, nest, bias, *sizes = inputs
+    _, *tensors, bias, out_features, in_features, group_size = inputs
     if ctx.needs_input_grad[2]:
         raise LayerError("int4_linear has no gradient for its scale: the weight is frozen; pass scale.detach()")
-    ctx.save_for_backward(words, scale, zero_point, levels, nest)
-    ctx.sizes = sizes
+    ctx.save_for_backward(*tensors)
+    ctx.sizes = out_features, in_features, group_size
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -153,8 +147,7 @@ def _backward(ctx, grad_y: Tensor):
     """grad_x = grad_y @ W with W in the dtype of x; grad_bias = the sum of grad_y over tokens, in float32."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        words, scale, zero_point, levels, nest = ctx.saved_tensors
-        matrix = int4_dequantize(Int4Weight(words, scale, zero_point, *ctx.sizes, levels, nest), grad_y.dtype)
+        matrix = int4_dequantize(Int4Weight.of(*ctx.saved_tensors, *ctx.sizes), grad_y.dtype)
         with torch.autocast(grad_y.device.type, enabled=False):
             grad_x = grad_y @ matrix
     if ctx.needs_input_grad[6]:
@@ -163,22 +156,26 @@ def _backward(ctx, grad_y: Tensor):
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
-_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels, Tensor? nest"
-_SIZES = "int out_features, int in_features, int group_size"
-_library.define(f"int4_linear(Tensor x, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor")
-_library.define(f"int4_dequantize({_WEIGHT}, {_SIZES}, ScalarType dtype) -> Tensor")
-_library.impl("int4_linear", _linear, "CompositeExplicitAutograd")
+_library.define(f"int4_linear(Tensor x, {TENSORS}, Tensor? bias, {SIZES}) -> Tensor")
+_library.define(f"int4_dequantize({TENSORS}, {SIZES}, ScalarType dtype) -> Tensor")
+
+
+@torch.library.impl(_library, "int4_linear", "CompositeExplicitAutograd")
+def _linear_impl(x, words, scale, zero_point, levels, nest, bias, *sizes):
+    return _product(x, Int4Weight.of(words, scale, zero_point, levels, nest, *sizes), bias)
 
 
 @torch.library.impl(_library, "int4_dequantize", "CompositeExplicitAutograd")
-def _dequantize_impl(words, scale, zero_point, levels, nest, out_features, in_features, group_size, dtype):
-    return _matrix(Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest), dtype)
+def _dequantize_impl(*arguments):
+    *weight, dtype = arguments
+    return _matrix(Int4Weight.of(*weight), dtype)
 
 
 @torch.library.register_fake("qat::int4_linear", lib=_library)
-def _linear_fake(x, words, scale, zero_point, levels, nest, bias, out_features, in_features, group_size):
-    _check(x, Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest), bias)
-    return x.new_empty(*x.shape[:-1], out_features)
+def _linear_fake(x, words, scale, zero_point, levels, nest, bias, *sizes):
+    weight = Int4Weight.of(words, scale, zero_point, levels, nest, *sizes)
+    _check(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], weight.out_features)
 
 
 @torch.library.register_fake("qat::int4_dequantize", lib=_library)

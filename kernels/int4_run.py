@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qat import backend
 
-from . import int4_batch, int4_decode, int4_portable, int4_recipe
-from .int4_layout import INPUTS, ROWS, Int4Weight
+from . import int4_batch, int4_portable, int4_recipe
+from .int4_arguments import Prepared, batch_launches, decode_launch, dequantize_launch, operands_of, sizes_of
+from .int4_layout import ROWS, Int4Weight
 from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Batch, Decode, Dequantize, choose
 from .nested_scale import nested_scale
 from .rounding import INTERPRETED
@@ -58,13 +59,15 @@ def _recipe(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, shape: 
         rows = tuple(x_MK.shape)  # and not x, which a recipe would keep alive
         return lambda x, weight, bias, _: run_plan(plan, x.view(rows), _plain(weight), bias).view(shape)
     if isinstance(plan, Decode):
-        return int4_recipe.decode(_again(*_decode_launch(plan, x_MK, weight, bias)), shape)
-    first, second = _batch_launches(plan, x_MK, weight, bias)
-    sum_parts = None if second is None else _again(*second)
-    return int4_recipe.batch(_again(*first), sum_parts, shape, x_MK.shape[1], plan.split)
+        return int4_recipe.decode(_again(decode_launch(plan, x_MK, weight, bias)), shape)
+    product, sum_parts = batch_launches(plan, x_MK, weight, bias)
+    sum_parts = None if sum_parts is None else _again(sum_parts)
+    return int4_recipe.batch(_again(product), sum_parts, shape, x_MK.shape[1], plan.split)
 
 
-def _again(kernel, key: tuple, grid: tuple[int, int, int], tail: tuple) -> int4_recipe.Launch:
+def _again(prepared: Prepared) -> int4_recipe.Launch:
+    """Return a kernel that was compiled for this, to be launched on the current device."""
+    kernel, key, grid, tail = prepared
     device = torch.cuda.current_device()
     return int4_recipe.Launch(_kernels[kernel, device, key], grid, device, tail)
 
@@ -170,7 +173,7 @@ def compile_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) ->
 
     if isinstance(plan, Dequantize):
         matrix = x_MK.new_empty(weight.out_features, weight.in_features)
-        grid, arguments = _dequantize_launch(weight, matrix)
+        grid, arguments = dequantize_launch(weight, matrix)
         kernels.append(int4_portable.dequantize_kernel.warmup(*arguments, grid=grid, num_warps=4))
     else:
         run = _decode if isinstance(plan, Decode) else _batch
@@ -181,78 +184,24 @@ def compile_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) ->
 def _decode(
     plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
 ) -> None:
-    kernel, key, grid, tail = _decode_launch(plan, x_MK, weight, bias)
-    arguments = x_MK, *_operands(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
+    kernel, key, grid, tail = decode_launch(plan, x_MK, weight, bias)
+    arguments = x_MK, *operands_of(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
     launch(kernel, key, grid, arguments, plan.warps, plan.early)
-
-
-def _decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
-    """Return a kernel, what it is compiled for, its grid, and its arguments from the sizes on."""
-    sizes = _sizes(weight, x_MK)
-    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
-    mask_k = weight.words.shape[1] % (plan.warps * plan.tiles) != 0 or weight.in_features % INPUTS != 0
-    constants = mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages, plan.early
-    grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
-    return int4_decode.decode_kernel, key, grid, (*sizes, *_constants(weight, bias), *constants)
 
 
 def _batch(
     plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
 ) -> None:
-    (kernel, key, grid, tail), sum_parts = _batch_launches(plan, x_MK, weight, bias)
+    (kernel, key, grid, tail), sum_parts = batch_launches(plan, x_MK, weight, bias)
     x = int4_batch.descriptor(x_MK, plan.block_m)
     parts = y_MN
     if plan.split > 1:
         parts = x_MK.new_empty(plan.split, *y_MN.shape, dtype=torch.float32)
-    arguments = x, *_operands(weight, bias, x_MK), y_MN, parts, x_MK.shape[0], *tail
+    arguments = x, *operands_of(weight, bias, x_MK), y_MN, parts, x_MK.shape[0], *tail
     launch(kernel, key, grid, arguments, plan.warps, plan.early)
     if sum_parts is not None:
         kernel, key, grid, tail = sum_parts
         launch(kernel, key, grid, (parts, bias, y_MN, *tail), 4, plan.early)
-
-
-def _batch_launches(plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple:
-    """Return what ``_decode_launch`` returns, for the product and for the sum of its parts, which may be None."""
-    sizes = _sizes(weight, x_MK)
-    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
-    programs = -(-weight.words.shape[0] // plan.blocks) * -(-x_MK.shape[0] // plan.block_m)
-    tail = *sizes, *_constants(weight, bias), *plan
-    product = int4_batch.batch_kernel, key, (programs, plan.split, 1), tail
-    if plan.split == 1:
-        return product, None
-    size = x_MK.shape[0] * weight.out_features
-    kind = size % 16 == 0, size == 1, size < 2**31
-    key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, weight.out_features, kind, plan.early
-    tail = size, weight.out_features, plan.split, 1024, plan.early > 0
-    return product, (int4_portable.sum_parts_kernel, key, (-(-size // 1024), 1, 1), tail)
-
-
-def _operands(weight: Int4Weight, bias: Tensor | None, x: Tensor) -> tuple:
-    # A kernel does not read the pointer that stands for what a weight does not have.
-    zero_point = weight.words if weight.zero_point is None else weight.zero_point
-    levels = weight.words if weight.levels is None else weight.levels
-    return weight.words, weight.scale, zero_point, levels, x if bias is None else bias
-
-
-def _sizes(weight: Int4Weight, x_MK: Tensor | None = None) -> tuple:
-    row_blocks, tiles, _ = weight.words.shape
-    inputs = weight.in_features if x_MK is None else x_MK.shape[1]
-    return weight.out_features, inputs, row_blocks, tiles, weight.scale.shape[1]
-
-
-def _constants(weight: Int4Weight, bias: Tensor | None) -> tuple:
-    whole_row = weight.group_size == weight.in_features
-    group = weight.words.shape[1] * INPUTS if whole_row else weight.group_size
-    halves = 1 if group % INPUTS == 0 else 2
-    return group, halves, weight.zero_point is not None, weight.levels is not None, bias is not None
-
-
-def _kind(weight: Int4Weight, bias: Tensor | None) -> tuple:
-    """Return what a kernel is compiled for, but for its plan and sizes."""
-    levels = None if weight.levels is None else weight.scale.dtype  # else the scale is of the dtype of x
-    tensors = weight.words, weight.scale, weight.zero_point, weight.levels
-    aligned = tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-    return bias is None or bias.dtype, weight.zero_point is None, levels, weight.group_size, aligned
 
 
 def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: int) -> Tensor:
@@ -269,7 +218,7 @@ def _portable(x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, block_m: in
             bias,
             y_MN,
             x_MK.shape[0],
-            *_sizes(weight),
+            *sizes_of(weight),
             weight.group_size,
             BLOCK_M=block_m,
             BLOCKS=blocks,
@@ -288,17 +237,10 @@ def dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     matrix = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device)
     if not matrix.numel():
         return matrix
-    grid, arguments = _dequantize_launch(weight, matrix)
+    grid, arguments = dequantize_launch(weight, matrix)
     with torch.accelerator.device_index(matrix.device.index):
         compiled = int4_portable.dequantize_kernel[grid](*arguments, num_warps=4)
     if _on_nvidia(matrix) and int4_recipe.addresses(weight.words, weight, None) is not None:
         again = int4_recipe.Launch(compiled, grid, matrix.device.index, arguments[5:])
         int4_recipe.remember_dequantized(weight, matrix, again)
     return matrix
-
-
-def _dequantize_launch(weight: Int4Weight, matrix: Tensor) -> tuple[tuple[int, int, int], tuple]:
-    """Return a grid, and arguments of which the first five are tensors or None."""
-    row_blocks, tiles, _ = weight.words.shape
-    tail = *_sizes(weight), weight.group_size, 1, 2
-    return (-(-tiles // 2), row_blocks, 1), (*weight[:3], weight.levels, matrix, *tail)

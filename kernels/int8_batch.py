@@ -1,9 +1,8 @@
-"""Int8 codes times int4 codes on Hopper's tensor cores, in Gluon: integer ``wgmma``, and codes by the tensor memory
-accelerator.
+"""Int8 codes times int4 codes on Hopper's tensor cores, in Gluon: integer ``wgmma``.
 
-y^T = W x^T: the weight is the left operand, which ``wgmma`` takes from registers. A nibble u = code + 8 in the high
-half of a byte is 16 times its code but for one bit, so that two instructions make four weights, and the factor 1/16
-goes into the scale, exactly:
+Codes come by the tensor memory accelerator. y^T = W x^T: the weight is the left operand, which ``wgmma`` takes from
+registers. A nibble u = code + 8 in the high half of a byte is 16 times its code but for one bit, so that two
+instructions make four weights, and the factor 1/16 goes into the scale, exactly:
 
     (word << 4 or word) & 0xf0f0f0f0 ^ 0x80808080
 

@@ -75,18 +75,12 @@ def int8_codes_reference(
 
 
 if triton is not None:
-    from qat.kernels.fake_quant import divide
-    from qat.kernels.launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
-    from qat.kernels.round_dynamic import clamp_to_int8, int8_token_grid
-    from qat.kernels.rounding import round_half_even
+    from .fake_quant import divide
+    from .launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
+    from .round_dynamic import int8_token_grid
+    from .rounding import clamp, round_half_even
 
     _MIN_SCALE = tl.constexpr(numerics.MIN_SCALE)
-
-    @triton.jit
-    def _clamp(value, low, high):
-        """Clamp as torch does: a NaN stays one."""
-        nan: tl.constexpr = tl.PropagateNan.ALL
-        return tl.minimum(tl.maximum(value, low, propagate_nan=nan), high, propagate_nan=nan)
 
     @triton.jit
     def _int8_codes_kernel(
@@ -119,16 +113,16 @@ if triton is not None:
             high = tl.maximum(tl.max(tl.maximum(even, odd), 1), 0.0)[:, None]
             factor, shift, _, _ = int8_token_grid(low, high)
             step = tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
-            even = clamp_to_int8(round_half_even(even * factor) + shift)
-            odd = clamp_to_int8(round_half_even(odd * factor) + shift)
+            even = clamp(round_half_even(even * factor) + shift, -128.0, 127.0)
+            odd = clamp(round_half_even(odd * factor) + shift, -128.0, 127.0)
         else:
             step = tl.maximum(tl.load(scale_ptr).to(tl.float32), _MIN_SCALE)
             scale_dtype: tl.constexpr = scale_ptr.dtype.element_ty
             x_dtype: tl.constexpr = x_ptr.dtype.element_ty
             zero = 0.0 if zero_ptr is None else tl.load(zero_ptr).to(tl.float32)
             shift = zero + tl.full((BLOCK_T, 1), -128.0 if HIGH > 127 else 0.0, tl.float32)
-            even = round_half_even(_clamp(divide(even, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
-            odd = round_half_even(_clamp(divide(odd, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
+            even = round_half_even(clamp(divide(even, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
+            odd = round_half_even(clamp(divide(odd, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
         total = tl.sum(even + odd, 1)[:, None]
         step = tl.where(total == total, step, float("nan"))
         # The integer lies in the low bits of its sum with 1.5 * 2^23; converting takes a slower unit.

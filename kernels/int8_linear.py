@@ -129,52 +129,25 @@ _library.define(
 
 
 @torch.library.impl(_library, "int8_linear", "CompositeExplicitAutograd")
-def _impl(
-    x,
-    words,
-    weight_scale,
-    zero_point,
-    sums,
-    scale,
-    bits,
-    signed,
-    x_zero_point,
-    bias,
-    out_features,
-    in_features,
-    group,
-    dtype,
-):
-    weight = Int4Weight(words, weight_scale, zero_point, out_features, in_features, group)
+def _impl(x, words, weight_scale, zero_point, sums, scale, bits, signed, x_zero_point, bias, *rest):
+    *sizes, dtype = rest
+    weight = Int4Weight(words, weight_scale, zero_point, *sizes)
     _check(x, weight, sums, bits, bias, dtype)
     if backend(x.device) == "torch reference":
         return int8_linear_reference(x, weight, scale, bits, signed, x_zero_point, bias, dtype)
-    x_MK = x.reshape(-1, in_features).contiguous()
+    x_MK = x.reshape(-1, weight.in_features).contiguous()
     if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % 16):
         bias = bias.clone(memory_format=torch.contiguous_format)
     y_MN = int8_run.multiply(x_MK, weight, sums, (scale, bits, signed, x_zero_point), bias, dtype)
-    return y_MN.view(*x.shape[:-1], out_features)
+    return y_MN.view(*x.shape[:-1], weight.out_features)
 
 
 @torch.library.register_fake("qat::int8_linear", lib=_library)
-def _fake(
-    x,
-    words,
-    weight_scale,
-    zero_point,
-    sums,
-    scale,
-    bits,
-    signed,
-    x_zero_point,
-    bias,
-    out_features,
-    in_features,
-    group,
-    dtype,
-):
-    _check(x, Int4Weight(words, weight_scale, zero_point, out_features, in_features, group), sums, bits, bias, dtype)
-    return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
+def _fake(x, words, weight_scale, zero_point, sums, scale, bits, signed, x_zero_point, bias, *rest):
+    *sizes, dtype = rest
+    weight = Int4Weight(words, weight_scale, zero_point, *sizes)
+    _check(x, weight, sums, bits, bias, dtype)
+    return x.new_empty(*x.shape[:-1], weight.out_features, dtype=dtype)
 
 
 def _check(x: Tensor, weight: Int4Weight, sums: Tensor, bits: int, bias: Tensor | None, dtype: torch.dtype) -> None:

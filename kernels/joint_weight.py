@@ -13,6 +13,7 @@ Bytes moved, at least: the base and y forward; the base, y, and the gradient twi
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,21 +27,31 @@ try:
     import triton
     import triton.language as tl
 
-    from .fake_quant import clamp, divide, stored_scale
+    from .fake_quant import divide, stored_scale
     from .launching import ceil_div, launch
-    from .rounding import round_half_even, round_to
+    from .rounding import clamp, round_half_even, round_to
 except ImportError:  # there is no Triton for macOS
     triton = None
 
 
-def merged_reference(base: Tensor, base_scale: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return w, float32 (N, K), in torch.
+class LowRankSum(NamedTuple):
+    """What w is the sum of.
 
-    Args:
-        base: (N, K).
-        base_scale: (rows, groups) of uint8 codes, else None.
-        a, b: float32 (r, K) and (N, r).
+    Attributes:
+        base: (N, K) bf16, fp16 or fp32; or uint8, codes with 128 added.
+        base_scale: (1 or N, groups) of codes, else None.
+        a, b: float32 (r, K) and (N, r), the latter with the update's scaling in it.
     """
+
+    base: Tensor
+    base_scale: Tensor | None
+    a: Tensor
+    b: Tensor
+
+
+def merged_reference(parts: LowRankSum) -> Tensor:
+    """Return w, float32 (N, K), in torch."""
+    base, base_scale, a, b = parts
     if base_scale is not None:
         codes = base.to(torch.float32) - 128
         base = (codes.view(*base_scale.shape, -1) * base_scale.float()[..., None]).view(base.shape)
@@ -53,32 +64,17 @@ def merged_reference(base: Tensor, base_scale: Tensor | None, a: Tensor, b: Tens
     return merged
 
 
-def joint_weight_reference(
-    base: Tensor,
-    base_scale: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    step: Tensor | None,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-) -> Tensor:
+def joint_weight_reference(parts: LowRankSum, step: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """Return y in torch: see ``joint_weight``."""
-    merged = merged_reference(base, base_scale, a, b)
+    merged = merged_reference(parts)
     return merged.to(dtype) if step is None else numerics.fake_quantized(merged, step, spec, dtype)
 
 
 def joint_weight_backward_reference(
-    grad: Tensor,
-    base: Tensor,
-    base_scale: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    step: Tensor,
-    spec: QuantSpec,
-    grad_scale: float,
+    grad: Tensor, parts: LowRankSum, step: Tensor, spec: QuantSpec, grad_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the gradients of w and of step in torch: see ``joint_weight_backward``."""
-    merged = merged_reference(base, base_scale, a, b)
+    merged = merged_reference(parts)
     y, grad_w, grad_step = numerics.requantize_(grad.float(), merged, step, spec, grad_scale, dtype=grad.dtype)
     return y, grad_w.to(grad.dtype), grad_step
 
@@ -149,8 +145,16 @@ if triton is not None:
             tl.store(sums_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 1), mask=row < N)
 
 
-def _launch(base, base_scale, a, b, step, spec: QuantSpec, grad, y, grad_w, step_wanted: bool) -> Tensor | None:
+def _launch(
+    parts: LowRankSum,
+    step: Tensor | None,
+    spec: QuantSpec,
+    y: Tensor,
+    grad: Tensor | None = None,
+    grad_w: Tensor | None = None,
+) -> Tensor | None:
     """Fill y, and grad_w where there is a gradient; return that of step then, not scaled."""
+    base, base_scale, a, b = (part if part is None else part.contiguous() for part in parts)
     rows, columns = base.shape
     of_base = columns if base_scale is None else columns // base_scale.shape[1]
     of_step = columns if step is None else columns // step.shape[1]
@@ -158,7 +162,7 @@ def _launch(base, base_scale, a, b, step, spec: QuantSpec, grad, y, grad_w, step
     tiles = min(8, ceil_div(columns, block_k)) if of_step == columns else of_step // block_k
     programs = ceil_div(columns, tiles * block_k)
     block_n = max(1, 4096 // block_k)
-    sums = torch.empty(rows, programs, device=base.device) if step_wanted else None
+    sums = torch.empty(rows, programs, device=base.device) if grad is not None else None
     arguments = base, base_scale, a, b, step, grad, y, grad_w, sums, rows, columns, of_base, of_step
     many = [scales is not None and scales.shape[0] > 1 for scales in (base_scale, step)]
     scale_dtype = getattr(tl, spec.scale_dtype.value)
@@ -183,80 +187,60 @@ def _runs(base: Tensor, step: Tensor | None) -> bool:
     return triton is not None and backend.fused(base if base.is_floating_point() else base[:0].float(), step)
 
 
-def joint_weight(
-    base: Tensor,
-    base_scale: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    step: Tensor | None,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-) -> Tensor:
+def joint_weight(parts: LowRankSum, step: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """Return the rounded sum y, (N, K) in ``dtype``, without gradients.
 
     Args:
-        base: (N, K) bf16, fp16 or fp32; or uint8, codes with 128 added.
-        base_scale: (1 or N, groups) of codes, else None.
-        a, b: float32 (r, K) and (N, r), the latter with the update's scaling in it.
+        parts: what is added up.
         step: step sizes, float32 (1 or N, groups); None leaves w as it is.
         spec: symmetric; its bounds and scale dtype are used.
         dtype: of y.
     """
-    how = spec.bits, spec.scale_dtype.value
-    return torch.ops.qat.joint_weight(base, base_scale, a, b, step, *how, dtype)
+    return torch.ops.qat.joint_weight(*parts, step, spec.bits, spec.scale_dtype.value, dtype)
 
 
 def joint_weight_backward(
-    grad: Tensor,
-    base: Tensor,
-    base_scale: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    step: Tensor,
-    spec: QuantSpec,
-    grad_scale: float,
+    grad: Tensor, parts: LowRankSum, step: Tensor, spec: QuantSpec, grad_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in the dtype of ``grad``, the gradient of w in it, and that of the step sizes, float32.
 
     Args:
         grad: of y, (N, K).
-        base, base_scale, a, b, step, spec: as in ``joint_weight``.
+        parts, step, spec: as in ``joint_weight``.
         grad_scale: LSQ's, of the step sizes' gradient.
     """
     how = spec.bits, spec.scale_dtype.value, grad_scale
-    return torch.ops.qat.joint_weight_backward(grad, base, base_scale, a, b, step, *how)
+    return torch.ops.qat.joint_weight_backward(grad, *parts, step, *how)
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
-_WEIGHT = "Tensor base, Tensor? base_scale, Tensor a, Tensor b"
+_PARTS = "Tensor base, Tensor? base_scale, Tensor a, Tensor b"
 _GRID = "int bits, str scale_dtype"
-_library.define(f"joint_weight({_WEIGHT}, Tensor? step, {_GRID}, ScalarType dtype) -> Tensor")
+_library.define(f"joint_weight({_PARTS}, Tensor? step, {_GRID}, ScalarType dtype) -> Tensor")
 _library.define(
-    f"joint_weight_backward(Tensor grad, {_WEIGHT}, Tensor step, {_GRID}, float grad_scale) -> (Tensor, Tensor, Tensor)"
+    f"joint_weight_backward(Tensor grad, {_PARTS}, Tensor step, {_GRID}, float grad_scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(_library, "joint_weight", "CompositeExplicitAutograd")
 def _forward(base, base_scale, a, b, step, bits, scale_dtype, dtype):
-    spec = QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
+    parts, spec = LowRankSum(base, base_scale, a, b), QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
     if not _runs(base, step):
-        return joint_weight_reference(base, base_scale, a, b, step, spec, dtype)
+        return joint_weight_reference(parts, step, spec, dtype)
     y = torch.empty(base.shape, dtype=dtype, device=base.device)
     if y.numel():
-        parts = base.contiguous(), base_scale, a.contiguous(), b.contiguous(), step
-        _launch(*parts, spec, None, y, None, False)
+        _launch(parts, step, spec, y)
     return y
 
 
 @torch.library.impl(_library, "joint_weight_backward", "CompositeExplicitAutograd")
 def _backward(grad, base, base_scale, a, b, step, bits, scale_dtype, grad_scale):
-    spec = QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
+    parts, spec = LowRankSum(base, base_scale, a, b), QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
     if not _runs(base, step) or not base.numel():
-        return joint_weight_backward_reference(grad, base, base_scale, a, b, step, spec, grad_scale)
+        return joint_weight_backward_reference(grad, parts, step, spec, grad_scale)
     grad = grad.contiguous()
     y, grad_w = torch.empty_like(grad), torch.empty_like(grad)
-    parts = base.contiguous(), base_scale, a.contiguous(), b.contiguous(), step
-    return y, grad_w, _launch(*parts, spec, grad, y, grad_w, True).mul_(grad_scale)
+    return y, grad_w, _launch(parts, step, spec, y, grad, grad_w).mul_(grad_scale)
 
 
 @torch.library.register_fake("qat::joint_weight", lib=_library)

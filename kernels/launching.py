@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.rounding import INTERPRETED
 from torch import Tensor
+
+from .rounding import INTERPRETED
 
 _compiled: dict[tuple, Any] = {}
 _early: dict[int, bool] = {}

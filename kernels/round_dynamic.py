@@ -17,11 +17,12 @@ written, and y where it is wanted again.
 import torch
 import triton
 import triton.language as tl
-from qat.kernels.launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
-from qat.kernels.rounding import round_half_even, round_to
 from torch import Tensor
 
 from qat.spec import Dynamic
+
+from .launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
+from .rounding import clamp, round_half_even, round_to
 
 TILE = 4096  # values a program holds, if a token has no more
 MOST_VALUES = 32768  # of a token: 64 registers a thread in 16 warps
@@ -33,19 +34,12 @@ _BLOCK = 32  # of q8_0
 
 
 @triton.jit
-def clamp_to_int8(value):
-    """Clamp to int8 as torch does: a NaN stays one."""
-    nan: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(tl.maximum(value, -128.0, propagate_nan=nan), 127.0, propagate_nan=nan)
-
-
-@triton.jit
 def int8_token_grid(low, high):
     """Return (factor, zero point, low * factor, high * factor) of tokens whose values go from low to high, (T, 1)."""
     factor = tl.where(low == high, 1.0, tl.div_rn(tl.full(low.shape, 255.0, tl.float32), high - low))
     least, most = low * factor, high * factor
     zero_point = tl.where((-128.0 + least) + (127.0 + most) > 0.0, -128.0 - least, 127.0 - most)
-    return factor, round_half_even(clamp_to_int8(zero_point)), least, most
+    return factor, round_half_even(clamp(zero_point, -128.0, 127.0)), least, most
 
 
 @triton.jit
@@ -79,7 +73,7 @@ def _round_kernel(
         high = tl.where(broken, float("nan"), tl.maximum(tl.max(x, 1), 0.0)[:, None])
         factor, zero_point, least, most = int8_token_grid(low, high)
         codes = round_half_even(x * factor) + zero_point
-        y = (clamp_to_int8(codes) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
+        y = (clamp(codes, -128.0, 127.0) - zero_point) * tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
         if grad_x_ptr is not None:
             clipped = (codes < -128.0) | (codes > 127.0)
             if grad_y_ptr is None:

@@ -1,4 +1,4 @@
-"""How kernels round float32, on a GPU and under Triton's interpreter alike."""
+"""How kernels round and clamp float32, on a GPU and under Triton's interpreter alike."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,13 @@ def round_to(value, dtype: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)  # a NaN's bits may overflow
     return value.to(dtype)
+
+
+@triton.jit
+def clamp(value, low, high):
+    """Clamp as torch does: a NaN stays one."""
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(value, low, propagate_nan=nan), high, propagate_nan=nan)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import nn
 from .ahead import compiled_ahead
 from .atomic import atomic_folder
 from .formats import native
-from .quantized_model import from_model, to_model
+from .frozen_model import from_model, to_model
 from .unchanged import unchanged_on_error
 
 

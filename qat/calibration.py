@@ -11,6 +11,7 @@ from torch import nn
 
 from .errors import StateError
 from .layers import is_prepared, quant_layers
+from .modes import in_eval_mode
 from .quantizers import ActivationStatistics, LearnedActivation, WeightCodebook, WeightLSQ
 from .spec import Init
 
@@ -66,7 +67,7 @@ def calibrate(
     if not waiting:
         return model
     seen = 0
-    with _observing(model, waiting), torch.no_grad():
+    with _observing(waiting), in_eval_mode(model), torch.no_grad():
         for batch in batches:
             run(model, batch)
             seen += 1
@@ -87,9 +88,7 @@ def weights_wait(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _observing(model: nn.Module, quantizers: list[LearnedActivation]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def _observing(quantizers: list[LearnedActivation]) -> Iterator[None]:
     for quantizer in quantizers:
         quantizer.observer = ActivationStatistics(quantizer.step_size.device, keep_sample=quantizer.init is Init.mse)
     try:
@@ -97,5 +96,3 @@ def _observing(model: nn.Module, quantizers: list[LearnedActivation]) -> Iterato
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
-        for module, training in modes.items():
-            module.training = training

@@ -54,9 +54,9 @@ class Checkpoint:
 
             model = build(self.architecture)
         if not self.policy.quantizes_nothing():
-            # The step sizes come from the state dict: a search for their start would be work thrown away. GPTQ searches
-            # nothing here, and codebooks have a state of their own with it.
-            init = self.policy.init if self.policy.init in (Init.gptq, Init.gptaq) else Init.lsq
+            # The step sizes come from the state dict: a search for their start would be work thrown away. Methods that
+            # read data search nothing here, and codebooks have a state of their own with them.
+            init = self.policy.init if self.policy.init in (Init.gptq, Init.gptaq, Init.squeezellm) else Init.lsq
             prepare(model, replace(self.policy, init=init), verbose=False)
         load_state(model, self.state_dict, self.source)
         return model.eval()

@@ -102,10 +102,15 @@ def is_checkpoint(source: Path) -> bool:
 
 
 def read_source(source: Path, model: str | None) -> QuantizedModel:
-    """Return the quantized model of a checkpoint, which is frozen and summarised, or of a folder or file."""
+    """Return the quantized model of a checkpoint, which is frozen and summarised, or of a folder or file.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read, or of a full-precision model.
+        ArtifactError: a folder or file that cannot be read, or is in none of the formats.
+    """
     from . import formats, freezing
     from .checkpoint import TOKENIZER, read_checkpoint
-    from .quantized_model import from_model
+    from .frozen_model import from_model
     from .table import summary
 
     if not is_checkpoint(source):
@@ -126,7 +131,11 @@ def read_source(source: Path, model: str | None) -> QuantizedModel:
 
 
 def verify_artifact(checkpoint: Path, out: Path, model: str | None = None) -> int:
-    """Compare an artifact, in a fresh process, with its checkpoint; print a table and return 1 where they differ."""
+    """Compare an artifact, in a fresh process, with its checkpoint; print a table and return 1 where they differ.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
     from .checkpoint import read_checkpoint
     from .verify import write_reference
 

@@ -85,9 +85,9 @@ def evaluate_path(
     """
     import torch
 
+    from .training.data_modules import open_module
     from .training.evaluation import evaluate
     from .training.instantiation import make
-    from .training.own_data import open_module
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -124,7 +124,7 @@ def read_model(path: str, own_model: str | None = None) -> nn.Module:
     from .checkpoint import read_checkpoint
     from .convert import build_model, is_checkpoint
     from .formats import format_of, read
-    from .quantized_model import to_model
+    from .frozen_model import to_model
 
     folder = Path(path)
     if is_checkpoint(folder):

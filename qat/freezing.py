@@ -85,6 +85,7 @@ def quantized_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
 
     Raises:
         StateError: the model is neither, or a scale was never initialised.
+        LayerError: a weight or its scale holds NaN or infinity.
     """
     tensors = {
         name: _quantize(name, layer) for name, layer in quant_layers(model) if layer.weight_quantizer is not None

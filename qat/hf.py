@@ -32,10 +32,10 @@ from .atomic import atomic_folder
 from .errors import ArtifactError, LayerError, PolicyError
 from .formats import native
 from .formats.companions import PATTERNS, copy_files
+from .frozen_model import from_model, frozen_activation, matching_layer
 from .kv_cache import int8_cache as int8_cache
 from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix, split_attentions_
 from .policy import Decision, QuantPolicy
-from .quantized_model import from_model, matching_layer
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
 from .surgery import check_shapes, decide, weight_quantizer
@@ -145,9 +145,7 @@ class QATQuantizer(HfQuantizer):
                 layer.packed_weight = packed[owner]
             if entry.has_activation_scale:
                 device = _device(name, layer.activation_quantizer.scale)
-                scale = self.source.activation_scale(stored)
-                zero_point = None if entry.activation.symmetric else self.source.activation_zero_point(stored)
-                layer.activation_quantizer = FrozenActivation(entry.activation, scale, zero_point).to(device)
+                layer.activation_quantizer = frozen_activation(self.source, stored).to(device)
         model.qat_source = self.source.files
         return model
 

@@ -12,8 +12,10 @@ from .errors import LayerError, PolicyError
 from .layers import FrozenLinear, QuantLinear, frozen_layers, is_frozen, make_joint_
 from .policy import QuantPolicy
 from .quantizers import WeightLSQ
-from .spec import QuantSpec
+from .spec import Init
 from .surgery import prepare
+
+GRID = "a joint adapter is rounded with learned step sizes on a symmetric grid"
 
 
 def joint_lora(
@@ -40,14 +42,16 @@ def joint_lora(
         verbose: print ``prepare``'s summary.
 
     Raises:
-        PolicyError: no weight spec, a codebook, or a target that matches no quantized linear layer.
+        PolicyError: no weight spec, a codebook, an asymmetric grid, or a target that matches no quantized linear layer.
         LayerError: shapes that do not fit.
     """
     if policy.quantizes_nothing():
         raise PolicyError("a joint adapter is rounded as the policy says, and this one quantizes nothing: policy=lm_w4")
     if is_frozen(model):
-        if policy.weight is None or policy.init.reads_data:
-            raise PolicyError("a joint adapter on a frozen model takes policy.weight, and an init that reads no data")
+        if policy.weight is None or policy.init not in (Init.lsq, Init.mse, Init.minmax):
+            raise PolicyError(
+                "a joint adapter on a frozen model takes policy.weight, and policy.init=lsq, mse or minmax"
+            )
         layers = {name: layer for name, layer in frozen_layers(model) if layer.packed_weight is not None}
         quantizers = {name: _quantizer(name, layer, policy) for name, layer in layers.items()}
         chosen = chosen_layers(layers, targets)
@@ -63,7 +67,7 @@ def joint_lora(
                 f"{name!r}: a {type(layers[name]).__name__} takes no joint adapter: leave it out of targets"
             )
         if not isinstance(quantizers[name], WeightLSQ):
-            raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes on a symmetric grid")
+            raise PolicyError(f"{name!r}: {GRID}")
     model.requires_grad_(False)
     for name in chosen:
         make_joint_(layers[name], quantizers[name], rank, alpha / rank)
@@ -92,6 +96,6 @@ def chosen_layers(layers: dict[str, nn.Module], targets: Sequence[str] | None) -
 @torch.no_grad()
 def _quantizer(name: str, layer: nn.Module, policy: QuantPolicy) -> WeightLSQ:
     spec = policy.weight
-    if not isinstance(spec, QuantSpec) or spec.codebook is not None:
-        raise PolicyError(f"{name!r}: a joint adapter is rounded with learned step sizes on a symmetric grid")
+    if spec.codebook is not None or not spec.symmetric:
+        raise PolicyError(f"{name!r}: {GRID}")
     return WeightLSQ(spec, layer.packed_weight.dequantize(torch.float32), name, policy.init)

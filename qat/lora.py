@@ -23,7 +23,7 @@ class Start(StrEnum):
     """Where A and B start.
 
     zero: B = 0, so that the model starts as its base.
-    loftq: A B and the codes together approximate the weight: Q = q(W - B A), B A = SVD_r(W - Q) in turns (LoftQ,
+    loftq: B A and the codes together approximate the weight: Q = q(W - B A), B A = SVD_r(W - Q) in turns (LoftQ,
         arXiv:2310.08659, algorithm 1).
     pissa: B A = SVD_r(W), and the codes hold the rest (QPiSSA, arXiv:2404.02948, section 4).
     """

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qat.kernels.int4_layout import SIZES, TENSORS, Int4Weight
+
 from .layers import PackedWeight
 from .layers.linear import FrozenLinear, compute_dtype
 
@@ -38,12 +40,9 @@ def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: 
         return _LoraProduct.apply(x, a, b, layer, scaling)
     a, b = a.to(x.dtype), b.to(x.dtype)
     if x.dtype in layer.packed_weight.gpu_operands and layer.fused is None:
-        words, scale, zero_point, out_features, in_features, group_size, levels, nest = (
-            layer.packed_weight.gpu_operands[x.dtype]
-        )
+        weight = layer.packed_weight.gpu_operands[x.dtype]
         bias = None if layer.bias is None else layer.bias.detach()
-        parts = words, scale, zero_point, levels, nest, out_features, in_features, group_size
-        return torch.ops.qat.lora_linear(x, a, b, bias, *parts, scaling)[0]
+        return torch.ops.qat.lora_linear(x, a, b, bias, *weight.tensors(), *weight.sizes(), scaling)[0]
     y, low = layer(x), _rows(x) @ a.t()
     return torch.addmm(_rows(y), low, b.t(), alpha=scaling).view(y.shape)
 
@@ -93,34 +92,33 @@ class _LoraProduct(torch.autograd.Function):
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
-_WEIGHT = "Tensor words, Tensor scale, Tensor? zero_point, Tensor? levels, Tensor? nest"
-_SIZES = "int out_features, int in_features, int group_size"
 _library.define(
-    f"lora_linear(Tensor x, Tensor a, Tensor b, Tensor? bias, {_WEIGHT}, {_SIZES}, float scaling) -> (Tensor, Tensor)"
+    f"lora_linear(Tensor x, Tensor a, Tensor b, Tensor? bias, {TENSORS}, {SIZES}, float scaling) -> (Tensor, Tensor)"
 )
 _library.define(
     "lora_linear_backward(Tensor grad, Tensor x, Tensor low, Tensor a, Tensor b, "
-    f"{_WEIGHT}, {_SIZES}, float scaling, bool of_x) -> Tensor[]"
+    f"{TENSORS}, {SIZES}, float scaling, bool of_x) -> Tensor[]"
 )
 
 
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
-def _linear(x, a, b, bias, words, scale, zero_point, levels, nest, out_features, in_features, group_size, scaling):
-    from qat.kernels.int4_linear import Int4Weight, int4_linear
+def _linear(x, a, b, bias, *rest):
+    from qat.kernels.int4_linear import int4_linear
 
-    weight = Int4Weight(words, scale, zero_point, out_features, in_features, group_size, levels, nest)
+    *parts, scaling = rest
+    weight = Int4Weight.of(*parts)
     with torch.autocast(x.device.type, enabled=False):
         return _forward(x, a, b, scaling, lambda x: int4_linear(x, weight, bias))
 
 
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(grad, x, low, a, b, *rest):
-    words, scale, zero_point, levels, nest, *sizes, scaling, of_x = rest
+    *parts, scaling, of_x = rest
 
     def weight() -> Tensor:
-        from qat.kernels.int4_linear import Int4Weight, int4_dequantize
+        from qat.kernels.int4_linear import int4_dequantize
 
-        return int4_dequantize(Int4Weight(words, scale, zero_point, *sizes, levels, nest), grad.dtype)
+        return int4_dequantize(Int4Weight.of(*parts), grad.dtype)
 
     with torch.autocast(grad.device.type, enabled=False):
         grads = _backward(grad, x, low, a, b, scaling, weight if of_x else None)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .layers import PackedWeight
+from .outline import replace_
 
 
 @dataclass
@@ -144,26 +145,14 @@ def _without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     What torch's CPU operator reads is made at its first use, from these tensors: it is for this while, too.
     """
-    made: dict[int, Tensor] = {}
-    saved = []
     packed = [(module, module.cpu_operands) for module in model.modules() if isinstance(module, PackedWeight)]
     for module, _ in packed:
         module.cpu_operands = None
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = mode.from_tensor(tensor.detach())
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                saved.append((tensors, name, tensor))
-                tensors[name] = made[id(tensor)]
+    replaced = replace_(model, lambda *_: True, lambda tensor: mode.from_tensor(tensor.detach()))
     try:
         yield
     finally:
-        for tensors, name, tensor in saved:
-            tensors[name] = tensor
+        for store, leaf, tensor in replaced:
+            store[leaf] = tensor
         for module, operands in packed:
             module.cpu_operands = operands

@@ -133,7 +133,7 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
     from .atomic import atomic_folder
     from .formats import native
     from .formats.companions import copy_files
-    from .quantized_model import from_model, to_model
+    from .frozen_model import from_model, to_model
 
     quantized = formats.read(source)
     base, costs = merge(load_adapter(to_model(quantized), adapter, any_base=any_base))

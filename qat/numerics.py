@@ -84,9 +84,12 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Ten
 def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | None = None) -> Tensor:
     """Return whole-valued codes in the working float dtype, in the shape of ``x``."""
     ratio, _ = _ratio(x, scale)
-    codes = ratio.round()
-    if zero_point is not None:
-        codes = codes + _broadcast(x, zero_point.to(codes.dtype))[1]
+    if zero_point is None:
+        codes = ratio.round()
+    elif zero_point.is_floating_point():
+        codes = (ratio + _broadcast(x, zero_point.to(ratio.dtype))[1]).round()
+    else:
+        codes = ratio.round() + _broadcast(x, zero_point.to(ratio.dtype))[1]
     codes = codes.clamp(-spec.q_n, spec.q_p) + 0.0  # an integer has no -0.0, and neither may its float
     return codes.reshape(x.shape)
 
@@ -196,16 +199,19 @@ def fake_quantize_gradients(
     With zero points the bounds of x / s are those of the codes less the zero point.
     """
     ratio, _ = _ratio(x, stored_scale(step_size, spec))
-    low, high = -spec.q_n, spec.q_p
+    low, high, rounded = -spec.q_n, spec.q_p, None
     if zero_point is not None:
         shift = _broadcast(x, zero_point.to(ratio.dtype))[1]
+        if zero_point.is_floating_point():  # what is whole is x / s + z
+            rounded = (ratio + shift).clamp(low, high).round() - shift
         low, high = low - shift, high - shift
     inside = (ratio > low) & (ratio < high)
     grad_x = grad_step = None
     if wanted[0]:
         grad_x = grad_output.masked_fill(~inside.reshape(x.shape), 0).to(x.dtype)
     if wanted[1]:
-        slope = ratio.clamp(low, high).round() - ratio.masked_fill(~inside, 0)
+        rounded = ratio.clamp(low, high).round() if rounded is None else rounded
+        slope = rounded - ratio.masked_fill(~inside, 0)
         terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
         total = terms.sum() if step_size.numel() == 1 else terms.reshape(*step_size.shape, -1).sum(-1)
         grad_step = (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)

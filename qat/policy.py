@@ -79,7 +79,11 @@ class QuantPolicy:
             self.specs_of(rule)
 
     def specs_of(self, rule: dict[str, Any] | None) -> tuple[QuantSpec | None, QuantSpec | Dynamic | None]:
-        """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None."""
+        """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None.
+
+        Raises:
+            PolicyError: the rule or the policy asks for what no layer can have.
+        """
         weight, activation = self.weight, self.activation
         if rule is not None:
             if "weight" in rule:
@@ -98,7 +102,10 @@ class QuantPolicy:
             if spec is activation and isinstance(spec, QuantSpec) and spec.codebook is not None:
                 raise PolicyError("activations take no codebook: drop it, or give weights one")
             if isinstance(spec, QuantSpec) and spec.zero_point_dtype:
-                raise PolicyError("only adapter=qa_lora trains real zero points: drop zero_point_dtype")
+                if spec is activation:
+                    raise PolicyError("activations have no real zero points: drop their zero_point_dtype")
+                if self.weight_quantizer is WeightQuantizer.minmax:
+                    raise PolicyError("weight_quantizer=minmax has no real zero points: drop zero_point_dtype")
         if isinstance(activation, QuantSpec) and not activation.symmetric:
             if activation.signed is False:
                 raise PolicyError("an activation with symmetric=False has its own zero: drop signed=False")

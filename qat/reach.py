@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import StateError
 from .layers import is_prepared, quant_layers
+from .modes import in_eval_mode
 
 
 def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> list[str]:
@@ -36,20 +37,16 @@ def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
         raise StateError("nothing to check: call qat.prepare(model, policy) first")
     layers = dict(quant_layers(model))
     watch = _Watch(layers)
-    modes = {module: module.training for module in model.modules()}
     hooks = []
     for name, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
         hooks.append(layer.register_forward_hook(lambda *_, name=name: watch.leave(name), always_call=True))
-    model.eval()
     try:
-        with torch.no_grad(), watch:
+        with in_eval_mode(model), torch.no_grad(), watch:
             model(batch) if forward is None else forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     lines = [
         f"{name!r}: its weight is used past its fake quantization, in {operator}, so that training does not see what "
         "ships: call the layer, or leave it in full precision with a rule"

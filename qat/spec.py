@@ -42,24 +42,27 @@ class Codebook(StrEnum):
 class Init(StrEnum):
     """How a weight's step sizes start, and for those that read calibration data also where the weight itself does.
 
-    From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; or the step
-    size of least squared error. With calibration data (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, and LSQ trained one
-    block at a time. Activations start at the least squared error where the word is one of weights only.
+    From the weight alone: LSQ's 2<|v|>/sqrt(Q_P); max|v|/Q_P, which is round-to-nearest if never trained; the step size
+    of least squared error; or HQQ's real zero points, of least error in a norm in which outliers count little. With
+    calibration data (``qat.ptq``): GPTQ, GPTAQ, AWQ, SignRound, LSQ trained one block at a time, and for the levels of
+    custom codebooks SqueezeLLM. Activations start at the least squared error where the word is one of weights only.
     """
 
     lsq = "lsq"
     minmax = "minmax"
     mse = "mse"
+    hqq = "hqq"
     gptq = "gptq"
     gptaq = "gptaq"
     awq = "awq"
     signround = "signround"
     blockwise = "blockwise"
+    squeezellm = "squeezellm"
 
     @property
     def reads_data(self) -> bool:
         """Whether ``qat.calibrate`` sets the weights' step sizes, and not ``qat.prepare``."""
-        return self in (Init.gptq, Init.gptaq, Init.awq, Init.signround, Init.blockwise)
+        return self not in (Init.lsq, Init.minmax, Init.mse, Init.hqq)
 
     @property
     def of_activations(self) -> Init:
@@ -116,8 +119,8 @@ class QuantSpec:
             levels that the layer stores itself, one table an output channel; for weights only. The scale is then not
             learned: it is the largest magnitude of what shares it, as in bitsandbytes (``qat.codebook`` has the
             arithmetic).
-        zero_point_dtype: None for zero points among the codes; "float16" and the like for real ones, which trained
-            zero points are (``qat.qa_lora``); only with ``symmetric=False``.
+        zero_point_dtype: None for zero points among the codes; "float16" and the like for real ones, of weights, as HQQ
+            and QA-LoRA have them; only with ``symmetric=False``.
 
     Raises:
         SpecError: a field out of range, or fields that contradict each other.
@@ -204,6 +207,9 @@ class QuantSpec:
         """Return a copy with some fields replaced.
 
         A new granularity or group size lets the other one follow, and a new codebook the scale's dtype.
+
+        Raises:
+            SpecError: an unknown field, or a value out of range.
         """
         check_keys(values, "QuantSpec")
         merged = self.to_dict()

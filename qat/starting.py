@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from . import formats
 from .checkpoint import load_state
 from .errors import ArtifactError, LayerError
+from .frozen_model import matching_layer
 from .layers import QuantLayer, matrix, quant_layers, turned
 from .models import build
 from .numerics import MIN_SCALE
 from .policy import QuantPolicy
-from .quantized_model import QuantizedLayer, QuantizedModel, matching_layer
+from .quantized_model import QuantizedLayer, QuantizedModel
 from .quantizers import AsymmetricLSQ, LearnedActivation, LearnedStepSize, WeightCodebook, WeightMinMax
 from .surgery import prepare
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -104,14 +104,15 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
 def weight_quantizer(decision: Decision, init: Init, kind: WeightQuantizer = WeightQuantizer.lsq) -> OfWeight:
     """Return the quantizer that a decision gives its layer, started from the weight's values."""
     weight = matrix(decision.layer)
+    if init.reads_data and _is_embedding(decision):
+        init = init.of_activations  # methods that read data are for matrix products
     if decision.weight.codebook is not None:
         return WeightCodebook(decision.weight, weight, decision.name, init)
     if kind is WeightQuantizer.minmax:
         return WeightMinMax(decision.weight, decision.name)
     if not decision.weight.symmetric:
-        return AsymmetricLSQ(decision.weight, weight, decision.name)
-    # Methods that read data are for matrix products.
-    return WeightLSQ(decision.weight, weight, decision.name, init.of_activations if _is_embedding(decision) else init)
+        return AsymmetricLSQ(decision.weight, weight, decision.name, init)
+    return WeightLSQ(decision.weight, weight, decision.name, init)
 
 
 def activation_quantizer(decision: Decision, init: Init, kind: ActivationQuantizer) -> LearnedActivation:
@@ -125,7 +126,11 @@ def activation_quantizer(decision: Decision, init: Init, kind: ActivationQuantiz
 
 
 def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
-    """Return what the policy means for each layer that holds a matrix, in definition order."""
+    """Return what the policy means for each layer that holds a matrix, in definition order.
+
+    Raises:
+        PolicyError: a rule matches nothing, or asks to quantize a layer that cannot be.
+    """
     layers = [(name, layer) for name, layer in unwrapped(model).named_modules() if holds_matrix(layer)]
     adapters = own_modules(model)
     counted = set(FAKE_QUANT) - ON_REQUEST  # as the first or the last layer
@@ -243,21 +248,36 @@ def check_shapes(decisions: list[Decision]) -> None:
 
 
 def _check_init(decisions: list[Decision], init: Init) -> None:
-    """Raise a LayerError that names the layers which an init that reads data does not know."""
-    known = (nn.Linear, nn.Conv2d, nn.Embedding)
+    """Raise a LayerError that names the layers which an init does not know: HQQ, or one that reads data."""
     quantized = [decision for decision in decisions if decision.weight is not None]
+    if init is Init.hqq and (rest := [each for each in quantized if each.weight.zero_point_dtype is None]):
+        fix = "use weight.symmetric=false weight.zero_point_dtype=float16"
+        _refuse(init, "grids without real zero points", rest, fix)
+    if not init.reads_data:
+        return
+    known = (nn.Linear, nn.Conv2d, nn.Embedding)
     others = [decision for decision in quantized if plain_type(decision.layer) not in known]
     books = [decision for decision in quantized if decision.weight.codebook is not None]
-    if init in (Init.gptq, Init.gptaq):
-        books = [decision for decision in books if decision.weight.codebook is Codebook.custom]
-    for what, kind in (
-        ("codebooks" if init not in (Init.gptq, Init.gptaq) else "custom codebooks", books),
-        (f"{' or '.join(sorted({plain_type(d.layer).__name__ for d in others}))} layers", others),
-        ("zero points", [decision for decision in quantized if not decision.weight.symmetric]),
+    custom = [decision for decision in books if decision.weight.codebook is Codebook.custom]
+    if init is Init.squeezellm:
+        rest = [decision for decision in quantized if decision not in custom and not _is_embedding(decision)]
+        grids = "grids but custom codebooks", rest, "use weight.codebook=custom"
+    elif init in (Init.gptq, Init.gptaq):
+        grids = "custom codebooks", custom, "use init=mse"
+    else:
+        grids = "codebooks", books, "use init=mse"
+    for what, unknown, fix in (
+        (f"{' or '.join(sorted({plain_type(d.layer).__name__ for d in others}))} layers", others, "use init=mse"),
+        grids,
+        ("zero points", [decision for decision in quantized if not decision.weight.symmetric], "use init=mse"),
     ):
-        if init.reads_data and kind:
-            names = ", ".join(repr(decision.name) for decision in kind)
-            raise LayerError(f"init={init.value} does not know {what} ({names}): use init=mse, or weight: null there")
+        if unknown:
+            _refuse(init, what, unknown, fix)
+
+
+def _refuse(init: Init, what: str, unknown: list[Decision], fix: str) -> NoReturn:
+    names = ", ".join(repr(decision.name) for decision in unknown)
+    raise LayerError(f"init={init.value} does not know {what} ({names}): {fix}, or weight: null there")
 
 
 def _is_finite(weight: Tensor) -> bool:

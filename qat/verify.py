@@ -13,8 +13,6 @@ from pathlib import Path
 
 from .errors import QATError
 
-TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
-
 
 def write_reference(model, example, path: Path) -> None:
     """Write what a prepared model's float32 training forward uses: codes, weight bits and one output."""
@@ -48,6 +46,7 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
 
     from .artifact import load
     from .convert import build_model
+    from .formats.float_error import TOLERANCE
     from .freezing import quantized_tensors
     from .packing import unpack
 

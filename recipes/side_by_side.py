@@ -13,9 +13,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``Rows`` to a recipe's."""
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
+    parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
+
+
+class Plan:
+    """A recipe's rows in the order in which a pool takes them.
+
+    Attributes:
+        futures: of their results.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool, self.futures = pool, []
+
+    def submit(self, function: Callable[..., dict], *arguments: Any, after: Sequence[Future] = ()) -> Future:
+        """Submit a row behind those that it waits for: submitted before, they never wait for it in turn."""
+
+        def wait() -> dict:
+            for future in after:
+                future.result()
+            return function(*arguments)
+
+        self.futures.append(self.pool.submit(wait))
+        return self.futures[-1]
 
 
 class Rows:
@@ -30,7 +60,7 @@ class Rows:
 
     def __init__(self, out: Path, jobs: int = 1, seconds: float = math.inf, table: bool = False) -> None:
         self.out, self.jobs, self.seconds, self.table = out, jobs, seconds, table
-        self.end, self.gpus = time.monotonic() + seconds, Gpus()
+        self.end, self.gpus, self.failed = time.monotonic() + seconds, Gpus(), []
         for folder in ("results", "logs"):
             (out / folder).mkdir(parents=True, exist_ok=True)
 
@@ -69,6 +99,7 @@ class Rows:
             except subprocess.CalledProcessError:
                 tail = file.read_text().splitlines()[-5:] if log else []
                 print("\n".join([f"{name}: failed after {time.monotonic() - start:.0f} s", *tail]), flush=True)
+                self.failed.append(name)
                 raise
         print(f"{name}: done in {time.monotonic() - start:.0f} s", flush=True)
 
@@ -77,7 +108,9 @@ class Rows:
         problems = [future.exception() for future in futures if future.exception() is not None]
         failures = [problem for problem in problems if not isinstance(problem, subprocess.TimeoutExpired)]
         if failures and not self.table:
-            sys.exit(f"error: {len(failures)} of {len(futures)} rows failed, the first one: {failures[0]}")
+            logs = f"; their output is in {self.out / 'logs'}" if self.jobs > 1 else ""
+            first = f"{', '.join(self.failed)}, and what waits for them{logs}" if self.failed else failures[0]
+            sys.exit(f"error: {len(failures)} of {len(futures)} rows failed: {first}")
         if problems and not self.table:
             print(f"{len(problems)} of {len(futures)} rows are left after {self.seconds:g} s: the same command goes on")
 
@@ -86,16 +119,18 @@ class Gpus:
     """Gives each process the GPU that is least loaded, and lets it wait where that is full.
 
     Args:
-        limit: the most weight on a GPU at once. A training, of weight 4, took 9 GB at 8 windows of 512 tokens: nine at
-            once are too many for 80 GB.
+        limit: the most weight on a GPU at once; by default 28 for each 80 GB that it has. A training, of weight 4, took
+            9 GB at 8 windows of 512 tokens: nine at once are too many for 80 GB.
     """
 
-    def __init__(self, limit: int = 28) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         import torch
 
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         self.names = visible if visible != [""] else [str(index) for index in range(torch.cuda.device_count())]
-        self.load, self.limit, self.changed = [0] * len(self.names), limit, threading.Condition()
+        memory = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+        self.limit = limit or int(28 * min(memory, default=0) / 80e9)
+        self.load, self.changed = [0] * len(self.names), threading.Condition()
 
     @contextlib.contextmanager
     def one(self, weight: int) -> Iterator[dict[str, str]]:

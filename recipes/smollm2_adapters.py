@@ -31,13 +31,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
-Rows = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))["Rows"]
+side_by_side = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))
+Plan, Rows, add_options = (side_by_side[name] for name in ("Plan", "Rows", "add_options"))
 OUT = Path("runs/smollm2_adapters")
 BASE, TRAIN, HELD_OUT = OUT / "base", OUT / "train.txt", OUT / "held_out.txt"
 PARTS, EVERY = 400, 20
@@ -89,9 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
     parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
     parser.add_argument("--windows", type=int, help="of the held-out text; default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
-    parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
+    add_options(parser)
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
     options = parser.parse_intermixed_args()
     settings = {key: str(getattr(options, key)) for key in SETTINGS}
@@ -125,30 +123,20 @@ def prepare(options: argparse.Namespace) -> None:
 
 def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
     """Submit every row, trainings first, each behind what it waits for."""
-    submitted: list[Future] = []
-
-    def submit(function: Callable[..., dict], *arguments, after: Future | None = None) -> Future:
-        def wait() -> dict:
-            if after is not None:
-                after.result()
-            return function(*arguments, options)
-
-        submitted.append(pool.submit(wait))
-        return submitted[-1]
-
-    base = {lr: submit(lora, lr) for lr in options.lr}
+    rows = Plan(pool)
+    base = {lr: rows.submit(lora, lr, options) for lr in options.lr}
     for lr in options.lr:
         for start in options.starts:
-            submit(joint, start, lr)
+            rows.submit(joint, start, lr, options)
         if find_spec("torchao"):
-            submit(torchao, lr)
+            rows.submit(torchao, lr, options)
         for base_codes in options.bases:
-            submit(qlora, base_codes, lr)
+            rows.submit(qlora, base_codes, lr, options)
     for lr in options.lr:
         for method in options.methods:
-            submit(lora_then, method, lr, after=base[lr])
-    submit(untrained)
-    return submitted
+            rows.submit(lora_then, method, lr, options, after=[base[lr]])
+    rows.submit(untrained, options)
+    return rows.futures
 
 
 def untrained(options: argparse.Namespace) -> dict:

@@ -37,13 +37,13 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
-Rows = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))["Rows"]
+side_by_side = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))
+Plan, Rows, add_options = (side_by_side[name] for name in ("Plan", "Rows", "add_options"))
 MODEL = formats["MODEL"]
 OUT = Path("runs/smollm2_comparison")
 PTQ = ("minmax", "mse", "gptq", "gptaq", "awq", "signround", "blockwise")
@@ -73,17 +73,7 @@ def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
 
     Rows that trainings wait for come first, then trainings, then what is only compared with.
     """
-    submitted: list[Future] = []
-
-    def submit(function: Callable[..., dict], *arguments, after: list[Future] = ()) -> Future:
-        def wait() -> dict:
-            for future in after:
-                future.result()
-            return function(*arguments)
-
-        submitted.append(pool.submit(wait))
-        return submitted[-1]
-
+    rows = Plan(pool)
     settings = [(bits, seed) for seed in range(options.seeds) for bits in options.bits]
     ptq: dict[tuple[int, int], list[Future]] = {setting: [] for setting in settings}
 
@@ -92,23 +82,23 @@ def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
             for bits, seed in settings:
                 arguments = init, bits, calibration_seed(init, seed), options, init, False
                 same = [ptq[bits, 0][-1]] if seed and not calibration_seed(init, seed) else []
-                ptq[bits, seed].append(submit(measured, *arguments, after=same))
+                ptq[bits, seed].append(rows.submit(measured, *arguments, after=same))
 
-    full = submit(full_precision, options)
-    tuned = [submit(measured, TUNED, 32, seed, options, None, True) for seed in range(options.seeds)]
+    full = rows.submit(full_precision, options)
+    tuned = [rows.submit(measured, TUNED, 32, seed, options, None, True) for seed in range(options.seeds)]
     first = [init for init in options.methods if init in options.starts or "best" in options.starts]
     submit_ptq(first)
     for start in options.starts:
         for bits, seed in settings:
             teacher = {"tuned": [tuned[seed]], "original": [full], None: []}[options.teacher]
-            submit(lsq, start, bits, seed, options, after=[*teacher, *ptq[bits, seed]])
+            rows.submit(lsq, start, bits, seed, options, after=[*teacher, *ptq[bits, seed]])
     for init in options.methods:
         for bits, seed in settings:
-            submit(measured, f"{init} of tuned", bits, seed, options, init, False, after=[tuned[seed]])
+            rows.submit(measured, f"{init} of tuned", bits, seed, options, init, False, after=[tuned[seed]])
     submit_ptq([init for init in options.methods if init not in first])
     for bits, seed in settings if find_spec("torchao") else []:
-        submit(torchao_row, bits, seed, options)
-    return submitted
+        rows.submit(torchao_row, bits, seed, options)
+    return rows.futures
 
 
 def calibration_seed(init: str, seed: int) -> int:
@@ -132,9 +122,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help=f"of every training; default by bits: {LR}")
     parser.add_argument("--teacher", choices=("original", "tuned"), help="distil LSQ from it; default: no distillation")
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens of the test text")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at once, spread over the GPUs")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; the same command goes on later")
-    parser.add_argument("--table", action="store_true", help="print the results that are there, and run nothing")
+    add_options(parser)
     parser.add_argument("--quick", action="store_true", help="4 bits, one seed, few methods, steps and windows")
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
     options = parser.parse_intermixed_args()

@@ -9,7 +9,7 @@ from qat import adapters, formats
 from qat.convert import convert
 from qat.errors import ArtifactError, QATError, StateError
 from qat.formats.integer_linears import tensors
-from qat.quantized_model import from_model, to_model
+from qat.frozen_model import from_model, to_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.clients

@@ -443,8 +443,9 @@ def test_readers_see_the_old_artifact_or_the_new_one(tmp_path):
 def test_zero_points_survive(tmp_path_factory, bits, group, seed):
     """An asymmetric weight, as other formats hold them, goes through modules and the artifact unchanged."""
     from qat.formats import native
+    from qat.frozen_model import to_model
     from qat.numerics import QuantizedTensor, scale_shape
-    from qat.quantized_model import QuantizedLayer, QuantizedModel, to_model
+    from qat.quantized_model import QuantizedLayer, QuantizedModel
 
     generator = torch.Generator().manual_seed(seed)
     spec = qat.QuantSpec(bits=bits, group_size=group, signed=True, symmetric=False)

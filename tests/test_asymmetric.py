@@ -8,7 +8,7 @@ from torch import nn
 
 import qat
 from qat.errors import LayerError
-from qat.quantized_model import from_model, to_model
+from qat.frozen_model import from_model, to_model
 from qat.quantizers import AsymmetricLSQ, WeightLSQ
 
 SPEC = {"group_size": 8, "symmetric": False}

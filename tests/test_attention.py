@@ -10,9 +10,9 @@ from torch import nn
 
 import qat
 from qat.errors import LayerError, PolicyError
+from qat.frozen_model import from_model, to_model
 from qat.layers import FrozenLinear, QuantLinear, SplitAttention, split_attentions_
 from qat.numerics import fake_quantize
-from qat.quantized_model import from_model, to_model
 
 W4 = qat.QuantPolicy(weight=qat.QuantSpec(bits=4))
 W4A8 = qat.QuantPolicy(weight=qat.QuantSpec(bits=4), activation=qat.QuantSpec(bits=8, granularity="tensor"))

@@ -30,7 +30,7 @@ def benchmarks():
 
 
 @pytest.fixture
-def benchmark(benchmarks):
+def int4_benchmark(benchmarks):
     return benchmarks("int4_linear")
 
 
@@ -51,26 +51,26 @@ RECORDS = [
 ]
 
 
-def test_table(benchmark):
-    lines = benchmark.table(RECORDS, ["qat", "peer"], (1, 4), ceiling=3e12).splitlines()
+def test_table(int4_benchmark):
+    lines = int4_benchmark.table(RECORDS, ["qat", "peer"], (1, 4), ceiling=3e12).splitlines()
     assert lines[2] == "| 8x16 | 1 | 2.0 | 4.0 | 1.0 | 50% |"
     assert lines[5] == "| 32x16 | 4 | 5.0 | - | 2.0 | 40% |"
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_ratios_are_geometric_means_over_the_shapes_that_both_have(benchmark):
-    assert benchmark.ratios(RECORDS, ["qat", "peer"], (1, 4)).splitlines()[2] == "| peer | 4.00 | 1.00 | 2.52 |"
+def test_ratios_are_geometric_means_over_the_shapes_that_both_have(int4_benchmark):
+    assert int4_benchmark.ratios(RECORDS, ["qat", "peer"], (1, 4)).splitlines()[2] == "| peer | 4.00 | 1.00 | 2.52 |"
 
 
-def test_what_is_not_installed_is_named(benchmark):
-    assert benchmark.missing(RECORDS) == ["peer not measured: ModuleNotFoundError: No module named 'peer'"]
+def test_what_is_not_installed_is_named(int4_benchmark):
+    assert int4_benchmark.missing(RECORDS) == ["peer not measured: ModuleNotFoundError: No module named 'peer'"]
 
 
-def test_report_writes_a_table_and_a_plot_a_regime(benchmark, tmp_path):
+def test_report_writes_a_table_and_a_plot_a_regime(int4_benchmark, tmp_path):
     pytest.importorskip("matplotlib")
     data = {"header": "a day, a GPU", "device": "a GPU", "read_ceiling": 3e12, "names": ["qat", "peer"]}
     data |= {"regimes": {"decode": (1,), "small batch": (4,), "prefill": (9,)}, "records": {"bfloat16": RECORDS}}
-    text = benchmark.report(json.loads(json.dumps(data)), tmp_path)
+    text = int4_benchmark.report(json.loads(json.dumps(data)), tmp_path)
     assert "| 8x16 | 4 | 4.0 | 4.0 |" in text and "peer not measured" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "int4_linear.json",

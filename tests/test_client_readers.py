@@ -15,7 +15,8 @@ from torch import nn
 
 import qat
 from qat.formats import awq, executorch, gguf_blocks, gptq, onnx_parts, onnx_weights
-from qat.quantized_model import QuantizedLayer, from_model
+from qat.frozen_model import from_model
+from qat.quantized_model import QuantizedLayer
 
 pytestmark = pytest.mark.clients
 FORMATS = {"gptq": gptq, "awq": awq}

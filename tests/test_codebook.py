@@ -15,9 +15,9 @@ import qat
 from qat import codebook, double_quantization
 from qat.checkpoint import load_state
 from qat.errors import LayerError, PolicyError, SpecError, StateError
+from qat.frozen_model import from_model
 from qat.numerics import QuantizedTensor
 from qat.packing import pack, unpack
-from qat.quantized_model import from_model
 from qat.quantizers import WeightCodebook
 from qat.quantizers.kmeans import kmeans_levels, normal_levels
 

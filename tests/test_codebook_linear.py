@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int4_problems import DEVICE, DTYPES, assert_accurate
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack, to_tiles, words_to_packed
 from qat.kernels.int4_plans import Batch, Decode
 from qat.kernels.int4_run import run_plan
 from qat.kernels.nested_scale import join, nested_scale, nested_scale_reference
-from test_int4_linear import DEVICE, DTYPES, assert_accurate
 
 import qat
 from qat import codebook

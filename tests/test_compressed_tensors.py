@@ -13,8 +13,9 @@ import qat
 from qat.errors import ArtifactError
 from qat.formats import awq, compressed_tensors, gptq, mlx, native
 from qat.formats.comparison import compare_own
+from qat.frozen_model import from_model
 from qat.numerics import QuantizedTensor
-from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model
+from qat.quantized_model import QuantizedLayer, QuantizedModel
 
 ONE, TWO = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}

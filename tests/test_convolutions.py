@@ -12,10 +12,10 @@ from torch import nn
 import qat
 from qat import formats, starting
 from qat.errors import ArtifactError, LayerError
+from qat.frozen_model import from_model
 from qat.layers import FAKE_QUANT, FROZEN, matrix
 from qat.layers.conv_transpose import other_side_first
 from qat.numerics import scale_shape
-from qat.quantized_model import from_model
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NEW = tuple(kind for kind in KINDS if kind is not nn.Conv2d)

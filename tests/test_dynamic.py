@@ -14,8 +14,9 @@ from torch import nn
 import qat
 from qat.errors import ArtifactError, LayerError, PolicyError, SpecError
 from qat.formats import gguf, gguf_blocks, integer_linears, onnx
+from qat.frozen_model import from_model
 from qat.policy import QuantPolicy
-from qat.quantized_model import QuantizedLayer, from_model
+from qat.quantized_model import QuantizedLayer
 from qat.quantizers import DynamicActivation
 from qat.quantizers.dynamic import dynamic_codes, round_dynamic
 from qat.spec import Dynamic

@@ -16,9 +16,9 @@ import qat.layers.embedding
 import qat.layers.packed
 from qat import formats
 from qat.errors import ArtifactError, LayerError, PolicyError
+from qat.frozen_model import from_model, to_model
 from qat.layers import FrozenEmbedding, QuantEmbedding
 from qat.models import build
-from qat.quantized_model import from_model, to_model
 
 SPECS = st.builds(
     lambda bits, grid: qat.QuantSpec(bits=bits, **grid),

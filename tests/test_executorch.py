@@ -20,11 +20,12 @@ from qat.errors import ArtifactError
 from qat.formats import executorch, executorch_client, executorch_disk, executorch_layers
 from qat.formats.float_error import _OtherOrder
 from qat.formats.onnx_client import _edges
+from qat.frozen_model import from_model, to_model
 from qat.layers import frozen_layers
 from qat.models import build
 from qat.numerics import quantize
 from qat.policy import QuantPolicy
-from qat.quantized_model import QuantizedLayer, from_model, to_model
+from qat.quantized_model import QuantizedLayer
 from qat.spec import Dynamic
 
 EXAMPLE = {"shape": [64], "dtype": "float32", "low": -1, "high": 2}

@@ -15,8 +15,9 @@ from qat.errors import ArtifactError
 from qat.formats import gguf, gguf_blocks, gguf_rounding
 from qat.formats.gguf_names import language_config, rope_frequencies, row_order
 from qat.formats.gguf_vocab import add_vocabulary
+from qat.frozen_model import from_model, to_model
 from qat.numerics import QuantizedTensor, scale_shape
-from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model, to_model
+from qat.quantized_model import QuantizedLayer, QuantizedModel
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

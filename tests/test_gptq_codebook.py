@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ptq import correlated_inputs, language_model, optimal_brain_quantizer, tokens
+from ptq_models import correlated_inputs, language_model, optimal_brain_quantizer, tokens
 from torch import nn
 
 import qat

@@ -16,8 +16,8 @@ import qat
 import qat.hf
 from qat import formats
 from qat.errors import ArtifactError, LayerError, PolicyError
+from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, frozen_layers, quant_layers
-from qat.quantized_model import from_model
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 HEAD = [{"match": "lm_head", "weight": None}]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
-from qat.kernels import int4_ahead, int4_run
+from qat.kernels import int4_ahead, int4_batch, int4_decode, int4_portable, int4_run
 from qat.kernels.int4_ahead import Product, compile_ahead, meta_weight
 from qat.kernels.int4_plans import Batch, Decode, Dequantize
 
@@ -49,15 +49,15 @@ def kernels(monkeypatch):
     """Stand in for every kernel, and let a CPU pass for a Hopper GPU."""
     found = {}
     owners = {
-        "decode_kernel": int4_run.int4_decode,
-        "batch_kernel": int4_run.int4_batch,
-        "sum_parts_kernel": int4_run.int4_portable,
-        "dequantize_kernel": int4_run.int4_portable,
+        "decode_kernel": int4_decode,
+        "batch_kernel": int4_batch,
+        "sum_parts_kernel": int4_portable,
+        "dequantize_kernel": int4_portable,
     }
     for name, owner in owners.items():
         found[name] = Kernel()
         monkeypatch.setattr(owner, name, found[name])
-    monkeypatch.setattr(int4_run.int4_batch, "descriptor", lambda x, block_m: (kind(x), block_m))
+    monkeypatch.setattr(int4_batch, "descriptor", lambda x, block_m: (kind(x), block_m))
     monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
     monkeypatch.setattr(int4_run, "_kernels", {})
     monkeypatch.setattr(int4_run, "_plans", {})
@@ -165,7 +165,7 @@ def test_calls_on_a_gpu_after_compiling_ahead(tmp_path):
     frozen = qat.freeze(qat.prepare(layer, qat.QuantPolicy(weight=qat.QuantSpec(group_size=128)), verbose=False))
     qat.save(frozen, tmp_path / "out")
     loaded = qat.load(tmp_path / "out", nn.Sequential(nn.Linear(1024, 1024)), "cuda", tokens)[0]
-    batch, decode = int4_run.int4_batch.batch_kernel, int4_run.int4_decode.decode_kernel
+    batch, decode = int4_batch.batch_kernel, int4_decode.decode_kernel
     count = [sum(len(kernels) for kernels, *_ in kernel.device_caches.values()) for kernel in (batch, decode)]
     weight, bias = loaded.packed_weight.gpu_operands[torch.bfloat16], loaded.bias
     matrix = int4_dequantize(weight, torch.bfloat16)

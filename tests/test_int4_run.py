@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from qat.kernels import bare_launch, int4_recipe, int4_run, int8_run
+from qat.kernels import bare_launch, int4_batch, int4_decode, int4_portable, int4_recipe, int4_run, int8_run
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
@@ -17,10 +17,10 @@ from qat import backend as qat_backend
 from qat import codebook
 from qat.packing import pack
 
-NAMES = int4_run.int4_decode.decode_kernel.arg_names
+NAMES = int4_decode.decode_kernel.arg_names
 INT8_NAMES = int8_run.int8_batch.int8_batch_kernel.arg_names
-BATCH_NAMES = int4_run.int4_batch.batch_kernel.arg_names
-SUM_NAMES = int4_run.int4_portable.sum_parts_kernel.arg_names
+BATCH_NAMES = int4_batch.batch_kernel.arg_names
+SUM_NAMES = int4_portable.sum_parts_kernel.arg_names
 
 
 class Compiled:
@@ -56,7 +56,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(module, "backend", lambda device: "triton")
     monkeypatch.setattr(int4_run, "_suits_nvidia", lambda x, weight: True)
     monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
-    monkeypatch.setattr(int4_run.int4_decode, "decode_kernel", decode)
+    monkeypatch.setattr(int4_decode, "decode_kernel", decode)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(int4_recipe, "current_device", lambda: -1)  # what a tensor on a CPU says
     monkeypatch.setattr(bare_launch, "current_stream", lambda device: "stream")
@@ -72,9 +72,9 @@ def kernel(monkeypatch):
 def batch_kernels(kernel, monkeypatch):
     """Also stand in for the kernels of many tokens: the product, and the sum of its parts."""
     batch, sums = Kernel(), Kernel()
-    monkeypatch.setattr(int4_run.int4_batch, "batch_kernel", batch)
-    monkeypatch.setattr(int4_run.int4_batch, "descriptor", lambda x, block_m: bare_launch.Described(x, x.shape))
-    monkeypatch.setattr(int4_run.int4_portable, "sum_parts_kernel", sums)
+    monkeypatch.setattr(int4_batch, "batch_kernel", batch)
+    monkeypatch.setattr(int4_batch, "descriptor", lambda x, block_m: bare_launch.Described(x, x.shape))
+    monkeypatch.setattr(int4_portable, "sum_parts_kernel", sums)
     return batch, sums
 
 
@@ -170,7 +170,7 @@ def test_a_second_call_of_many_tokens_too(batch_kernels, monkeypatch, split, lea
 
 def test_a_dequantized_weight_is_launched_again(kernel, monkeypatch):
     dequantize = Kernel()
-    monkeypatch.setattr(int4_run.int4_portable, "dequantize_kernel", dequantize)
+    monkeypatch.setattr(int4_portable, "dequantize_kernel", dequantize)
     monkeypatch.setattr(int4_run, "_on_nvidia", lambda tensor: True)
     monkeypatch.setattr(torch.accelerator, "device_index", lambda index: contextlib.nullcontext())
     for w, _ in variants():
@@ -307,9 +307,9 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     assert dict(zip(NAMES, kernel.launches[0][1], strict=True))["MASK_K"]  # 2 tiles are not 4 warps' 4 each
 
     batch, sums = Kernel(), Kernel()
-    monkeypatch.setattr(int4_run.int4_batch, "batch_kernel", batch)
-    monkeypatch.setattr(int4_run.int4_batch, "descriptor", lambda x, block_m: ("x", block_m))
-    monkeypatch.setattr(int4_run.int4_portable, "sum_parts_kernel", sums)
+    monkeypatch.setattr(int4_batch, "batch_kernel", batch)
+    monkeypatch.setattr(int4_batch, "descriptor", lambda x, block_m: ("x", block_m))
+    monkeypatch.setattr(int4_portable, "sum_parts_kernel", sums)
     x = torch.randn(70, 128).bfloat16()
     for split in (1, 2):
         plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2, split - 1)

@@ -112,6 +112,9 @@ def test_refusals():
         joint_lora(net(), policy, targets=["q_proj"], verbose=False)
     with pytest.raises(PolicyError, match=r"'0'.*on a symmetric grid"):
         joint_lora(net(), qat.QuantPolicy.from_dict({"weight": {"codebook": "nf4", "group_size": 16}}), verbose=False)
+    for base in (net(), qat.freeze(qat.prepare(net(), policy, verbose=False))):
+        with pytest.raises(PolicyError, match=r"'0'.*on a symmetric grid"):
+            joint_lora(base, qat.QuantPolicy(weight=qat.QuantSpec(symmetric=False)), verbose=False)
     with pytest.raises(StateError, match="prepared already"):
         joint(qat.prepare(net(), policy, verbose=False))
     conv = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 16))

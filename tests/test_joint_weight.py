@@ -9,6 +9,7 @@ import pytest
 import torch
 from qat.kernels import joint_weight as module
 from qat.kernels.joint_weight import (
+    LowRankSum,
     joint_weight,
     joint_weight_backward,
     joint_weight_backward_reference,
@@ -46,7 +47,7 @@ def parts(rows, columns, kind, rank, device="cpu", seed=0):
     else:
         base = (weight * 16).round().div(16).to(kind)
         b[: rows // 2] = 0  # sums that are the base's, many on a middle of codes
-    return [None if part is None else part.to(device) for part in (base, scale, a, b)]
+    return LowRankSum(*(None if part is None else part.to(device) for part in (base, scale, a, b)))
 
 
 def spec_and_step(granularity, group_size, bits, rows, columns, device="cpu"):
@@ -60,19 +61,19 @@ def check(shape, kind, grid, bits, dtype, rank, device="cpu"):
     given = parts(rows, columns, kind, rank, device)
     spec, step = spec_and_step(*grid, bits, rows, columns, device)
     step[:1] = 0.125
-    expected = joint_weight_reference(*[p if p is None else p.cpu() for p in given], step.cpu(), spec, dtype)
-    assert torch.equal(joint_weight(*given, step, spec, dtype).cpu(), expected)
-    merged = joint_weight(*given, None, spec, torch.float32).cpu()
-    assert torch.equal(merged, merged_reference(*[p if p is None else p.cpu() for p in given]))
-    grad = torch.randn(shape).to(device, dtype)
-    y, grad_w, grad_step = joint_weight_backward(grad, *given, step, spec, 0.7)
-    cpu = [p if p is None else p.cpu() for p in (grad, *given, step)]
-    _, expected_w, _ = joint_weight_backward_reference(*cpu, spec, 0.7)
+    on_cpu, step_on_cpu = parts(rows, columns, kind, rank), step.cpu()
+    expected = joint_weight_reference(on_cpu, step_on_cpu, spec, dtype)
+    assert torch.equal(joint_weight(given, step, spec, dtype).cpu(), expected)
+    merged = joint_weight(given, None, spec, torch.float32).cpu()
+    assert torch.equal(merged, merged_reference(on_cpu))
+    grad = torch.randn(shape).to(dtype)
+    y, grad_w, grad_step = joint_weight_backward(grad.to(device), given, step, spec, 0.7)
+    _, expected_w, _ = joint_weight_backward_reference(grad, on_cpu, step_on_cpu, spec, 0.7)
     assert torch.equal(y.cpu(), expected) and torch.equal(grad_w.cpu(), expected_w)
-    exact = numerics.fake_quantize_gradients(cpu[0].double(), merged.double(), step.cpu().double(), spec, 0.7)[1]
-    size = numerics.fake_quantize_gradients(cpu[0].double().abs(), merged.double(), step.cpu().double(), spec, 0.7)[1]
+    exact = numerics.fake_quantize_gradients(grad.double(), merged.double(), step_on_cpu.double(), spec, 0.7)[1]
+    size = numerics.fake_quantize_gradients(grad.double().abs(), merged.double(), step_on_cpu.double(), spec, 0.7)[1]
     assert grad_step.shape == step.shape and grad_step.dtype == torch.float32
-    bound = 1e-5 * (size.abs() + exact.abs() + cpu[0].double().abs().sum() * 1e-2)
+    bound = 1e-5 * (size.abs() + exact.abs() + grad.double().abs().sum() * 1e-2)
     assert ((grad_step.cpu().double() - exact).abs() <= bound).all()
 
 
@@ -99,7 +100,7 @@ def test_the_sum_is_rounded_one_product_at_a_time(kind):
     """Each element by itself, in numpy's float32."""
     base, scale, a, b = parts(7, 96, kind, 5)
     b += 0.01
-    merged = merged_reference(base, scale, a, b).numpy()
+    merged = merged_reference(LowRankSum(base, scale, a, b)).numpy()
     values = base.float() if scale is None else (base.float() - 128).view(7, 2, 48) * scale.float()[..., None]
     values, columns, rows = values.reshape(7, 96).numpy(), a.numpy(), b.numpy()
     for n, k in itertools.product(range(7), range(96)):
@@ -111,9 +112,9 @@ def test_the_sum_is_rounded_one_product_at_a_time(kind):
 
 def test_rows_are_summed_alike_wherever_a_block_of_them_ends():
     base, _, a, b = parts(600, 64, torch.float32, 3)
-    whole = merged_reference(base, None, a, b)
+    whole = merged_reference(LowRankSum(base, None, a, b))
     for rows in (slice(0, 1), slice(255, 257), slice(599, 600)):
-        assert torch.equal(merged_reference(base[rows], None, a, b[rows]), whole[rows])
+        assert torch.equal(merged_reference(LowRankSum(base[rows], None, a, b[rows])), whole[rows])
 
 
 def test_operators_are_registered_as_torch_wants_them():

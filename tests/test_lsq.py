@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qat.quantizers.lsq
+import qat.quantizers.observer
 from qat import QuantSpec
 from qat.errors import StateError
 from qat.spec import Init
@@ -55,8 +56,8 @@ def activation(spec=TENSOR4, step_size=0.5, lsq=qat.quantizers.lsq):
     return quantizer
 
 
-def statistics_of(batches, lsq=qat.quantizers.lsq):
-    statistics = lsq.ActivationStatistics(CPU)
+def statistics_of(batches, observer=qat.quantizers.observer):
+    statistics = observer.ActivationStatistics(CPU)
     for batch in batches:
         statistics.update(torch.as_tensor(batch))
     return statistics
@@ -106,23 +107,23 @@ def check_weight_start(lsq):
         torch.testing.assert_close(minmax.double(), blocks.amax(-1) / high, rtol=1e-6, atol=0)
 
 
-def check_activation_start(lsq):
+def check_activation_start(lsq, observer=qat.quantizers.observer):
     """2<|x|>/sqrt(Q_P) over all batches, which need not be of one size."""
     quantizer = lsq.ActivationLSQ(TENSOR4, CPU, "layer")
-    quantizer.initialise(statistics_of([[[1.0, -2.0], [3.0, 0.0]], [[-10.0, 4.0]]], lsq))
+    quantizer.initialise(statistics_of([[[1.0, -2.0], [3.0, 0.0]], [[-10.0, 4.0]]], observer))
     assert quantizer.step_size.item() == pytest.approx(2 * (20 / 6) / math.sqrt(7), rel=1e-6)
     minmax = lsq.ActivationLSQ(TENSOR4, CPU, "layer", Init.minmax)
-    minmax.initialise(statistics_of([[[1.0, -2.0], [3.0, 0.0]], [[-10.0, 4.0]]], lsq))
+    minmax.initialise(statistics_of([[[1.0, -2.0], [3.0, 0.0]], [[-10.0, 4.0]]], observer))
     assert minmax.step_size.item() == pytest.approx(10 / 7, rel=1e-6)
 
 
-def check_sign_detection(lsq):
+def check_sign_detection(lsq, observer=qat.quantizers.observer):
     """Unsigned where nothing is negative; a sign that the spec gives is kept."""
     batches = {True: [[[-0.001, 2.0]], [[0.0, 1.0]]], False: [[[0.0, 1.0]], [[3.0, 2.0]]]}
     for negative, values in batches.items():
         for given_sign in (None, True, False):
             quantizer = lsq.ActivationLSQ(QuantSpec(granularity="tensor", signed=given_sign), CPU, "layer")
-            quantizer.initialise(statistics_of(values, lsq))
+            quantizer.initialise(statistics_of(values, observer))
             expected = negative if given_sign is None else given_sign
             assert quantizer.spec.signed is expected and bool(quantizer.signed) is expected
             x = torch.tensor([[-100.0, 100.0]])
@@ -131,6 +132,16 @@ def check_sign_detection(lsq):
             assert quantizer(x).tolist() == [[low * scale, high * scale]]
             mean = sum(abs(v) for batch in values for v in batch[0]) / 4
             assert quantizer.step_size.item() == pytest.approx(2 * mean / math.sqrt(high), rel=1e-6)
+
+
+def check_observed_start(observer):
+    """The same of what observes the batches."""
+    check_activation_start(qat.quantizers.lsq, observer)
+
+
+def check_observed_sign(observer):
+    """The same of what observes the batches."""
+    check_sign_detection(qat.quantizers.lsq, observer)
 
 
 def check_project(lsq):

@@ -6,7 +6,7 @@ import torch
 import qat
 from qat import formats
 from qat.errors import ArtifactError
-from qat.quantized_model import from_model
+from qat.frozen_model import from_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}

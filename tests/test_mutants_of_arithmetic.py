@@ -4,6 +4,7 @@ import pytest
 from mutants import Mutant, load_checks, modules, must_notice, must_pass
 
 numerics = load_checks("test_numerics")
+gradients = load_checks("test_numerics_gradients")
 packing = load_checks("test_packing")
 codebook = load_checks("test_codebook")
 traced = load_checks("test_traced")
@@ -62,8 +63,8 @@ MUTANTS = [
     Mutant(
         "clamp before the zero point",
         NUMERICS,
-        "    codes = ratio.round()\n",
-        "    codes = ratio.round().clamp(-spec.q_n, spec.q_p)\n",
+        "codes = ratio.round() + _broad",
+        "codes = ratio.round().clamp(-spec.q_n, spec.q_p) + _broad",
         numerics.check_zero_point,
     ),
     Mutant(
@@ -122,71 +123,71 @@ MUTANTS = [
         NUMERICS,
         "grad_output.masked_fill(~inside.reshape(x.shape), 0)",
         "grad_output",
-        numerics.check_gradients,
+        gradients.check_gradients,
     ),
     Mutant(
         "mask includes the lower bound",
         NUMERICS,
         "(ratio > low)",
         "(ratio >= low)",
-        numerics.check_gradients,
+        gradients.check_gradients,
     ),
-    Mutant("mask includes the upper bound", NUMERICS, "(ratio < high)", "(ratio <= high)", numerics.check_gradients),
+    Mutant("mask includes the upper bound", NUMERICS, "(ratio < high)", "(ratio <= high)", gradients.check_gradients),
     Mutant(
         "mask of the rounded ratio",
         NUMERICS,
         "inside = (ratio > low) & (ratio < high)",
         "inside = (ratio.round() >= low) & (ratio.round() <= high)",
-        numerics.check_surrogate,
+        gradients.check_surrogate,
     ),
     Mutant(
         "slope without the ratio",
         NUMERICS,
-        ".round() - ratio.masked_fill(~inside, 0)",
-        ".round()",
-        numerics.check_surrogate,
+        "slope = rounded - ratio.masked_fill(~inside, 0)",
+        "slope = rounded",
+        gradients.check_surrogate,
     ),
     Mutant(
         "slope of clipped elements keeps the ratio",
         NUMERICS,
         "- ratio.masked_fill(~inside, 0)",
         "- ratio",
-        numerics.check_gradients,
+        gradients.check_gradients,
     ),
     Mutant(
         "clipped elements give the scale no gradient",
         NUMERICS,
-        "slope = ratio.clamp(low, high).round()",
-        "slope = ratio.masked_fill(~inside, 0).round()",
-        numerics.check_gradients,
+        "rounded = ratio.clamp(low, high).round()",
+        "rounded = ratio.masked_fill(~inside, 0).round()",
+        gradients.check_gradients,
     ),
     Mutant(
         "gradient with the unrounded step size",
         NUMERICS,
         "ratio, _ = _ratio(x, stored_scale(step_size, spec))",
         "ratio, _ = _ratio(x, step_size)",
-        numerics.check_surrogate,
+        gradients.check_surrogate,
     ),
     Mutant(
         "scale gradient summed in bf16",
         NUMERICS,
         "terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope",
         "terms = grad_output.reshape(slope.shape) * slope.to(grad_output.dtype)",
-        numerics.check_bf16_gradients,
+        gradients.check_bf16_gradients,
     ),
     Mutant(
         "gradient scale dropped",
         NUMERICS,
         "(total.reshape(step_size.shape) * grad_scale)",
         "(total.reshape(step_size.shape))",
-        numerics.check_gradients,
+        gradients.check_gradients,
     ),
     Mutant(
         "a third tensor saved",
         NUMERICS,
         ("ctx.save_for_backward(x, step_size)", "x, step_size = ctx.saved_tensors"),
         ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, _ = ctx.saved_tensors"),
-        numerics.check_saved_tensors,
+        gradients.check_saved_tensors,
     ),
     # Codebooks
     Mutant(

@@ -9,18 +9,24 @@ import qat.layers.packed
 
 policy = load_checks("test_policy")
 surgery = load_checks("test_surgery")
+table = load_checks("test_table")
 calibration = load_checks("test_calibration")
 freezing = load_checks("test_freezing")
 layers = load_checks("test_layers")
+packed = load_checks("test_packed_weight")
 embedding = load_checks("test_embedding")
+modes = load_checks("test_modes")
+stored = load_checks("test_stored_weight")
 
 POLICY = "qat.policy"
 SURGERY, TABLE = "qat.surgery", "qat.table"
 CALIBRATION = "qat.calibration"
+MODES = "qat.modes"
 FREEZING = "qat.freezing"
 LINEAR = "qat.layers.linear"
 CONV = "qat.layers.conv"
 PACKED = "qat.layers.packed"
+STORED = "qat.stored_weight"
 CPU_INT4 = "qat.layers.cpu_int4"
 EMBEDDING = "qat.layers.embedding"
 
@@ -91,26 +97,31 @@ MUTANTS = [
         SURGERY,
         "[(name, layer) for name, layer in unwrapped(model).named_modules() if holds_matrix(layer)]",
         "[(name, layer) for name, layer in unwrapped(model).named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]",
-        surgery.check_table,
+        table.check_table,
     ),
     Mutant(
         "scales cost nothing",
         TABLE,
         "bits = decision.weight.bits + parameter_bits(shape, decision.weight) / weights",
         "bits = float(decision.weight.bits)",
-        surgery.check_summary,
+        table.check_summary,
     ),
     # Calibration
     Mutant("calibrated again", CALIBRATION, " if not quantizer.is_initialised]", "]", calibration.check_only_once),
     Mutant(
-        "calibrated in training mode", CALIBRATION, "    model.eval()\n", "", calibration.check_model_is_left_as_it_was
+        "calibrated in training mode",
+        CALIBRATION,
+        "in_eval_mode(model), ",
+        "",
+        calibration.check_model_is_left_as_it_was,
     ),
+    Mutant("no eval mode", MODES, "    model.eval()\n", "", modes.check_each_module_gets_its_mode_back),
     Mutant(
         "modes not restored",
-        CALIBRATION,
+        MODES,
         "            module.training = training\n",
         "            pass\n",
-        calibration.check_model_is_left_as_it_was,
+        modes.check_each_module_gets_its_mode_back,
     ),
     Mutant(
         "observers stay after an error",
@@ -231,76 +242,83 @@ MUTANTS = [
     ),
     Mutant(
         "scales are stored in fp32",
-        PACKED,
+        STORED,
         'parts["scale"] = tensor.scale',
         'parts["scale"] = tensor.scale.float()',
-        layers.check_packed_weight,
+        stored.check_parts,
+    ),
+    Mutant(
+        "zero points are read as scales",
+        STORED,
+        'parts.get("zero_point")',
+        'parts.get("scale")',
+        stored.check_nothing_is_lost,
     ),
     Mutant(
         "an operand of torch's operator outlives a load",
         PACKED,
         "self.cpu_operands = None\n        super()._load",
         "super()._load",
-        layers.check_cpu_operands_follow_the_weight,
+        packed.check_cpu_operands_follow_the_weight,
     ),
     Mutant(
         "the kernels' scale is rounded to the dtype of x",
         PACKED,
         "if torch.equal(scale.float(), stored.scale.float()) and not one_table:",
         "if True:",
-        layers.check_prepacked_scales,
+        packed.check_prepacked_scales,
     ),
     Mutant(
         "a state dict holds no codes while they lie in the kernels' order",
         PACKED,
         'destination[prefix + "packed"] = packed',
         "pass",
-        layers.check_prepacked_weight,
+        packed.check_prepacked_weight,
     ),
     Mutant(
         "an operand of torch's operator outlives a cast",
         PACKED,
         "self.cpu_operands = None\n        super()._apply",
         "super()._apply",
-        layers.check_cpu_operands_follow_the_weight,
+        packed.check_cpu_operands_follow_the_weight,
     ),
     Mutant(
         "torch's operator gets groups it cannot take",
         CPU_INT4,
         "GROUP_SIZES = (32,",
         "GROUP_SIZES = (16, 32,",
-        layers.check_operator_fits,
+        packed.check_operator_fits,
     ),
     Mutant(
         "torch's operator gets rows it cannot take",
         CPU_INT4,
         "ROW_MULTIPLE = 16",
         "ROW_MULTIPLE = 8",
-        layers.check_operator_fits,
+        packed.check_operator_fits,
     ),
     Mutant(
-        "torch's operator gets 3-bit codes", CPU_INT4, "spec.bits == 4", "spec.bits <= 4", layers.check_operator_fits
+        "torch's operator gets 3-bit codes", CPU_INT4, "spec.bits == 4", "spec.bits <= 4", packed.check_operator_fits
     ),
     Mutant(
         "torch's operator cuts the gradient",
         CPU_INT4,
         "and not (x.requires_grad and torch.is_grad_enabled())",
         "",
-        layers.check_operator_fits,
+        packed.check_operator_fits,
     ),
     Mutant(
         "torch's operator reads codes off by one",
         CPU_INT4,
         "torch.int32) + 8",
         "torch.int32) + 7",
-        layers.check_operator,
+        packed.check_operator,
     ),
     Mutant(
         "torch's operator drops the bias",
         CPU_INT4,
         "return y if bias is None else y + bias",
         "return y",
-        layers.check_operator,
+        packed.check_operator,
     ),
     # Embeddings
     Mutant(

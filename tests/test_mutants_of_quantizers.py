@@ -8,6 +8,7 @@ lsq_plus = load_checks("test_lsq_plus")
 others = load_checks("test_other_quantizers")
 
 LSQ = "qat.quantizers.lsq"
+OBSERVER = "qat.quantizers.observer"
 LSQ_PLUS = "qat.quantizers.lsq_plus"
 PACT = "qat.quantizers.pact"
 MINMAX = "qat.quantizers.minmax"
@@ -36,24 +37,24 @@ MUTANTS = [
         lsq.check_activation_gradient_scale,
     ),
     Mutant(
-        "Q_N in the weights' gradient scale",
+        "Q_N in the gradient scale",
         LSQ,
-        "self.step_size.numel() * self.spec.q_p)",
-        "self.step_size.numel() * self.spec.q_n)",
+        "math.sqrt(elements * spec.q_p)",
+        "math.sqrt(elements * spec.q_n)",
         lsq.check_weight_gradient_scale,
     ),
     Mutant(
-        "fixed Q_P in the inputs' gradient scale",
+        "fixed Q_P in the gradient scale",
         LSQ,
-        "math.sqrt(features(x) * self.spec.q_p)",
-        "math.sqrt(features(x) * 7)",
+        "math.sqrt(elements * spec.q_p)",
+        "math.sqrt(elements * 7)",
         lsq.check_unsigned_gradient_scale,
     ),
     Mutant(
         "no Q_P in the gradient scale",
         LSQ,
-        "math.sqrt(features(x) * self.spec.q_p)",
-        "math.sqrt(features(x))",
+        "math.sqrt(elements * spec.q_p)",
+        "math.sqrt(elements)",
         lsq.check_activation_gradient_scale,
     ),
     Mutant(
@@ -82,18 +83,18 @@ MUTANTS = [
     ),
     Mutant(
         "inputs start from the last batch",
-        LSQ,
+        OBSERVER,
         "self.sums += torch.stack",
         "self.sums = torch.stack",
-        lsq.check_activation_start,
+        lsq.check_observed_start,
     ),
     Mutant("sign detection inverted", LSQ, "negative > 0 if", "negative <= 0 if", lsq.check_sign_detection),
     Mutant(
         "sign detected from the last batch",
-        LSQ,
+        OBSERVER,
         "self.extremes = self.extremes.maximum(",
         "self.extremes = torch.zeros_like(self.extremes).maximum(",
-        lsq.check_sign_detection,
+        lsq.check_observed_sign,
     ),
     Mutant(
         "a given sign ignored",

@@ -11,9 +11,10 @@ from torch import nn
 import qat
 from qat.errors import ArtifactError
 from qat.formats import onnx, onnx_parts, onnx_trace, onnx_weights
+from qat.frozen_model import from_model, to_model
 from qat.models import build
 from qat.numerics import QuantizedTensor, scale_shape
-from qat.quantized_model import QuantizedLayer, from_model, to_model
+from qat.quantized_model import QuantizedLayer
 
 IMAGES = {"shape": [3, 16, 16], "dtype": "float32", "low": -1, "high": 1}
 TOKENS = {"shape": [12], "dtype": "int64", "low": 0, "high": 255}

@@ -10,8 +10,8 @@ import qat
 from qat.errors import ArtifactError
 from qat.formats import onnx, onnx_parts
 from qat.formats.onnx_client import compare_layers
+from qat.frozen_model import from_model
 from qat.numerics import QuantizedTensor, scale_shape
-from qat.quantized_model import from_model
 
 pytestmark = pytest.mark.clients
 

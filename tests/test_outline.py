@@ -1,14 +1,17 @@
 """A model without its values: nothing takes memory, ties and names hold, and filling it gives what was saved."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import qat
 from qat.errors import ArtifactError
+from qat.frozen_model import from_model, outline, to_model
 from qat.models import build
 from qat.outline import fake_, parameters_on_meta, to_meta_
-from qat.quantized_model import from_model, outline, to_model
 
 
 class Net(nn.Module):
@@ -39,6 +42,25 @@ def test_parameters_made_on_the_meta_device_keep_their_ties_and_buffers_their_va
     assert network.head.weight is network.tokens.weight and network.frequencies.tolist() == [0, 1, 2, 3]
 
 
+def test_values_are_drawn_for_what_is_not_on_the_meta_device_alone():
+    normal = nn.init.normal_
+    with parameters_on_meta():
+        inside = nn.init.constant_(tensor=torch.empty(3), val=2.0)
+        meta = nn.init.kaiming_uniform_(torch.empty(3, 3, device="meta"))
+    assert nn.init.normal_ is normal
+    assert inside.tolist() == [2, 2, 2] and meta.is_meta
+    assert nn.Embedding(9, 4).weight.std() > 0.5
+
+
+def test_reading_imports_no_compiler(tmp_path):
+    """A torch operator on the meta device that draws numbers imports torch._dynamo, which takes seconds."""
+    network = build({"builder": "gpt", "args": {"vocabulary": 8, "width": 16, "depth": 1, "heads": 2, "context": 8}})
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=16))
+    qat.save(qat.freeze(qat.prepare(network, policy, verbose=False)), tmp_path / "out")
+    code = f"import sys, qat; qat.load({str(tmp_path / 'out')!r}); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
 def test_an_outline_holds_no_values():
     model = quantized()
     network = outline(model, Net())
@@ -66,6 +88,14 @@ def test_moving_to_the_meta_device_is_by_name():
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     to_meta_(network, {"0.weight"})
     assert [p.is_meta for p in network.parameters()] == [True, False, False, False]
+
+
+def test_moving_a_module_that_stands_twice_keeps_what_is_tied_to_it():
+    shared, tied = nn.Linear(2, 2), nn.Linear(2, 2)
+    tied.weight = shared.weight
+    network = nn.Sequential(shared, tied, shared)
+    to_meta_(network, set(network.state_dict()))
+    assert shared.weight.is_meta and tied.weight is shared.weight
 
 
 @pytest.mark.parametrize("builder", ["gpt", "resnet20"])

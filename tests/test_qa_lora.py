@@ -8,10 +8,10 @@ from torch import nn
 import qat
 from qat import formats
 from qat.errors import ArtifactError, LayerError, PolicyError, SpecError, StateError
+from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, QALoraLinear
 from qat.lora import lora
 from qat.qa_lora import qa_lora
-from qat.quantized_model import from_model
 
 POLICY = {"weight": {"bits": 4, "group_size": 16}, "init": "mse"}
 

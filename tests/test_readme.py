@@ -51,3 +51,12 @@ def test_the_paths_exist():
     root = Path(__file__).parents[1]
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (root / path).exists(), path
+
+
+def test_the_layout_names_every_module_once():
+    layout = README.split("## Layout")[1].split("```")[1]
+    lines = [re.split(r"\s{2,}", line)[0] for line in layout.splitlines() if line.startswith("qat/")]
+    named = [name.rstrip("/") for line in lines for name in line.removeprefix("qat/").split()]
+    package = Path(__file__).parents[1] / "qat"
+    there = [path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert sorted(named) == sorted(set(there) - {"__init__.py"})

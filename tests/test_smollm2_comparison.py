@@ -101,6 +101,17 @@ def test_the_time_that_is_given_stops_a_row_and_starts_no_other(side_by_side, tm
     assert time.monotonic() < rows.end + 30
 
 
+def test_rows_that_fail_are_named_with_their_logs(side_by_side, tmp_path):
+    rows = side_by_side.Rows(tmp_path, jobs=2)
+    (tmp_path / "bad.py").write_text("import sys\nsys.exit('what went wrong')\n")
+    with ThreadPoolExecutor(2) as pool:
+        bad = pool.submit(rows.result, "seed_1", [[str(tmp_path / "bad.py")]])
+        waits = pool.submit(bad.result)
+    with pytest.raises(SystemExit, match=rf"2 of 2 rows failed: seed_1, and what waits for them; .* {tmp_path}/logs$"):
+        rows.close([bad, waits])
+    assert "what went wrong" in (tmp_path / "logs" / "seed_1.log").read_text()
+
+
 def test_a_full_gpu_lets_the_next_one_wait(side_by_side, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     gpus, entered = side_by_side.Gpus(limit=4), threading.Event()

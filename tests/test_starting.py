@@ -12,8 +12,9 @@ from qat import formats
 from qat import train as train_command
 from qat.convert import main as convert
 from qat.errors import ArtifactError, LayerError
+from qat.frozen_model import from_model, to_model
 from qat.models import build
-from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model, to_model
+from qat.quantized_model import QuantizedLayer, QuantizedModel
 from qat.quantizers import LearnedStepSize
 from qat.starting import fill, plain_model, take_codes
 

@@ -17,8 +17,9 @@ from qat.errors import ArtifactError
 from qat.formats import torchao
 from qat.formats.comparison import compare_own
 from qat.formats.shards import ShardWriter
+from qat.frozen_model import from_model
 from qat.numerics import QuantizedTensor
-from qat.quantized_model import QuantizedLayer, QuantizedModel, from_model
+from qat.quantized_model import QuantizedLayer, QuantizedModel
 
 ONE, TWO = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..frozen_model import to_model
 from ..layers import frozen_layers
-from ..quantized_model import QuantizedModel, to_model
+from ..quantized_model import QuantizedModel
+from .float_error import TOLERANCE
 from .integer_linears import grid, tensors
 
 
@@ -43,7 +45,11 @@ def compare(model: QuantizedModel, other: Callable[[str], tuple[Tensor, Tensor]]
 
 
 def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, str]]:
-    """Compare an export read back by this package: codes, weights and dense tensors; as ``compare``."""
+    """Compare an export read back by this package: codes, weights and dense tensors; as ``compare``.
+
+    Raises:
+        ArtifactError: anything differs.
+    """
 
     def one(name: str) -> tuple[Tensor, Tensor]:
         tensor = read.quantized(read.layers[name].tied or name)
@@ -66,11 +72,7 @@ def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, 
 
 
 def compare_logits(
-    model: QuantizedModel,
-    client: Callable[[Tensor], Tensor],
-    name: str,
-    tolerance: float,
-    rounded: torch.dtype | None = None,
+    model: QuantizedModel, client: Callable[[Tensor], Tensor], name: str, rounded: torch.dtype | None = None
 ) -> tuple[str, str]:
     """Compare a client's logits for 16 random tokens with our frozen float32 model's; return a row of a table.
 
@@ -78,11 +80,10 @@ def compare_logits(
         model: what was exported.
         client: tokens (1, 16) int64 -> logits (1, 16, vocabulary) float32.
         name: the client's, for the table.
-        tolerance: of the largest logit.
         rounded: to which the client rounds each weight before it computes in float32.
 
     Raises:
-        ArtifactError: they differ by more.
+        ArtifactError: they differ by more than TOLERANCE.
     """
     tokens = torch.randint(0, vocabulary(model), (1, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -93,10 +94,15 @@ def compare_logits(
         expected = network(tokens).logits
         gap = (client(tokens) - expected).abs().max().item()
     largest = expected.abs().max().item()
-    if not gap <= tolerance * largest:
+    if not gap <= TOLERANCE * largest:
         raise ArtifactError(f"the logits of {name} differ by {gap:g} from the trained model's (largest {largest:g})")
     how = "" if rounded is None else f", with q*s rounded to {str(rounded).removeprefix('torch.')}"
     return f"logits, {name}{how}", f"differ by at most {gap:g} (largest {largest:g})"
+
+
+def not_compared(name: str, why: object = "this is no small language model") -> tuple[str, str]:
+    """Return the row of a client whose logits are not looked at."""
+    return f"logits, {name}", f"not compared: {why}"
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -27,7 +27,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Granularity, QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, small
+from .comparison import compare, compare_logits, compare_own, not_compared, small
 from .integer_linears import (
     container_bits,
     exact,
@@ -141,16 +141,16 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
 
     rows += compare(model, one, METHOD)
     if not small(model):
-        return [*rows, ("logits, transformers", "not compared: this is no small language model")]
+        return [*rows, not_compared("transformers")]
     options, rounded = {}, None
     if any(not layer.weight.symmetric for layer in model.layers.values()):
         if len(quantization["config_groups"]) > 1:
-            return [*rows, ("logits, transformers", "not compared: it takes zero points in one config group only")]
+            return [*rows, not_compared("transformers", "it takes zero points in one config group only")]
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         dtype = hf.model_dtype(model)  # of the scales, in which it dequantizes whatever dtype it is asked for
         rounded = None if dtype == torch.float32 else dtype
     client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers", 1e-5, rounded)]
+    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers", rounded)]
 
 
 def _scheme(spec: QuantSpec) -> tuple[int, int | None, bool]:

@@ -24,8 +24,9 @@ from torch import nn
 
 from ..adapters import refuse_beside
 from ..errors import ArtifactError
+from ..frozen_model import to_model
 from ..layers import frozen_layers
-from ..quantized_model import QuantizedLayer, QuantizedModel, to_model
+from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Dynamic
 from . import executorch_client
 from .companions import copy_companions

@@ -19,9 +19,8 @@ from ..spec import Dynamic
 from .executorch_disk import OnDisk
 from .executorch_layers import FLOAT32, INT4, int4_operands, int8_constants, int8_operands, kind
 from .executorch_program import lower, lowered_layer, quantized_weights
-from .float_error import TYPICAL, float_error
+from .float_error import TOLERANCE, TYPICAL, float_error
 from .onnx_client import ROUNDING_TOLERANCE
-from .onnx_parts import TOLERANCE
 from .onnx_trace import LogitsOnly
 
 NEAR = 2**26  # bytes before the last part that was found, where the next may lie

@@ -1,4 +1,4 @@
-"""How far a client's outputs may be from ours where a model is deep: as far as float32 itself is from exact arithmetic.
+"""How far a client's outputs may be from ours: by TOLERANCE, or in a deep model as far as float32 is from exactness.
 
 The measure is a float64 run of the same codes, scales and float tensors. Against it our own float32 outputs have an
 error that depends on the order of the sums, so they are taken several times, with the inputs of each product in another
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 ORDERS = 4  # beside the plain one
 LARGE = 2**20  # elements, from which a weight becomes float64 a piece at a time, where it is used
 FEW = 4  # products at a time in the running sum: one at a time takes minutes for a layer of 14,336 inputs

@@ -23,8 +23,8 @@ from ..errors import ArtifactError
 from ..packing import unpack
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
-from .comparison import compare, compare_logits, small
-from .onnx_parts import TOLERANCE, session
+from .comparison import compare, compare_logits, not_compared, small
+from .onnx_parts import session
 
 CLIENT = "onnxruntime-genai"
 # Without these its builder would round the head, the embedding, and the inputs of all products.
@@ -87,15 +87,15 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
     odd = [inputs for inputs in whole if inputs & (inputs - 1)]
     if odd:
         why = f"its builder makes a block of {odd[0]} inputs, and onnxruntime has powers of two; --to onnx runs there"
-        return [*rows, (f"logits, {CLIENT}", f"not compared: {why}")]
+        return [*rows, not_compared(CLIENT, why)]
     if not small(model):
-        return [*rows, (f"logits, {CLIENT}", "not compared: this is no small language model")]
+        return [*rows, not_compared(CLIENT)]
     with tempfile.TemporaryDirectory() as made:
         try:
             run = build(folder, Path(made), *cache)
         except ArtifactError as error:  # it wants a tokenizer, and knows fewer architectures than its loader
-            return [*rows, (f"logits, {CLIENT}", f"not compared: {error}")]
-        return [*rows, compare_logits(model, run, CLIENT, TOLERANCE)]
+            return [*rows, not_compared(CLIENT, error)]
+        return [*rows, compare_logits(model, run, CLIENT)]
 
 
 def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,7 @@ from ..errors import ArtifactError
 from ..numerics import MIN_SCALE, QuantizedTensor
 from ..quantized_model import QuantizedLayer
 from ..spec import Dynamic, QuantSpec
-from .integer_linears import other_grid
+from .integer_linears import other_grid, spread
 
 BLOCK = 32
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
@@ -104,12 +104,6 @@ def decode(blocks: Tensor, kind: str) -> QuantizedTensor:
     if not (inside & ((step != 0) | (minimum == 0))).all():
         raise ArtifactError("has Q4_1 blocks whose minimum is no whole multiple of the step: no zero point equals it")
     return _tensor(codes, step.abs(), (zero_point - 8).to(torch.int8), 4)
-
-
-def spread(values: Tensor, rows: int, blocks: int) -> Tensor:
-    """Repeat a scale or zero point, (1, 1), (N, 1) or (N, G), to (rows, blocks)."""
-    groups = values.shape[1]
-    return values.expand(rows, groups).repeat_interleave(blocks // groups, 1)
 
 
 def _tensor(codes: Tensor, step: Tensor, zero_point: Tensor | None, bits: int) -> QuantizedTensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..quantized_model import QuantizedModel, shares_embedding, to_model
+from ..frozen_model import to_model
+from ..quantized_model import QuantizedModel, shares_embedding
 from ..quantizers import DynamicActivation
-from .float_error import in_other_orders, root_mean_square
+from .float_error import TOLERANCE, in_other_orders, root_mean_square
 from .gguf_names import ARCHITECTURES, ROPE_FREQUENCIES, gguf_names, row_order
 from .gguf_rounding import DTYPES, round_as_llama_cpp_
 
-TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 MOST_LIKELY = 100  # tokens whose probabilities are compared
 # A float32 sum at the edge of two int8 codes falls to one side or the other, and in a deep model that changes all that
 # follows: llama.cpp may differ from our own as that does from itself in other orders of summation, NOISE times that, in

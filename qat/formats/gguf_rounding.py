@@ -61,7 +61,7 @@ def round_as_llama_cpp_(frozen: nn.Module, file: Path, config: dict[str, Any]) -
 def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return ggml's norm of float32 x (..., K)."""
     mean = (x * x).double().mean(-1, keepdim=True).float()
-    scale = 1 / (mean + epsilon).sqrt()
+    scale = 1 / (mean + epsilon).double().sqrt().float()  # a float32 root of MKL's is not the nearest on every CPU
     return x * scale * weight
 
 

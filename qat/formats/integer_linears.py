@@ -17,8 +17,6 @@ from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Codebook, Dynamic, QuantSpec
 
 ROUNDS = {Dynamic.int8_token: "executorch", Dynamic.q8_0: "gguf"}  # the format whose runtime rounds inputs that way
-
-
 EMBEDDING_FORMATS = "is an Embedding, which our {} files have no place for; --to gguf, mlx or onnx holds it"
 
 
@@ -159,9 +157,12 @@ def container_bits(spec: QuantSpec) -> int:
 def grid(tensor: QuantizedTensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return scale and int8 zero point (0 if symmetric), each (N, groups): repeated where fewer of them are stored."""
     zero_point = torch.zeros_like(tensor.scale, dtype=torch.int8) if tensor.zero_point is None else tensor.zero_point
-    rows = tensor.codes.shape[0]
-    repeats = groups // tensor.scale.shape[1]
-    return tuple(x.expand(rows, -1).repeat_interleave(repeats, 1) for x in (tensor.scale, zero_point))
+    return tuple(spread(values, tensor.codes.shape[0], groups) for values in (tensor.scale, zero_point))
+
+
+def spread(values: Tensor, rows: int, groups: int) -> Tensor:
+    """Repeat scales or zero points, (1, 1), (N, 1) or (N, G), to (rows, groups)."""
+    return values.expand(rows, -1).repeat_interleave(groups // values.shape[1], 1)
 
 
 def exact(values: Tensor, dtype: torch.dtype, name: str, method: str) -> Tensor:

@@ -25,7 +25,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from ..spec import QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, small
+from .comparison import compare, compare_logits, compare_own, not_compared, small
 from .integer_linears import exact, grid, largest_size, pack_words, refuse, tensors, unpack_words, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import StoredTensors
@@ -136,7 +136,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
 
     rows += compare(model, one, METHOD)
     if not small(model) or hf.model_dtype(model) != torch.float32:
-        return [*rows, ("logits, mlx-lm", "not compared: this is no small language model in float32")]
+        return [*rows, not_compared("mlx-lm", "this is no small language model in float32")]
     try:
         client, _ = load_model(folder)
     except ValueError as error:  # a kind of model that it does not know, or whose heads it does not
@@ -145,7 +145,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     def logits(tokens: Tensor) -> Tensor:
         return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
 
-    return [*rows, compare_logits(model, logits, "mlx-lm", 1e-5)]
+    return [*rows, compare_logits(model, logits, "mlx-lm")]
 
 
 def _bits(spec: QuantSpec) -> int:

@@ -2,19 +2,14 @@
 
 config.json holds the architecture (a transformers config at the top level, or a builder of ours under "architecture")
 and, under "quantization_config", the layers' specs and what is tied. A layer NAME with a quantized weight stores
-``NAME.packed_weight.packed`` (uint8, see ``qat.packing``), ``NAME.packed_weight.scale``, if asymmetric
-``NAME.packed_weight.zero_point`` and, of a custom codebook, ``NAME.packed_weight.levels``; of ``nf4_double`` the parts
-``NAME.packed_weight.scale_codes``, ``_factor``, ``_offset`` and ``_levels`` instead of the scale. One with a quantized
-input stores ``NAME.activation_quantizer.scale`` and, if asymmetric, ``NAME.activation_quantizer.zero_point``, unless it
-is rounded as a runtime rounds it, which only the spec says. Nothing in it is executable: names are looked up in fixed
-tables only.
+the parts of ``qat.stored_weight`` as ``NAME.packed_weight.PART``. One with a quantized input stores
+``NAME.activation_quantizer.scale`` and, if asymmetric, ``NAME.activation_quantizer.zero_point``, unless it is rounded
+as a runtime rounds it, which only the spec says. Nothing in it is executable: names are looked up in fixed tables only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,21 +21,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import __version__
-from ..double_quantization import PARTS, NestedScale
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
-from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
-from ..spec import Codebook
+from ..stored_weight import NAMES, part_names, parts_of, tensor_of
 from .companions import copy_companions
 from .digests import Digests, sha256
+from .native_config import CONFIG, METHOD, VERSION, architecture_in, checksum, entries_of, parse, read_text
 from .shards import ShardWriter
 from .stored_tensors import Selected, StoredTensors
 
-VERSION = 1
 NOT_OURS = (LookupError, TypeError, ValueError, AttributeError)  # what a config of other keys and kinds ends in
-METHOD = "qat"
-CONFIG = "config.json"
 SHARD_BYTES = 2**29  # files are checked side by side
 
 
@@ -57,18 +48,8 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     shards = ShardWriter(folder, SHARD_BYTES)
     for name, layer in model.layers.items():
         if layer.weight is not None and layer.tied is None:
-            tensor = model.quantized(name)
-            shards.add(
-                f"{name}.packed_weight.packed", pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)
-            )
-            if tensor.nested is None:
-                shards.add(f"{name}.packed_weight.scale", tensor.scale)
-            for part in PARTS if tensor.nested is not None else ():
-                shards.add(f"{name}.packed_weight.scale_{part}", getattr(tensor.nested, part))
-            if tensor.zero_point is not None:
-                shards.add(f"{name}.packed_weight.zero_point", tensor.zero_point)
-            if tensor.spec.codebook is Codebook.custom:
-                shards.add(f"{name}.packed_weight.levels", tensor.levels)
+            for part, tensor in parts_of(model.quantized(name)).items():
+                shards.add(f"{name}.packed_weight.{part}", tensor)
         if layer.has_activation_scale:
             shards.add(f"{name}.activation_quantizer.scale", model.activation_scale(name))
             if not layer.activation.symmetric:
@@ -87,7 +68,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         "example": model.example,
         "files": files,
     }
-    config = {**_architecture_entries(model.architecture), "quantization_config": description}
+    config = {**entries_of(model.architecture), "quantization_config": description}
     description["checksum"] = checksum(config)
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     return []
@@ -125,18 +106,18 @@ def reading(path: Path, device: torch.device | str = "cpu") -> Iterator[Quantize
 
 def _opened(path: Path, device: torch.device | str) -> tuple[QuantizedModel, Digests]:
     for _ in range(5):
-        text = _config_text(path)
+        text = read_text(path)
         try:
-            config = _parse(text, path)
+            config = parse(text, path)
             tensors = _open_files(path, config["quantization_config"]["files"])
         except NOT_OURS as error:
             raise ArtifactError(f"{path / CONFIG} is none that this package writes: {error!r}") from error
         except ArtifactError:
-            if _config_text(path) == text:
+            if read_text(path) == text:
                 raise
             continue  # a mixture of two artifacts, the second of which is just being put in place
         digests = Digests(path, config["quantization_config"]["files"])
-        if _config_text(path) == text:  # so that both have opened the files that it describes
+        if read_text(path) == text:  # so that both have opened the files that it describes
             try:
                 return _described(path, config, tensors, device), digests.start()
             except NOT_OURS as error:
@@ -183,13 +164,6 @@ def is_artifact(folder: Path) -> bool:
         return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
-def checksum(config: dict[str, Any]) -> str:
-    """Return the SHA-256 of a config without the checksum itself."""
-    description = {key: value for key, value in config["quantization_config"].items() if key != "checksum"}
-    canonical = json.dumps({**config, "quantization_config": description}, sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def _described(
     path: Path, config: dict[str, Any], tensors: StoredTensors, device: torch.device | str
 ) -> QuantizedModel:
@@ -199,8 +173,7 @@ def _described(
     inside = set()
     for name, layer in layers.items():
         if layer.weight is not None and layer.tied is None:
-            parts = ("packed", "scale", "zero_point", "levels", *(f"scale_{part}" for part in PARTS))
-            inside |= {f"{name}.packed_weight.{part}" for part in parts}
+            inside |= {f"{name}.packed_weight.{part}" for part in NAMES}
         if layer.has_activation_scale:
             inside |= {f"{name}.activation_quantizer.{part}" for part in ("scale", "zero_point")}
 
@@ -210,23 +183,14 @@ def _described(
         return tensors[name]
 
     def stored(name: str) -> dict[str, Tensor]:
-        spec = layers[name].weight
-        double = spec.codebook is Codebook.nf4_double
-        names = ["packed", *((f"scale_{part}" for part in PARTS) if double else ["scale"])]
-        names += ["zero_point"] * (not spec.symmetric) + ["levels"] * (spec.codebook is Codebook.custom)
-        return {part: tensor(f"{name}.packed_weight.{part}") for part in names}
+        return {part: tensor(f"{name}.packed_weight.{part}") for part in part_names(layers[name].weight)}
 
     def quantized(name: str) -> QuantizedTensor:
-        layer, parts = layers[name], {part: value.to(device) for part, value in stored(name).items()}
-        spec, columns = replace(layer.weight), math.prod(layer.shape[1:])
-        codes = unpack(parts["packed"], spec.bits, columns, -spec.q_n).view(layer.shape)
-        if spec.codebook is Codebook.nf4_double:
-            nested = NestedScale(*(parts[f"scale_{part}"] for part in PARTS))
-            return QuantizedTensor(codes, nested.values(), spec, None, None, nested)
-        return QuantizedTensor(codes, parts["scale"], spec, parts.get("zero_point"), parts.get("levels"))
+        parts = {part: value.to(device) for part, value in stored(name).items()}
+        return tensor_of(parts, replace(layers[name].weight), layers[name].shape)
 
     return QuantizedModel(
-        _architecture(config),
+        architecture_in(config),
         layers,
         quantized,
         lambda name: tensor(f"{name}.activation_quantizer.scale"),
@@ -252,49 +216,6 @@ def _check_ties(layers: dict[str, QuantizedLayer], tied: dict[str, str], tensors
     for owner in tied.values():
         if owner not in tensors:
             raise KeyError(owner)
-
-
-def _architecture_entries(architecture: dict[str, Any] | None) -> dict[str, Any]:
-    """A transformers config lies at the top level, where transformers looks for it."""
-    if architecture is not None and "transformers" in architecture:
-        return {key: value for key, value in architecture["transformers"].items() if key != "quantization_config"}
-    return {"architecture": architecture}
-
-
-def _architecture(config: dict[str, Any]) -> dict[str, Any] | None:
-    if "architecture" in config:
-        return config["architecture"]
-    return {"transformers": {key: value for key, value in config.items() if key != "quantization_config"}}
-
-
-def _config_text(path: Path) -> str:
-    if not path.is_dir():
-        raise ArtifactError(f"there is no artifact at {path}: give the folder that python -m qat.convert wrote")
-    try:
-        return (path / CONFIG).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is no artifact: it has no {CONFIG}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path / CONFIG} cannot be read: {error}; convert the checkpoint again") from None
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-        description = config["quantization_config"]
-        method, version, stored = (description.get(key) for key in ("quant_method", "version", "checksum"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ArtifactError(f"{path / CONFIG} is damaged or not ours: convert the checkpoint again") from None
-    if method != METHOD:
-        raise ArtifactError(f"{path} is a {method!r} model, not an artifact of this package")
-    if isinstance(version, int) and version > VERSION:
-        raise ArtifactError(
-            f"{path} has artifact version {version}, this package reads up to {VERSION}: upgrade it "
-            f"(the artifact was written by version {description.get('qat_version')})"
-        )
-    if version != VERSION or stored != checksum(config):
-        raise ArtifactError(f"{path / CONFIG} is damaged (its checksum does not match): convert the checkpoint again")
-    return config
 
 
 def _open_files(path: Path, files: dict[str, dict[str, Any]]) -> StoredTensors:

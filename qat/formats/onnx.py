@@ -1,9 +1,9 @@
-"""ONNX: one graph for onnxruntime, OpenVINO and their kin, with the trained codes and scales in it (``onnx_trace``,
-``onnx_graph``).
+"""ONNX: one graph for onnxruntime, OpenVINO and their kin, with the trained codes and scales in it.
 
-``model.onnx`` (with ``model.onnx.data`` beside it where it is large) maps a batch of inputs to the outputs in float32.
-Its metadata key "qat" says, as JSON, what the layers are and under which name each other tensor lies: torch's exporter
-stores equal tensors once, and some transposed.
+``onnx_trace`` makes the graph of the network, and ``onnx_graph`` puts codes and scales into it. ``model.onnx`` (with
+``model.onnx.data`` beside it where it is large) maps a batch of inputs to the outputs in float32. Its metadata key
+"qat" says, as JSON, what the layers are and under which name each other tensor lies: torch's exporter stores equal
+tensors once, and some transposed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..adapters import refuse_beside
 from ..checkpoint import random_input
 from ..errors import ArtifactError
+from ..frozen_model import outline, to_model
 from ..numerics import scale_dtype
-from ..quantized_model import QuantizedLayer, QuantizedModel, outline, to_model
+from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Dynamic
 from . import huggingface as hf
 from . import onnx_client

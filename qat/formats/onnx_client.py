@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..frozen_model import frozen_activation
 from ..quantized_model import QuantizedModel
-from ..quantizers import FrozenActivation
-from .float_error import float_error, outputs
-from .onnx_parts import TOLERANCE, WIDE, Parts, compare_wide, session, weight
+from .float_error import TOLERANCE, float_error, outputs
+from .onnx_parts import WIDE, Parts, compare_wide, session, weight
 
 # Where inputs are quantized, a sum at the edge of two integers may fall to either side: one code, not 1e-5.
 ROUNDING_TOLERANCE = 0.05
@@ -41,9 +41,8 @@ def compare_layers(file: Path, model: QuantizedModel) -> list[tuple[str, str]]:
             weights += 1
         if layer.activation is not None:
             spec = layer.activation
-            zero_point = None if spec.symmetric else model.activation_zero_point(name)
-            rounding = FrozenActivation(spec, model.activation_scale(name), zero_point)
-            z = 0 if spec.symmetric else int(zero_point)
+            rounding = frozen_activation(model, name)
+            z = 0 if spec.symmetric else int(rounding.zero_point)
             x = _edges(rounding.scale.item(), spec.q_n + z, spec.q_p - z)
             found = parts.open(f"{name}/activation", x.dtype, 1)(x)
             if not torch.equal(found, rounding(x)):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
+from .float_error import TOLERANCE
 
-TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 ROWS = 256  # of the identity matrix at a time: two blocks or more, so that a slice begins at a whole byte
 WIDE = 2048  # inputs, above which the identity is cut
 RANDOM = 8  # rows of random inputs

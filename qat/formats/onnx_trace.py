@@ -76,7 +76,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     """Return an ``onnx_ir.Model`` of a frozen network, with placeholders for quantized layers; and its open values.
 
     Args:
-        network: an outline in float32 (``qat.quantized_model.outline``), which is changed.
+        network: an outline in float32 (``qat.frozen_model.outline``), which is changed.
         model: what it outlines.
         example: an input.
         qdq: whether the weights of linear layers are dequantized and then multiplied.

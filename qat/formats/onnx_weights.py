@@ -26,7 +26,7 @@ from ..numerics import QuantizedTensor, scale_dtype, scale_shape
 from ..packing import pack, packed_row_bytes, unpack
 from ..quantized_model import QuantizedLayer
 from ..spec import Granularity, QuantSpec
-from .gguf_blocks import spread
+from .integer_linears import spread
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 MATMUL_PARTS = ("weight_nbits", "weight_scales", "weight_zero_points")

@@ -29,7 +29,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, small
+from .comparison import compare, compare_logits, compare_own, not_compared, small
 from .integer_linears import exact, grid, tensors, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import StoredTensors
@@ -121,7 +121,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
 
     rows += compare(model, one, METHOD)
     if not small(model):
-        return [*rows, ("logits, transformers", "not compared: this is no small language model")]
+        return [*rows, not_compared("transformers")]
     client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
     for module in client.modules():
         for key, parameter in list(module._parameters.items()):
@@ -129,7 +129,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
                 module._parameters[key] = nn.Parameter(parameter.to(dtype=torch.float32), requires_grad=False)
             elif parameter is not None:
                 parameter.data = parameter.data.float()
-    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers", 1e-5)]
+    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers")]
 
 
 def _about(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Any]:

@@ -10,6 +10,8 @@ lose small updates before Q sees them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from ..quantizers import WeightLSQ
 from ..quantizers.rounding import Rounding
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen
+
+if TYPE_CHECKING:
+    from qat.kernels.joint_weight import LowRankSum
 
 
 class JointLoraLinear(Frozen, QuantLinear):
@@ -40,8 +45,7 @@ class JointLoraLinear(Frozen, QuantLinear):
         from qat.kernels.joint_weight import joint_weight  # loads Triton
 
         with torch.no_grad():
-            spec = self.weight_quantizer.spec
-            return joint_weight(*self._sum(self.lora_A, self.lora_B), None, spec, torch.float32)
+            return joint_weight(self._sum(self.lora_A, self.lora_B), None, self.weight_quantizer.spec, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized sum, in the dtype of x (autocast's, where it is on)."""
@@ -52,14 +56,16 @@ class JointLoraLinear(Frozen, QuantLinear):
         step_size = None if rounding is None else rounding.step_size
         return _JointProduct.apply(x, bias, self.lora_A, self.lora_B, step_size, self, rounding)
 
-    def _sum(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def _sum(self, a: Tensor, b: Tensor) -> LowRankSum:
         """Return what ``joint_weight`` adds up: W, its scales where it is 8-bit codes, A, and scaling * B."""
+        from qat.kernels.joint_weight import LowRankSum
+
         packed, update = self.packed_weight, (a.float(), b.float() * self.scaling)
         if packed is None:
-            return self.weight.detach(), None, *update
+            return LowRankSum(self.weight.detach(), None, *update)
         if packed.spec.bits == 8 and packed.spec.symmetric and packed.levels is None:
-            return packed.packed, packed.scale, *update
-        return packed.dequantize(torch.float32), None, *update
+            return LowRankSum(packed.packed, packed.scale, *update)
+        return LowRankSum(packed.dequantize(torch.float32), None, *update)
 
 
 def make_joint_(layer: nn.Linear, quantizer: WeightLSQ, rank: int, scaling: float) -> None:
@@ -85,7 +91,7 @@ class _JointProduct(torch.autograd.Function):
         ctx.save_for_backward(x, a, b, step_size)
         ctx.layer, ctx.grad_scale = layer, 1.0 if rounding is None else rounding.grad_scale
         with torch.autocast(x.device.type, enabled=False):
-            weight = joint_weight(*layer._sum(a, b), step_size, layer.weight_quantizer.spec, x.dtype)
+            weight = joint_weight(layer._sum(a, b), step_size, layer.weight_quantizer.spec, x.dtype)
             return F.linear(x, weight, bias)
 
     @staticmethod
@@ -99,9 +105,9 @@ class _JointProduct(torch.autograd.Function):
         grad_weight, parts = rows.t() @ x.flatten(0, -2), layer._sum(a, b)
         grad_step = None
         if step_size is None:
-            weight = joint_weight(*parts, None, spec, x.dtype)
+            weight = joint_weight(parts, None, spec, x.dtype)
         else:
-            made = joint_weight_backward(grad_weight, *parts, step_size, spec, ctx.grad_scale)
+            made = joint_weight_backward(grad_weight, parts, step_size, spec, ctx.grad_scale)
             weight, grad_weight, grad_step = made
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_a = (b.to(x.dtype).t() @ grad_weight).to(a.dtype) * layer.scaling

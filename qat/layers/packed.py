@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .. import codebook
 from ..backend import has_triton
-from ..double_quantization import BLOCK, PARTS, NestedScale
+from ..double_quantization import BLOCK, NestedScale
 from ..errors import StateError
 from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
-from ..packing import pack, packed_row_bytes, unpack
+from ..packing import packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
+from ..stored_weight import NESTED, parts_of
 
 if TYPE_CHECKING:
     from qat.kernels.int4_layout import Int4Weight
@@ -91,21 +92,14 @@ class PackedWeight(FixedDtype):
     @classmethod
     def from_tensor(cls, tensor: QuantizedTensor, lay_out: bool = True) -> PackedWeight:
         """Pack a quantized tensor, on its device; ``lay_out`` as a GPU's kernels read it, or that is called later."""
-        parts = {"packed": pack(tensor.codes.flatten(1), tensor.spec.bits, -tensor.spec.q_n)}
-        if tensor.nested is None:
-            parts["scale"] = tensor.scale
-        else:
-            parts |= {f"scale_{part}": getattr(tensor.nested, part) for part in PARTS}
-        others = {"zero_point": tensor.zero_point, "levels": tensor.levels}
-        parts |= {name: part for name, part in others.items() if part is not None}
-        weight = cls.from_parts(tensor.spec, tensor.codes.shape, parts)
+        weight = cls.from_parts(tensor.spec, tensor.codes.shape, parts_of(tensor))
         if lay_out:
             weight.lay_out()
         return weight
 
     @classmethod
     def from_parts(cls, spec: QuantSpec, shape: torch.Size | tuple[int, ...], parts: dict[str, Tensor]) -> PackedWeight:
-        """Take the tensors of a state dict, by its names, as they are. On a GPU, they stay so until ``lay_out``.
+        """Take the tensors of ``qat.stored_weight``, by name, as they are. On a GPU, they stay so until ``lay_out``.
 
         Raises:
             StateError: ``packed`` does not hold a weight of this shape.
@@ -198,7 +192,7 @@ class PackedWeight(FixedDtype):
         return self.quantized_tensor().dequantize(dtype)
 
     def _nested(self) -> NestedScale:
-        return NestedScale(*(getattr(self, f"scale_{part}") for part in PARTS))
+        return NestedScale(*(getattr(self, part) for part in NESTED))
 
     def keep_rows(self) -> None:
         """Hold ``packed`` on a GPU too, for ``dequantize_rows``."""

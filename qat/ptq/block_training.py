@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..layers import QuantLayer
 from ..numerics import MIN_SCALE, fake_quantize
-from ..quantizers.lsq import weight_step_size
+from ..quantizers.lsq import gradient_scale, weight_step_size
 from ..spec import Init
 from .error_compensation import fall_back_unreached
 from .options import Options
@@ -74,8 +74,8 @@ class BlockLSQ(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight in the weight's dtype."""
-        sharing = self.weight.numel() // self.step_size.numel()
-        return fake_quantize(*self.latent(), self.spec, 1 / math.sqrt(sharing * self.spec.q_p)).to(weight.dtype)
+        grad_scale = gradient_scale(self.weight.numel() // self.step_size.numel(), self.spec)
+        return fake_quantize(*self.latent(), self.spec, grad_scale).to(weight.dtype)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -122,7 +122,11 @@ def total_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 def fall_back(layers: Layers, error: CalibrationError, options: Options, report: Report) -> None:
-    """Round layers from their weights alone where options allow it, else raise."""
+    """Round layers from their weights alone where options allow it, else raise.
+
+    Raises:
+        CalibrationError: the one given, where options do not allow it.
+    """
     if not options.allow_fallback:
         raise CalibrationError(
             f"{error}; or let such layers be rounded to the least squared error: allow_fallback=true"
@@ -133,7 +137,11 @@ def fall_back(layers: Layers, error: CalibrationError, options: Options, report:
 
 
 def fall_back_unreached(unit: Unit, options: Options, report: Report) -> None:
-    """Do the same for layers that no batch reached."""
+    """Do the same for layers that no batch reached.
+
+    Raises:
+        CalibrationError: as ``fall_back``.
+    """
     reached = {name for stage in unit.stages for name in stage}
     for name in unit.layers:
         if name not in reached:

@@ -36,12 +36,16 @@ class Report:
     def _what(self) -> str:
         return "blocks" if self.init in (Init.signround, Init.blockwise) else "layers"
 
+    @property
+    def _compared(self) -> str:
+        return "plain k-means'" if self.init is Init.squeezellm else "round-to-nearest's"
+
     def __str__(self) -> str:
         lines = []
         if self.losses:
             mean, worst = statistics.mean(self.losses.values()), max(self.losses, key=self.losses.get)
             lines.append(
-                f"{self.init.value}: {len(self.losses)} {self._what}, output error {mean:.3f} of round-to-nearest's on "
+                f"{self.init.value}: {len(self.losses)} {self._what}, output error {mean:.3f} of {self._compared} on "
                 f"average, {self.losses[worst]:.3f} in {worst!r}"
             )
         for note in dict.fromkeys(self.notes.values()):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..quantizers.least_error import several_ranks
+from ..ranks import several_ranks
 from ..spec import Init
 from .options import Options
 from .report import Report

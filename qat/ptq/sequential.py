@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
 from ..layers import QuantLayer, quant_layers
+from ..modes import in_eval_mode
 from ..quantizers import LearnedStepSize, Quantizer, WeightCodebook, WeightLSQ
-from ..quantizers.least_error import several_ranks
+from ..ranks import several_ranks
 from ..spec import Init
-from . import awq, block_training, error_compensation
+from . import awq, block_training, error_compensation, squeezellm
 from .error_compensation import fall_back
 from .options import Options
 from .report import Report
@@ -36,6 +37,7 @@ METHODS: dict[Init, Callable[[Unit, Options, Report], None]] = {
     Init.awq: awq.quantize_unit,
     Init.signround: block_training.quantize_unit,
     Init.blockwise: block_training.quantize_unit,
+    Init.squeezellm: squeezellm.quantize_unit,
 }
 NEED_TWIN = (Init.gptaq, Init.signround, Init.blockwise)
 
@@ -228,12 +230,10 @@ def broadcast(unit: Unit) -> None:
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
-    modes = {module: module.training for module in model.modules()}
     quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize | WeightCodebook)]
     enabled = {quantizer: quantizer.enabled for quantizer in quantizers}
     config = getattr(model, "config", None)
     use_cache, precision = getattr(config, "use_cache", None), torch.get_float32_matmul_precision()
-    model.eval()
     torch.set_float32_matmul_precision("highest")
     if use_cache:
         config.use_cache = False  # blocks that run again and again would add to it
@@ -241,10 +241,9 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         waits = quantizer.waits_for_data if isinstance(quantizer, WeightCodebook) else not quantizer.is_initialised
         quantizer.enabled = quantizer.enabled and not waits
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for quantizer, value in enabled.items():
             quantizer.enabled = value
         if use_cache:

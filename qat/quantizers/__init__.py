@@ -5,9 +5,10 @@ from .codebook import WeightCodebook
 from .dynamic import DynamicActivation
 from .fixed_dtype import FixedDtype
 from .frozen import FrozenActivation
-from .lsq import ActivationLSQ, ActivationStatistics, LearnedActivation, LearnedStepSize, WeightLSQ
+from .lsq import ActivationLSQ, LearnedActivation, LearnedStepSize, WeightLSQ
 from .lsq_plus import ActivationLSQPlus
 from .minmax import ActivationMinMax, ActivationRange, WeightMinMax
+from .observer import ActivationStatistics
 from .pact import ActivationPACT
 
 OfWeight = WeightLSQ | AsymmetricLSQ | WeightCodebook | WeightMinMax

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import replace
 
@@ -17,31 +16,38 @@ from ..numerics import (
     quantize_tensor,
     scale_shape,
     stored_scale,
+    stored_zero_point,
+    zero_point_dtype,
 )
 from ..spec import Init, QuantSpec
 from . import rules
-from .lsq import LearnedStepSize
+from .half_quadratic import half_quadratic
+from .lsq import LearnedStepSize, gradient_scale
 
 
 class AsymmetricLSQ(LearnedStepSize):
     """Fake-quantizes a weight per tensor, channel or group.
 
-    It starts with the range of the weight's values, 0 included, whatever the policy's init says of symmetric grids; or
-    with the scales and zero points of a model that is quantized already (``start``).
+    It starts with the range of the weight's values, whatever the policy's init says of symmetric grids, but for HQQ,
+    which moves real zero points from there; or with the scales and zero points of a model that is quantized already
+    (``start``).
 
     Attributes:
-        zero_point: int8 buffer (rows, groups), in the range of the codes; it does not learn.
+        zero_point: buffer (rows, groups) that does not learn: int8, in the range of the codes, or real.
     """
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str) -> None:
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.minmax) -> None:
         spec = replace(spec, signed=True)
         shape = scale_shape(weight.shape, spec)
-        super().__init__(spec, shape, name, Init.minmax, weight.device)
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int8, device=weight.device))
+        super().__init__(spec, shape, name, init, weight.device)
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=zero_point_dtype(spec), device=weight.device))
         if not weight.is_meta:
-            self.start(*range_of(weight, spec))
+            step_size, zero_point = range_of(weight, spec)
+            if init is Init.hqq:
+                zero_point = half_quadratic(weight, step_size, zero_point, spec)
+            self.start(step_size, zero_point)
 
     @torch.no_grad()
     def start(self, step_size: Tensor, zero_point: Tensor) -> None:
@@ -54,7 +60,7 @@ class AsymmetricLSQ(LearnedStepSize):
         if not self.enabled:
             return weight
         self.require_initialised()
-        grad_scale = 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
+        grad_scale = gradient_scale(weight.numel() // self.step_size.numel(), self.spec)
         rule = sys.modules[__name__]
         return rules.fake_quantize(rule, weight, self.step_size, self.zero_point, self.spec, grad_scale)
 
@@ -64,12 +70,19 @@ class AsymmetricLSQ(LearnedStepSize):
 
 
 def range_of(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the step size (rows, groups) that spans each block's values and 0, and the zero point: float32."""
+    """Return the step size (rows, groups) that spans each block's values, and the zero point: float32.
+
+    With zero points among the codes, and in a block of one value, 0 is spanned too.
+    """
     blocks = weight.detach().float().reshape(*scale_shape(weight.shape, spec), -1)
-    low, high = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    real = (low < high) & (spec.zero_point_dtype is not None)
+    low, high = torch.where(real, low, low.clamp_max(0)), torch.where(real, high, high.clamp_min(0))
     step_size = (high - low) / (spec.q_n + spec.q_p)
-    zero_point = torch.where(step_size > 0, -low / step_size, 0.0).round() - spec.q_n
-    return step_size, zero_point.clamp(-spec.q_n, spec.q_p)
+    zero_point = torch.where(step_size > 0, -low / step_size, 0.0) - spec.q_n
+    if spec.zero_point_dtype is not None:
+        return step_size, stored_zero_point(zero_point, spec).float()
+    return step_size, zero_point.round().clamp(-spec.q_n, spec.q_p)
 
 
 def fake_quantized(x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:

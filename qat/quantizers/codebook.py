@@ -50,6 +50,7 @@ class WeightCodebook(FixedDtype):
             squares = scale.double().square()[..., None].expand(values.shape)  # an error of 1 is one of the scale
             start = normal_levels(spec.bits).to(device)
             self.set_levels(kmeans_levels(values.reshape(own[0], -1), squares.reshape(own[0], -1), start))
+            self._ready = not init.reads_data
 
     @torch.no_grad()
     def set_levels(self, levels: Tensor) -> None:

@@ -36,45 +36,6 @@ def squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec, weights: Tensor 
     return torch.stack(errors)
 
 
-def least_error_range(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the range (low, high) of least squared error on an asymmetric grid, from two searches of each end in turn.
-
-    Args:
-        x: this rank's values, float32; the errors are those of all ranks' values.
-        low, high: float32 (1, 1), the range that clips nothing, 0 included.
-        spec: the grid.
-    """
-
-    def error(low: Tensor, high: Tensor) -> Tensor:
-        scale = stored_scale((high - low) / (spec.q_n + spec.q_p), spec)
-        zero = ((-low / scale.float()).round() - spec.q_n).clamp(-spec.q_n, spec.q_p)
-        return (dequantize(quantize(x, scale, spec, zero), scale, torch.float32, zero) - x).square().sum().double()
-
-    def best(candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        errors = sum_over_ranks_(torch.stack([error(*candidate) for candidate in candidates]))
-        return candidates[int(errors.argmin())]
-
-    shares = [share / CANDIDATES for share in range(1, CANDIDATES + 1)]
-    lowest, highest = low.to(x.device), high.to(x.device)
-    low = lowest
-    for _ in range(2):
-        _, high = best([(low, highest * share) for share in shares])
-        low, _ = best([(lowest * share, high) for share in [0.0, *shares]])
-    return low, high
-
-
-def several_ranks() -> bool:
-    """Return whether this process is one of several that train together."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def sum_over_ranks_(errors: Tensor) -> Tensor:
-    """Add the other ranks' errors to these, if there are other ranks."""
-    if several_ranks():
-        torch.distributed.all_reduce(errors)
-    return errors
-
-
 def best_step_size(errors: Tensor, largest: Tensor) -> Tensor:
     """Return the candidates of least error, (rows, groups) float32."""
     return largest * ((errors.argmin(0) + 1) / CANDIDATES)

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..numerics import (
-    MIN_SCALE,
-    QuantizedTensor,
-    quantize_tensor,
-    scale_shape,
-    stored_scale,
-)
+from ..numerics import MIN_SCALE, QuantizedTensor, quantize_tensor, scale_shape, stored_scale
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
-from .least_error import best_step_size, several_ranks, squared_errors, sum_over_ranks_
+from .least_error import best_step_size, squared_errors
+from .observer import ActivationStatistics
 from .rounding import Rounding
 
 CAST = (
@@ -30,7 +25,6 @@ CAST = (
     "what trains would not be what ships: leave out param_dtype; for speed, train a bf16 model with "
     "qat.shard_step_sizes, or under autocast"
 )
-SAMPLE = 2**16  # values that a calibration batch leaves for the search of the least error
 
 
 def lsq_step_size(mean_magnitude: Tensor, spec: QuantSpec) -> Tensor:
@@ -57,6 +51,11 @@ def weight_step_size(weight: Tensor, spec: QuantSpec, init: Init, weights: Tenso
         return lsq_step_size(magnitude.mean(-1), spec)
     largest = minmax_step_size(magnitude.amax(-1), spec)
     return largest if init is Init.minmax else best_step_size(squared_errors(weight, largest, spec, weights), largest)
+
+
+def gradient_scale(elements: int, spec: QuantSpec) -> float:
+    """Return g = 1/sqrt(N Q_P) (section 2.2), with N the elements that share a step size."""
+    return 1 / math.sqrt(elements * spec.q_p)
 
 
 class LearnedStepSize(FixedDtype):
@@ -156,53 +155,12 @@ class WeightLSQ(LearnedStepSize):
         return self.init.reads_data and not self.is_initialised
 
     def grad_scale(self, weight: Tensor) -> float:
-        """Return LSQ's 1/sqrt(N Q_P) with N the elements that share a scale."""
-        return 1 / math.sqrt(weight.numel() // self.step_size.numel() * self.spec.q_p)
+        """Return what LSQ multiplies the gradient of the step sizes by."""
+        return gradient_scale(weight.numel() // self.step_size.numel(), self.spec)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
         return quantize_tensor(weight, self.scale(), self.spec)
-
-
-class ActivationStatistics:
-    """Running sums over calibration batches: (sum of magnitudes, count, minimum, maximum), in float64.
-
-    Args:
-        device: where the batches are.
-        keep_sample: also keep some values of each batch, evenly spaced.
-    """
-
-    def __init__(self, device: torch.device, keep_sample: bool = False) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.extremes = torch.zeros(2, dtype=torch.float64, device=device)  # of -x and x; 0 is always representable
-        self.keep_sample, self.sample = keep_sample, [torch.zeros(0, device=device)]
-
-    def update(self, x: Tensor) -> None:
-        """Add a batch; an empty one, such as an expert that got no token, counts nothing."""
-        if not x.numel():
-            return
-        x = x.detach()
-        self.sums += torch.stack([x.abs().sum(dtype=torch.float64), self.sums.new_tensor(x.numel())])
-        self.extremes = self.extremes.maximum(torch.stack([-x.min(), x.max()]).double())
-        if self.keep_sample:
-            self.sample.append(x.flatten()[:: -(-x.numel() // SAMPLE)].float())
-
-    def all_reduce(self) -> None:
-        """Combine sums and extremes with the other ranks, if there are any; samples stay."""
-        if several_ranks():
-            torch.distributed.all_reduce(self.sums)
-            torch.distributed.all_reduce(self.extremes, torch.distributed.ReduceOp.MAX)
-
-    def sampled(self) -> Tensor:
-        """Return the samples of this rank, float32."""
-        return torch.cat(self.sample)
-
-    def least_error_step_size(self, largest: Tensor, spec: QuantSpec) -> Tensor:
-        """Return the step size (1, 1) of least squared error over the samples of all ranks."""
-        largest = largest.to(self.sums.device, torch.float32).reshape(1, 1)
-        errors = squared_errors(self.sampled(), largest, spec)
-        sum_over_ranks_(errors)
-        return best_step_size(errors, largest)
 
 
 def features(x: Tensor) -> int:
@@ -301,4 +259,4 @@ class ActivationLSQ(LearnedActivation):
         """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
         if self.passes(x):
             return None
-        return Rounding(self.spec, self.step_size, 1 / math.sqrt(features(x) * self.spec.q_p))
+        return Rounding(self.spec, self.step_size, gradient_scale(features(x), self.spec))

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import dequantize, quantize, stored_scale
+from ..ranks import sum_over_ranks_
 from ..spec import Init, QuantSpec
 from . import rules
-from .least_error import least_error_range
-from .lsq import ActivationStatistics, LearnedActivation, features
+from .least_error import CANDIDATES
+from .lsq import LearnedActivation, features
+from .observer import ActivationStatistics
 from .rounding import Rounding
 
 
@@ -71,6 +73,31 @@ class ActivationLSQPlus(LearnedActivation):
         """Start from a stored scale and zero point, as an artifact holds them."""
         self.set_step_size(scale)
         self.offset.copy_(-(zero_point.float() + self.spec.q_n) * scale.float())
+
+
+def least_error_range(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the range (low, high) of least squared error, from two searches of each end in turn.
+
+    Args:
+        x: this rank's values, float32; the errors are those of all ranks' values.
+        low, high: float32 (1, 1), the range that clips nothing, 0 included.
+        spec: the grid.
+    """
+
+    def error(low: Tensor, high: Tensor) -> Tensor:
+        return (fake_quantized(x, step_of(low, high, spec), low, spec) - x).square().sum().double()
+
+    def best(candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        errors = sum_over_ranks_(torch.stack([error(*candidate) for candidate in candidates]))
+        return candidates[int(errors.argmin())]
+
+    shares = [share / CANDIDATES for share in range(1, CANDIDATES + 1)]
+    lowest, highest = low.to(x.device), high.to(x.device)
+    low = lowest
+    for _ in range(2):
+        _, high = best([(low, highest * share) for share in shares])
+        low, _ = best([(lowest * share, high) for share in [0.0, *shares]])
+    return low, high
 
 
 def step_of(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import numerics
 from ..numerics import QuantizedTensor, quantize_tensor, stored_scale
+from ..ranks import max_over_ranks_
 from ..spec import Init, QuantSpec
 from . import asymmetric
-from .least_error import several_ranks
 from .lsq import ActivationLSQ, minmax_step_size, weight_step_size
 from .lsq_plus import ActivationLSQPlus, step_of
 
@@ -131,6 +131,5 @@ def seen_range(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel():
         low, high = x.detach().aminmax()
         ends = torch.maximum(ends, torch.stack([-low, high]).float())
-    if several_ranks():
-        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    max_over_ranks_(ends)
     return -ends[0], ends[1]

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from ..errors import TrainingError
-from .own_data import training_batches
+from .data_modules import training_batches
 from .tasks import Task
 
 

@@ -26,8 +26,8 @@ from ..quantizers import LearnedStepSize, Quantizer
 from ..reach import check
 from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
+from .data_modules import training_batches
 from .metrics import cross_entropy, logits_of, run
-from .own_data import training_batches
 from .tasks import Task
 
 

@@ -74,7 +74,11 @@ class Checkpoints(Checkpoint):
             self._stops, trainer._signal_connector.received_sigterm = False, True
 
     def on_train_epoch_end(self, trainer: Trainer, task: Task) -> None:
-        """Save the best, and the last when due."""
+        """Save the best, and the last when due.
+
+        Raises:
+            TrainingError: the monitor is not logged.
+        """
         self._stop(trainer)
         if self.monitor is not None and self.monitor in trainer.callback_metrics:
             value = float(trainer.callback_metrics[self.monitor])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import TrainingError
+from ..modes import in_eval_mode
 from .metrics import IGNORED, logits_of, run
 
 TRIED = 8  # tokens that the head is tried on
@@ -94,12 +95,9 @@ def check_head(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> None:
     """
     head = head_of(model)
     few = {k: v[:1, :TRIED] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[:1, :TRIED]
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         logits = logits_of(run(model, few)).float()
         found = F.linear(headless(model, head, few), head.weight, head.bias).float()
-    model.train(training)
     if logits.shape != found.shape or (logits - found).abs().max() > 1e-2 * logits.abs().max():
         raise TrainingError(
             f"task.loss_rows: {type(model).__name__} does more than its head to make logits, such as scaling them: "

@@ -7,10 +7,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..modes import in_eval_mode
+from .data_modules import test_batches
 from .image_data import ImageData
 from .instruction_data import InstructionData, require_apart
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, run
-from .own_data import test_batches
 
 ONLY_LANGUAGE = "only language models are compared with a reference: leave it out"
 
@@ -37,13 +38,12 @@ def evaluate(
     if reference is not None and isinstance(data, ImageData):
         raise DataError(ONLY_LANGUAGE)
     metrics: ClassificationMetrics | LanguageMetrics | None = None
-    training = model.training
-    model.to(device).eval()
+    model.to(device)
     if reference is not None:
         reference.to(device).eval()
     if isinstance(data, InstructionData) and data.pack:
         require_apart(model, device)
-    with torch.inference_mode():
+    with in_eval_mode(model), torch.inference_mode():
         for inputs, targets in test_batches(data, device):
             logits = first_logits(model, inputs) if metrics is None else logits_of(run(model, inputs))
             if metrics is None:
@@ -51,7 +51,6 @@ def evaluate(
                 metrics = _metrics(logits, reference is not None).to(device)
             more = () if reference is None else (logits_of(run(reference, inputs)),)
             metrics.update(logits, targets, *more)
-    model.train(training)
     if metrics is None:
         raise DataError(f"{type(data).__name__} has no batch to measure on")
     return {name: value.item() for name, value in metrics.compute().items()}

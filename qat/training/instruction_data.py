@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..modes import in_eval_mode
 from .conversations import messages_of, read_lines
 from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
@@ -112,7 +113,11 @@ class InstructionData(InMemoryData):
         return {"shape": [self.seq_len], "dtype": "int64", "low": 0, "high": self.largest}
 
     def train_loader(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> Loader:
-        """Return shuffled batches of rows on a device."""
+        """Return shuffled batches of rows on a device.
+
+        Raises:
+            DataError: there are none.
+        """
         if not len(self.train_rows[0]):
             raise DataError("there are no training examples: give data.train")
         rows = PackedRows(*self.train_rows, device)
@@ -183,17 +188,14 @@ def require_apart(model: nn.Module, device: torch.device | str) -> None:
         return embedded[0]
 
     tokens, positions = torch.ones(1, 8, dtype=torch.int64), torch.arange(4).repeat(1, 2)
-    modes = {module: module.training for module in model.modules()}
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             inputs = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
-            output = logits_of(run(model.eval(), inputs))
+            output = logits_of(run(model, inputs))
             (slope,) = torch.autograd.grad(output[:, 4:].float().square().sum(), embedded)
     finally:
         handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if slope[:, :4].any():
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise DataError(

@@ -24,9 +24,13 @@ def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
     if isinstance(inputs, dict):
         return model(**inputs, use_cache=False)
     cached = getattr(getattr(model, "config", None), "use_cache", False)
-    if cached and "use_cache" in inspect.signature(model.forward).parameters:
+    if cached and any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in _parameters(model)):  # peft's takes any
         return model(inputs, use_cache=False)
     return model(inputs)
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
 
 
 def logits_of(output: Any) -> Tensor:

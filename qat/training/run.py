@@ -34,10 +34,10 @@ from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
 from ..table import stored_size
 from .checkpointing import LAST, save_checkpoint
+from .data_modules import check_module
 from .evaluation import evaluate
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
-from .own_data import check_module
 from .own_loader import keep_position
 from .result import remove_result, write_result
 from .tasks import Task

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import describe
-from ..errors import TrainingError, did_you_mean
+from ..errors import TrainingError
 from ..models import architecture_of
 from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
-from ..ptq.units import repeated
 from ..spec import as_member
 from ..surgery import prepare
 from .chunked_loss import check_head, chunked_loss
+from .compilation import Compilation
+from .data_modules import example_of
 from .instruction_data import InstructionData, require_apart
-from .losses import mean_prediction, training_loss
+from .losses import mean_prediction
 from .metrics import (
     ClassificationMetrics,
     LanguageMetrics,
@@ -32,12 +33,9 @@ from .metrics import (
     run,
 )
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
-from .own_data import example_of
 from .own_loader import OwnLoader
 from .random_state import random_state, set_random_state
 from .resuming import other_model, require_same_policy
-
-BLOCKS = "blocks"  # our own compile mode
 
 
 class Task(LightningModule):
@@ -56,13 +54,12 @@ class Task(LightningModule):
         temperature: by which the logits of network and teacher are divided (arXiv:1503.02531, section 2); the LSQ
             paper's is 1.
         example: shape, dtype and range of an input, which checkpoints record.
-        compile_mode: of ``torch.compile``, such as "default" or "reduce-overhead"; "blocks" compiles the loss and each
-            block of a model that repeats one, such as a transformer, which takes seconds where the whole takes minutes;
-            None runs eagerly.
+        compile_mode: see ``Compilation``; None runs eagerly.
         adapter: the network is an adapter on its base, quantized already: checkpoints hold what trains, and no more.
 
     Raises:
         QATError: a policy that does not fit the model.
+        TrainingError: a number out of range, or an unknown compile mode.
     """
 
     metrics: ClassificationMetrics | LanguageMetrics
@@ -95,9 +92,8 @@ class Task(LightningModule):
             raise TrainingError(f"task.step_size_lr_scale={step_size_lr_scale}: give a number that is not negative")
         if not temperature > 0:
             raise TrainingError(f"task.temperature={temperature}: give a positive number")
-        if compile_mode not in (None, BLOCKS):
-            check_compile_mode(compile_mode)
-        self.temperature, self.teacher_share, self.compile_mode = temperature, teacher_share, compile_mode
+        self._compilation = Compilation(compile_mode)
+        self.temperature, self.teacher_share = temperature, teacher_share
         self.mixup = 0.0
         self.model = model
         self.adapter = adapter
@@ -109,8 +105,6 @@ class Task(LightningModule):
         self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
         self._rng_state: dict[str, Any] | None = None
         self._position: list[dict[str, Any]] = []
-        self._loss = training_loss
-        self._compiled: list[nn.Module] = []
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
         self.changed_at_end = False  # a callback changed the network after the last step
         self._ran = self._targets_fit = False
@@ -135,17 +129,15 @@ class Task(LightningModule):
         share = torch.distributions.Beta(self.mixup, self.mixup).sample().item() if self.mixup else 1.0
         if share < 1:  # a shuffled batch in reverse order is a random partner for each example
             inputs = torch.lerp(inputs.flip(0), inputs, share)
-        if self.compile_mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
+        self._compilation.begin_step()
         logits = self(inputs)
         self._check_targets(logits, targets)
         taught = None
         if self._teachers:
             with torch.no_grad():
                 taught = mean_prediction([logits_of(run(teacher, inputs)) for teacher in self._teachers])
-        return self._loss(
-            logits, targets, taught, share, self.label_smoothing, self.temperature, teacher_share=self.teacher_share
-        )
+        how = share, self.label_smoothing, self.temperature, self.teacher_share
+        return self._compilation.loss(logits, targets, taught, *how)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
@@ -173,7 +165,11 @@ class Task(LightningModule):
             self.example = example_of(data)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return the optimizer, and the schedule that follows its steps."""
+        """Return the optimizer, and the schedule that follows its steps.
+
+        Raises:
+            TrainingError: a learning rate below zero, or options that the optimizer refuses.
+        """
         lr = getattr(self.optimizer, "keywords", {}).get("lr")
         if not isinstance(lr, int | float) or not lr >= 0:
             raise TrainingError(f"optim.lr={lr!r}: give a number that is not negative")
@@ -200,15 +196,7 @@ class Task(LightningModule):
 
     def on_train_start(self) -> None:
         """Compile, now that calibration is over, and go on with the random state and the position of a killed run."""
-        if self.compile_mode is not None:
-            by_block = self.compile_mode == BLOCKS
-            mode = "default" if by_block else self.compile_mode
-            networks = (self.model, *self._teachers)
-            parts = [part for network in networks for part in (repeated(network) if by_block else [network])]
-            for part in parts:
-                part.compile(mode=mode, dynamic=False)
-            if by_block:
-                self._loss, self._compiled = torch.compile(training_loss, dynamic=False), parts
+        self._compilation.start((self.model, *self._teachers))
         if self._rng_state is not None:
             set_random_state(self._rng_state)
             if "cuda" in self._rng_state and self.device.type == "cuda":
@@ -220,20 +208,16 @@ class Task(LightningModule):
             self._position = []
 
     def on_validation_start(self) -> None:
-        """Validate eagerly where blocks are compiled: other shapes would each compile another graph."""
-        if self._compiled:
-            torch.compiler.set_stance("force_eager")
+        """Validate eagerly where blocks are compiled."""
+        self._compilation.pause()
 
     def on_validation_end(self) -> None:
         """Go on with the compiled blocks."""
-        if self._compiled:
-            torch.compiler.set_stance("default")
+        self._compilation.go_on()
 
     def on_train_end(self) -> None:
         """Leave the blocks as they were."""
-        for part in self._compiled:
-            part._compiled_call_impl = None
-        self._loss, self._compiled = training_loss, []
+        self._compilation.stop()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``qat.checkpoint`` reads, and the random state."""
@@ -323,10 +307,3 @@ class CausalLanguageModel(Task):
             check_head(self.model, inputs)
             self._head_checked = True
         return chunked_loss(self.model, inputs, targets, self.loss_rows)
-
-
-def check_compile_mode(name: str) -> None:
-    """Raise TrainingError unless ``torch.compile`` knows a mode of that name."""
-    modes = torch._inductor.list_mode_options()
-    if name not in modes:
-        raise TrainingError(f"compile_mode={name!r} is unknown{did_you_mean(name, [*modes, BLOCKS])}")

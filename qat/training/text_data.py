@@ -121,7 +121,11 @@ class TextData(InMemoryData):
         return {"shape": [self.seq_len], "dtype": "int64", "low": 0, "high": int(tokens.max())}
 
     def train_loader(self, device: torch.device | str, rank: int = 0, world_size: int = 1) -> Loader:
-        """Return shuffled batches of windows on a device."""
+        """Return shuffled batches of windows on a device.
+
+        Raises:
+            DataError: there is no training text.
+        """
         if self.train_tokens is None:
             raise DataError("there is no training text: give data.train")
         windows = TokenWindows(self.train_tokens, self.seq_len, device)

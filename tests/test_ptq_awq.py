@@ -1,0 +1,102 @@
+"""AWQ: what it clips, what it scales, and where it folds nothing."""
+
+import pytest
+import torch
+from ptq_models import correlated_inputs, prepared
+from torch import nn
+
+from qat.layers import quant_layers
+from qat.ptq import initialise
+from qat.ptq.awq import ALPHAS, channel_scales, clip_layer
+from qat.ptq.gptq import rounded_weight
+from qat.ptq.moments import Moments
+from qat.quantizers.lsq import weight_step_size
+from qat.spec import Init
+
+
+def test_alpha_0_changes_nothing():
+    magnitude = torch.rand(8) + 0.1
+    assert ALPHAS[0] == 0 and torch.equal(channel_scales(magnitude, 0.0), torch.ones(8))
+    scales = channel_scales(magnitude, 0.5)
+    assert (scales.max() * scales.min()).item() == pytest.approx(1)
+
+
+def test_awq_does_not_clip_queries_and_keys():
+    """Their step sizes are max|w|/Q_P; others may be smaller, and change the layer's output no more."""
+    moments, layers = Moments(), {name: prepared(nn.Linear(32, 16), "awq") for name in ("a.q_proj", "a.v_proj")}
+    x = correlated_inputs(inputs=32)
+    moments.update(layers["a.q_proj"], x)
+    moments.finish("a.q_proj")
+    for name, layer in layers.items():
+        weight, grid = layer.weight.detach().clone(), layer.weight_quantizer.spec
+        largest = weight_step_size(weight, grid, Init.minmax)
+        with torch.no_grad():
+            clip_layer(name, layer, moments)
+        step = layer.weight_quantizer.step_size
+        if "q_proj" in name:
+            assert torch.equal(step, largest)
+            continue
+        assert (step <= largest).all() and (step < largest).any()
+        for group in range(2):  # by the group's own inputs, written out
+            part = slice(16 * group, 16 * group + 16)
+            errors = []
+            for steps in (step, largest):
+                change = rounded_weight(weight, steps, grid) - weight
+                errors.append((x[:, part] @ change[:, part].T).square().sum(0))
+            assert (errors[0] <= errors[1] * (1 + 1e-4)).all()
+
+
+class Outliers(nn.Module):
+    """A block with a norm before two layers that read its output, one of whose channels is large."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.norm, self.gate, self.up = nn.LayerNorm(width), nn.Linear(width, 64), nn.Linear(width, 64)
+        self.down = nn.Linear(64, width)
+        self.norm.weight.data[3] = 40.0
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+def test_awq_scales_what_it_can_fold_exactly():
+    torch.manual_seed(0)
+    original, x = Outliers(), [torch.randn(256, 32) for _ in range(2)]
+    nearest = prepared(Outliers(), "minmax")
+    nearest.load_state_dict(original.state_dict(), strict=False)
+    for _, layer in quant_layers(nearest):
+        layer.weight_quantizer.set_step_size(weight_step_size(layer.weight, layer.weight_quantizer.spec, Init.minmax))
+    scaled = Outliers()
+    scaled.load_state_dict(original.state_dict())
+    report = initialise(prepared(scaled, "awq"), x, lambda model, batch: model(batch))
+    assert scaled.norm.weight[3] < 30 and not report.notes  # norm -> gate and up, up -> down
+    assert max(report.losses.values()) < 0.9
+    with torch.no_grad():
+        rows = original.norm(torch.cat(x))
+        found = scaled.gate(scaled.norm(torch.cat(x))) - original.gate(rows)
+        change = nearest.gate.weight_quantizer(original.gate.weight) - original.gate.weight
+        usual = (rows @ change.T).square().sum().item()
+        assert report.losses["gate"] == pytest.approx(found.square().sum().item() / usual, rel=1e-3)
+        expected = original(x[0])
+        assert (scaled(x[0]) - expected).square().mean() < 0.5 * (nearest(x[0]) - expected).square().mean()
+        for _, layer in quant_layers(scaled):
+            layer.weight_quantizer.enabled = False
+        assert (scaled(x[0]) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+class Shared(Outliers):
+    """The norm's output also goes past the layers: nothing may be folded into it."""
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x + self.down(torch.tanh(self.gate(x)) * torch.tanh(self.up(x)))
+
+
+def test_awq_folds_nothing_where_that_is_not_exact():
+    torch.manual_seed(0)
+    model = Shared()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialise(prepared(model, "awq"), [torch.randn(256, 32)], lambda model, batch: model(batch))
+    assert set(report.notes) == {"gate", "up", "down"}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name in state)
