@@ -12,6 +12,7 @@ from .ahead import compiled_ahead
 from .atomic import atomic_folder
 from .formats import native
 from .frozen_model import from_model, to_model
+from .unchanged import unchanged_on_error
 
 
 def save(model: nn.Module, out: str | Path, companions: str | Path | None = None) -> None:
@@ -44,7 +45,7 @@ def load(
         path: the folder.
         model: an untrained instance of the architecture, swapped in place and filled; needed where the artifact does
             not name an architecture that this package or transformers can build. It may lie on the meta device, unless
-            it has buffers of its own that no state dict holds.
+            it has buffers of its own that no state dict holds; otherwise its tensors stay in memory until it is filled.
         device: where the model goes, and its codes before they are unpacked.
         tokens: numbers of tokens, batch times length, of calls to come, whose kernels are compiled while the model is
             read: ``(1, 512)`` for a prompt of 512 and what follows one by one. On NVIDIA GPUs, for 4-bit linear layers.
@@ -52,8 +53,12 @@ def load(
     Raises:
         StateError: the given model is prepared or frozen.
         ArtifactError: no artifact, a damaged one, one from a newer version, or one of another model. Files are checked
-            while they are read, and a given model may be swapped by then.
+            while they are read; a given model is then as it was.
     """
-    with native.reading(Path(path), device) as quantized, compiled_ahead(quantized, tokens, device):
+    with (
+        unchanged_on_error(model),
+        native.reading(Path(path), device) as quantized,
+        compiled_ahead(quantized, tokens, device),
+    ):
         model = to_model(quantized, model).to(device)
     return model

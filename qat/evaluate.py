@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import QATError
-from .training.command_line import TRACEBACK_WANTED, explain, fail
+from .training.command_line import TRACEBACK_WANTED, explain, fail, own_configs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     except (QATError, HydraException, OmegaConfBaseException) as error:
         if TRACEBACK_WANTED:
             raise
-        fail(explain(error, CONFIG, options.overrides))
+        fail(explain(error, CONFIG, [*own_configs(options.config_dir), *options.overrides]))
     for name, value in metrics.items():
         print(f"{name} {value:.4f}" if abs(value) >= 0.01 else f"{name} {value:.3g}")  # a small divergence is no zero
     if options.json is not None:
@@ -60,11 +60,6 @@ def main(argv: list[str] | None = None) -> None:
             options.json.write_text(json.dumps(metrics) + "\n")
         except OSError as error:
             fail(f"--json {options.json} cannot be written: {error.strerror}")
-
-
-def own_configs(folder: Path | None) -> list[str]:
-    """Return the override that lets Hydra find the files of a folder, too."""
-    return [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
 
 
 def evaluate_path(

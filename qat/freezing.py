@@ -7,10 +7,13 @@ from dataclasses import replace
 from torch import nn
 
 from . import adapters
-from .errors import LayerError, StateError
+from .errors import LayerError, PolicyError, StateError
 from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix, quant_layers
 from .numerics import QuantizedTensor
+from .policy import QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
+from .spec import QuantSpec
+from .surgery import decide, prepare
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -53,6 +56,28 @@ def freeze(model: nn.Module) -> nn.Module:
     for layer, weight, activation in frozen:
         make_frozen_(layer, weight, activation)
     return model.eval()
+
+
+def frozen_at_once(model: nn.Module, policy: QuantPolicy) -> nn.Module:
+    """Quantize a model in full precision, each weight rounded once, and freeze it, in place: a base for adapters.
+
+    Raises:
+        PolicyError: it would wait for data that nothing has seen yet; nothing is changed then.
+        QATError: see ``prepare``.
+    """
+    if policy.init.reads_data:
+        raise PolicyError(
+            f"policy.init={policy.init.value} reads data, and the base of an adapter is frozen before any is seen: set "
+            "policy.init=mse, or open the artifact of a run with trainer.max_steps=0"
+        )
+    waiting = [decision.name for decision in decide(model, policy) if isinstance(decision.activation, QuantSpec)]
+    if waiting:
+        raise PolicyError(
+            "the base of an adapter is frozen before any data is seen, and input step sizes wait for some "
+            f"({', '.join(map(repr, waiting[:4]))}{' and more' if len(waiting) > 4 else ''}): set policy.activation "
+            "and that of rules to null, or let adapter=joint train them"
+        )
+    return freeze(prepare(model, policy))
 
 
 def quantized_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .adapters import import_peft
 from .errors import PolicyError, StateError
-from .freezing import freeze
+from .freezing import frozen_at_once
 from .layers import PackedWeight, is_frozen, is_prepared, make_frozen_, matrix
 from .lora_product import use_lora_product_
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
 from .spec import QuantSpec, as_member
-from .surgery import check_shapes, decide, prepare, weight_quantizer
+from .surgery import check_shapes, decide, weight_quantizer
 
 
 class Start(StrEnum):
@@ -69,7 +69,7 @@ def lora(
         raise PolicyError(f"start={start.value} splits weights between codes and adapter: give a policy")
     starts: dict[str, tuple[Tensor, Tensor]] = {}
     if quantizes and start is Start.zero:
-        freeze(prepare(model, policy))
+        frozen_at_once(model, policy)
     elif quantizes:
         starts = _split_weights(model, policy, rank, iterations if start is Start.loftq else 0)
     targets = targets if isinstance(targets, str) else list(targets)

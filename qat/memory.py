@@ -141,10 +141,18 @@ def _bytes(tensors: Iterator[Tensor]) -> int:
 
 @contextmanager
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """Put tensors without data in the place of a model's own for a while; what is tied stays tied."""
+    """Put tensors without data in the place of a model's own for a while; what is tied stays tied.
+
+    What torch's CPU operator reads is made at its first use, from these tensors: it is for this while, too.
+    """
+    packed = [(module, module.cpu_operands) for module in model.modules() if isinstance(module, PackedWeight)]
+    for module, _ in packed:
+        module.cpu_operands = None
     replaced = replace_(model, lambda *_: True, lambda tensor: mode.from_tensor(tensor.detach()))
     try:
         yield
     finally:
         for store, leaf, tensor in replaced:
             store[leaf] = tensor
+        for module, operands in packed:
+            module.cpu_operands = operands

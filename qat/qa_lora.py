@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from .errors import LayerError, StateError
-from .freezing import freeze
+from .freezing import frozen_at_once
 from .joint_lora import chosen_layers
 from .layers import FrozenLinear, frozen_layers, is_frozen, make_qa_lora_
 from .policy import QuantPolicy
 from .spec import Granularity
-from .surgery import prepare
 
 
 def qa_lora(
@@ -36,11 +35,11 @@ def qa_lora(
 
     Raises:
         StateError: there is nothing frozen, and no policy.
-        PolicyError: a target that matches no layer.
+        PolicyError: a target that matches no layer, or a policy that waits for data.
         LayerError: a layer whose codes have no zero point: a codebook, or one scale for the whole weight.
     """
     if policy is not None and not policy.quantizes_nothing():
-        freeze(prepare(model, policy))
+        frozen_at_once(model, policy)
     if not is_frozen(model):
         raise StateError("QA-LoRA trains zero points of codes: give a frozen model, or a policy such as lm_w4")
     layers = {name: layer for name, layer in frozen_layers(model) if layer.packed_weight is not None}

@@ -73,8 +73,9 @@ class _Watch(TorchDispatchMode):
         self._inside: list[str] = []
         self._owners: dict[int, list[str]] = {}
         for name, layer in layers.items():
-            if layer.weight_quantizer is not None:
-                self._owners.setdefault(id(layer.weight), []).append(name)
+            weight = layer._parameters.get("weight")  # codes of a frozen base give a new tensor at each look
+            if layer.weight_quantizer is not None and weight is not None:
+                self._owners.setdefault(id(weight), []).append(name)
 
     def enter(self, name: str) -> None:
         """Begin a layer's forward."""

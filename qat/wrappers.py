@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import LayerError, StateError
@@ -34,7 +35,11 @@ def require_module(model: Any) -> None:
 
 
 def require_materialised(model: nn.Module) -> None:
-    """Raise LayerError for lazy layers, whose weights do not exist before the first forward."""
+    """Raise LayerError for lazy layers, whose weights do not exist before the first forward, and for compiled ones."""
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        what = f"its part {scripted[0]!r}" if scripted[0] else "this model"
+        raise LayerError(f"{what} is a ScriptModule, which torch has compiled: give the model it was made from")
     names = [name for name, module in model.named_modules() if _is_lazy(module)]
     if names:
         raise LayerError(f"lazy layers have no weights yet ({', '.join(names)}): run one batch through the model first")

@@ -8,6 +8,7 @@ batches) and trains no further; "trained" goes on from the same weights with lea
 have 8 bits in both (conf/policy/conv_w4a4.yaml).
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -135,4 +136,6 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every training run")
+    main(parser.parse_args().overrides)

@@ -165,4 +165,6 @@ def run_here(commands: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    run_here(json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", type=json.loads, help="a list of modules and scripts with their arguments")
+    run_here(parser.parse_args().commands)

@@ -2,22 +2,20 @@
 
     python recipes/torchao_qat.py '{"model": DIR, "train": [TEXT], "test": TEXT, "bits": 4, "seed": 0, ...}' --json FILE
 
-Symmetric weights in groups of 64 on every linear layer but lm_head, with torchao's fake quantization of weights, which
-takes max|w| of each group anew in every step. With "rank" and "alpha" that is QAT + LoRA: peft's adapters on all these
-layers train beside the fake-quantized weights, FQ(W) x + B A x, and are merged before the conversion. Batches,
-optimizer, schedule and protocol are those of the other rows; what is measured is the model after torchao's own
-conversion.
+Needs ``pip install torchao 'qat-lsq[hf]'``. Symmetric weights in groups of 64 on every linear layer but lm_head, with
+torchao's fake quantization of weights, which takes max|w| of each group anew in every step. With "rank" and "alpha"
+that is QAT + LoRA: peft's adapters on all these layers train beside the fake-quantized weights, FQ(W) x + B A x, and
+are merged before the conversion. Batches, optimizer, schedule and protocol are those of the other rows; what is
+measured is the model after torchao's own conversion.
 """
 
 import argparse
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
-from torchao.quantization.qat import QATConfig
-from transformers import AutoModelForCausalLM
 
 from qat.training.evaluation import evaluate
 from qat.training.metrics import cross_entropy
@@ -31,6 +29,12 @@ def main() -> None:
     parser.add_argument("settings", type=json.loads)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
+        from torchao.quantization.qat import QATConfig
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        sys.exit(f"error: this needs {error.name}: pip install torchao 'qat-lsq[hf]'")
     settings = options.settings
     torch.manual_seed(settings["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"

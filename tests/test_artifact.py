@@ -193,6 +193,57 @@ def test_damage_is_told_instead_of_what_came_of_it(tmp_path):
         raise ZeroDivisionError
 
 
+def test_a_class_in_the_place_of_a_model_is_named(tmp_path):
+    saved(tmp_path / "out")
+    with pytest.raises(StateError, match=r"expected a torch.nn.Module, got Net: call it: Net\(\)"):
+        qat.load(tmp_path / "out", model=Net)
+
+
+@pytest.mark.parametrize("wrong", ["a damaged file", "a layer more", "a wider layer"])
+def test_a_given_model_is_as_it_was_after_an_error(tmp_path, wrong):
+    class Attends(Net):
+        def __init__(self, width=12):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+            self.last = nn.Linear(width, 12)
+            if wrong == "a layer more" and width == 12:
+                self.more = nn.Linear(2, 2)
+
+        def forward(self, x):
+            x = super().forward(x)[:, None]
+            return self.attention(x, x, x)[0]
+
+    torch.manual_seed(0)
+    plain = Attends(13 if wrong == "a wider layer" else 12)
+    model = qat.freeze(qat.prepare(plain, qat.QuantPolicy(weight=W4), False))
+    if wrong == "a layer more":
+        del model.more
+    qat.save(model, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    content = file.read_bytes()
+    if wrong == "a damaged file":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    given, seen = Attends(), []
+    handle = given.fc.register_forward_hook(lambda *_: seen.append(1))
+    modules, output = [(name, module, type(module)) for name, module in given.named_modules()], given(images())
+    state, attributes = given.state_dict(keep_vars=True), vars(given.fc).keys() | set()
+    with pytest.raises(ArtifactError):
+        qat.load(tmp_path / "out", model=given)
+    assert [(name, module, type(module)) for name, module in given.named_modules()] == modules
+    after = given.state_dict(keep_vars=True)
+    assert after.keys() == state.keys() and all(after[name] is state[name] for name in state)
+    assert vars(given.fc).keys() == attributes and not given.fc._non_persistent_buffers_set
+    assert given.training and given.b.weight is given.a.weight
+    assert torch.equal(given(images()), output) and len(seen) == 2
+    handle.remove()
+    given(images())
+    assert len(seen) == 2
+    if wrong == "a damaged file":
+        file.write_bytes(content)
+        assert_same(qat.quantized_tensors(qat.load(tmp_path / "out", model=given)), qat.quantized_tensors(model))
+
+
 @pytest.mark.parametrize("at_a_place", [True, False])
 def test_threads_read_tensors_side_by_side(tmp_path, monkeypatch, at_a_place):
     if not at_a_place:  # as on Windows

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import math
 from unittest import mock
 
@@ -41,6 +42,21 @@ def test_calibration_does_not_change_what_training_sees():
     assert all(torch.equal(a, b) for a, b in zip(plain, recorder.inputs, strict=True))
     assert torch.equal(state, torch.get_rng_state())
     assert all(module.is_initialised for module in quantized.model.modules() if isinstance(module, LearnedStepSize))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_init_that_compares_with_an_unquantized_copy_starts_as_in_python(channels_last):
+    """GPTAQ runs a copy of a network without blocks."""
+    policy = W4A4 | {"init": "gptaq"}
+    started = task(policy, channels_last=channels_last)
+    trainer(Calibration(2), max_steps=0).fit(started, datamodule=data())
+    batches = [inputs for inputs, _ in itertools.islice(data().train_loader("cpu"), 2)]
+    expected = qat.calibrate(task(policy).model, batches, verbose=False)
+    before = task().model.state_dict()
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(started.model.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+    changed = [name for name, weight in before.items() if not torch.equal(started.model.state_dict()[name], weight)]
+    assert len(changed) == 5
 
 
 def test_calibration_leaves_initialised_step_sizes_alone(capsys):

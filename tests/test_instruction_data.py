@@ -6,9 +6,11 @@ import pytest
 import torch
 from random_quantized import LLAMA
 from tiny_tokenizer import WORDS, tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat.errors import DataError
+from qat.training.conversations import read_lines
 from qat.training.evaluation import evaluate
 from qat.training.instruction_data import InstructionData, encode, pack_rows, require_apart
 from qat.training.losses import soft_cross_entropy
@@ -131,6 +133,28 @@ def test_what_is_wrong_is_named(tmp_path):
     )
     with pytest.raises(DataError, match="rewrites earlier turns"):
         encode(CHAT, rewriting, True, "here:1")
+
+
+@pytest.mark.parametrize("answer", ["\nit sat", "\n\n", "it sat"])
+def test_a_token_that_would_span_prompt_and_answer(answer):
+    """As ChatML in Qwen's tokenizer, whose prompt ends in a line break: two of them are one token there."""
+    vocabulary = {piece: index for index, piece in enumerate([*"\nAUabistw ", "\n\n", "\n\n\n", "it"])}
+    merges = [("\n", "\n"), ("\n\n", "\n"), ("i", "t")]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, merges)))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'U' if m.role == 'user' else 'A' }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}A\n{% endif %}"
+    )
+    turns = [{"role": "user", "content": "sit"}, {"role": "assistant", "content": answer}]
+    tokens, said = encode({"messages": turns * 2}, tokenizer, True, "here:1")
+    asked, answered = tokenizer("U\nsitA\n")["input_ids"], tokenizer(answer)["input_ids"]
+    assert tokens == (asked + answered) * 2  # what generation sees, and is to say
+    assert said == ([False] * len(asked) + [True] * len(answered)) * 2
+
+
+def test_a_mark_at_the_beginning_is_no_text(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(CHAT), encoding="utf-8-sig")
+    assert [line for _, line in read_lines(str(tmp_path / "x.jsonl"))] == [CHAT]
 
 
 def test_a_whole_template_may_rewrite_earlier_turns():

@@ -16,7 +16,7 @@ import qat.layers.linear
 import qat.layers.packed
 import qat.numerics
 from qat import QuantPolicy, QuantSpec
-from qat.errors import QATError
+from qat.errors import LayerError, QATError
 
 WEIGHT_DTYPES = st.sampled_from(DTYPES)
 
@@ -318,3 +318,10 @@ def test_frozen_linear_on_gpu(dtype):
     expected = F.linear(x.double(), dense.cuda().double(), layer.bias.double())
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=1e-2)
     assert layer.cpu().packed_weight.packed.numel() == 256 * 256
+
+
+def test_an_input_of_another_dtype_is_refused_with_both_shapes():
+    layer = qat.prepare(nn.Sequential(nn.Linear(8, 4)), qat.QuantPolicy(weight=qat.QuantSpec(4)), verbose=False)
+    said = r"input, \[3, 8\], is torch.uint8, and its weight, \[4, 8\], torch.float32: cast one of them"
+    with pytest.raises(LayerError, match=said):
+        layer(torch.ones(3, 8, dtype=torch.uint8))

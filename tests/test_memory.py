@@ -77,3 +77,18 @@ def test_codes_in_the_order_of_the_kernels_count():
     memory = estimate(model, torch.optim.SGD, torch.ones(2, 1024), lambda model, x: model(x).sum())
     codes, scales = 1024 * 512 // 2, 1024 * 512 // 64
     assert codes + scales < memory.weights < codes + 2.2 * scales + 4096
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_a_frozen_layer_that_torchs_cpu_operator_runs_is_as_before(ran_before):
+    """Its operands are made at the first use, which the estimate may be: of tensors that have no data."""
+    policy = qat.QuantPolicy.from_dict({"weight": {"group_size": 32}})
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 32)).bfloat16()
+    model = qat.freeze(qat.prepare(model, policy, verbose=False)).append(torch.nn.Linear(32, 1).bfloat16())
+    x = torch.randn(2, 64).bfloat16()
+    expected = model(x) if ran_before else None
+    estimate(model, torch.optim.SGD, x, lambda model, x: model(x).sum())
+    found = model(x)
+    assert type(found) is torch.Tensor and found.isfinite().all()
+    assert expected is None or torch.equal(found, expected)
+    assert model[0].packed_weight.cpu_operands is not None

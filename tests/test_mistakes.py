@@ -70,6 +70,10 @@ def test_mistake_is_one_line(fails, overrides, said):
         ("data.crop_padding=-1", "data.crop_padding=-1: give 0 or more"),
         ("data.source=parquet +data.train=afile +data.test=afile", "afile is no parquet file, or damaged"),
         ("model.args.width=0", "model.args.width=0: give 1 or more"),
+        (
+            "model.args.num_classes=1099511627776",
+            "cannot be built: RuntimeError",
+        ),
         ("model.args.width=x", "model.args.width='x': give a whole number"),
         ("model.args.in_channels=3", "the model cannot run on these data, shape [32, 1, 8, 8]: Given groups=1"),
         ("model.args.num_classes=5", "the data have a target 9, and the model has outputs for 0 to 4"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qat
+from qat.errors import ModelError
 from qat.models import architecture_of, build
 
 INPUTS = {
@@ -66,6 +67,30 @@ def test_what_cannot_be_built_is_named(architecture, said):
     with pytest.raises(qat.QATError) as raised:
         build(architecture)
     assert said in str(raised.value)
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        (
+            {"builder": "cnn", "args": {"num_classes": 2**40}},
+            r"cnn with {'num_classes': 1099511627776} cannot be built",
+        ),
+        ({"builder": "cnn", "args": {"width": 10**23}}, "cnn with .* cannot be built"),
+        ({"transformers": {**LLAMA, "vocab_size": 2**50}}, "LlamaForCausalLM cannot be built: RuntimeError"),
+        ({"transformers": {**LLAMA, "hidden_size": "x"}}, "LlamaForCausalLM cannot be built: .*'hidden_size' expected"),
+        ({"transformers": {**LLAMA, "num_attention_heads": 0}}, "LlamaForCausalLM cannot be built: ZeroDivisionError"),
+        ({"transformers": {**LLAMA, "hidden_act": "no"}}, "LlamaForCausalLM cannot be built: KeyError: 'no'"),
+        ({"transformers": {**LLAMA, "model_type": "no"}}, "transformers does not know model_type='no'"),
+    ],
+)
+def test_values_from_a_file_that_no_model_has_are_one_error(architecture, said):
+    pytest.importorskip("transformers")
+    with pytest.raises(ModelError, match=said):
+        build(architecture)
 
 
 def test_transformers_model_round_trip_without_remote_code():

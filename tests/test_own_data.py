@@ -44,6 +44,39 @@ class NoValidation(LightningDataModule):
 
 class Digits(ImageData):
     pass
+
+class Odd(Pictures):  # its targets are in one of the forms that are none
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+    def setup(self, stage):
+        x, y = pictures()
+        forms = dict(column=y[:, None], one_hot=torch.eye(10)[y], floats=y.float(), negative=y - 1, map=x[:, 0].long())
+        self.tensors = x, forms[self.form]
+
+class Without(Pictures):  # has no loader, or one that gives no batch, where it should
+    def __init__(self, which, gives):
+        super().__init__()
+        self.which, self.gives = which, gives
+    def loader(self, which):
+        loader = getattr(super(), f"{which}_dataloader")()
+        small = DataLoader(loader.dataset, 1000, drop_last=True)
+        return loader if which != self.which else dict(none=None, list=[loader] * 2, small=small)[self.gives]
+    def train_dataloader(self):
+        return self.loader("train")
+    def val_dataloader(self):
+        return self.loader("val")
+
+def scripted():
+    return torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+
+class Outputs(torch.nn.Module):  # gives what are no logits, in training
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(64, 10), torch.nn.Linear(10, 10)
+    def forward(self, x):
+        y = self.last(self.first(x.flatten(1)))
+        return (y, y) if self.training else y
 """
 SHORT = "policy=conv_w4a4 model.args.width=4 trainer.accelerator=cpu"
 
@@ -54,8 +87,12 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "their_data.py").write_text(MODULES)
     folder = tmp_path / "configs" / "data"
     folder.mkdir(parents=True)
-    for name in ("Pictures", "WithIndex", "Endless", "NoValidation", "Nowhere"):
+    for name in ("Pictures", "WithIndex", "Endless", "NoValidation", "Nowhere", "Odd", "Without"):
         (folder / f"{name}.yaml").write_text(f"_target_: their_data.{name}\n")
+    (tmp_path / "configs" / "model").mkdir()
+    (tmp_path / "configs" / "model" / "outputs.yaml").write_text("_target_: their_data.Outputs\n")
+    (tmp_path / "configs" / "model" / "no_model.yaml").write_text("_target_: their_data.pictures\n")
+    (tmp_path / "configs" / "model" / "scripted.yaml").write_text("_target_: their_data.scripted\n")
     (folder / "NoModule.yaml").write_text("_target_: builtins.dict\n")
     (folder / "Digits.yaml").write_text(
         "_target_: their_data.Digits\nsource: digits\nbatch_size: 32\nmean: [0.305]\nstd: [0.376]\n"
@@ -95,15 +132,68 @@ def test_a_subclass_of_ours_is_measured_where_no_validation_ended_the_run(own, t
         ("NoModule", "", "data=dict: give a LightningDataModule"),
         ("Endless", "", "a schedule needs an end"),
         ("Nowhere", "", "data._target_=their_data.Nowhere cannot be found"),
+        ("Odd", "+data.form=column", "targets have the shape [16, 1] and the model's logits [16, 10]: give one class"),
+        ("Odd", "+data.form=column policy=none trainer.max_epochs=0", "targets have the shape [40, 1]"),
+        ("Odd", "+data.form=one_hot", "the data's targets are torch.float32: give class numbers, a tensor of int64"),
+        ("Odd", "+data.form=floats", "the data's targets are torch.float32"),
+        ("Odd", "+data.form=negative", "the data have a target -1: classes are whole numbers from 0"),
+        ("Odd", "+data.form=map", "targets have the shape [16, 8, 8]"),
+        ("Without", "+data.which=train +data.gives=none", "data=Without: train_dataloader gives None: give a loader"),
+        ("Without", "+data.which=train +data.gives=list", "train_dataloader gives a list: give one loader"),
+        ("Without", "+data.which=train +data.gives=small policy=none", "train_dataloader has no batch"),
+        ("Without", "+data.which=val +data.gives=none", "data=Without: val_dataloader gives None: give a loader"),
+        ("Without", "+data.which=val +data.gives=list", "val_dataloader gives a list: give one loader"),
+        ("Without", "+data.which=val +data.gives=small", "val_dataloader has no batch"),
     ],
 )
 def test_what_cannot_be_read_from_is_one_line(own, fails, name, more, said):
     assert said in fails(f"{own(name)} {more}")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("outputs", "the model gives a tuple: let it give its logits, a tensor"),
+        ("no_model", "model._target_=their_data.pictures gives a tuple: name what gives a torch.nn.Module"),
+        ("scripted", "is a ScriptModule, which torch has compiled: give the model it was made from"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["none", "conv_w4a4"])
+def test_a_model_that_cannot_train_is_one_line(own, fails, name, said, policy):
+    own_configs = " ".join(own("Pictures").split()[:3])
+    if (name, policy) != ("scripted", "none"):  # which trains as it is
+        assert said in fails(f"{own_configs} model={name} policy={policy} trainer.accelerator=cpu")
+
+
 def test_an_endless_loader_ends_with_max_steps(own, train, tmp_path):
     train(f"{own('Endless')} trainer.max_steps=3")
     assert torch.load(tmp_path / "runs" / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("data=Odd data.fom=x", "unknown key 'data.fom' (did you mean 'data.form'?)"),
+        ("experiment=theirs data.fom=x", "did you mean 'data.form'?"),
+        ("experiment=theirs policy.weight.bitz=3", "did you mean 'policy.weight.bits'?"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--config-dir {}", "--config-dir={}"])
+def test_a_key_of_a_users_own_configs_is_suggested(own, fails, tmp_path, overrides, said, flag):
+    folder = tmp_path / "configs"
+    (folder / "data" / "Odd.yaml").write_text("_target_: their_data.Odd\nform: column\n")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "theirs.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /data: Odd\n  - override /policy: conv_w4a4\n"
+    )
+    assert said in fails(f"{flag.format(folder)} {overrides}")
+
+
+def test_evaluate_suggests_such_a_key(own, tmp_path, capsys):
+    (tmp_path / "configs" / "data" / "Odd.yaml").write_text("_target_: their_data.Odd\nform: column\n")
+    with pytest.raises(SystemExit):
+        evaluate_command.main(["x", "data=Odd", "data.fom=x", "--config-dir", str(tmp_path / "configs")])
+    assert "did you mean 'data.form'?" in capsys.readouterr().err
 
 
 def test_evaluate_names_a_config_folder_that_is_not_there(own, tmp_path, capsys):

@@ -10,6 +10,7 @@ from qat import formats
 from qat.errors import ArtifactError, LayerError, PolicyError, SpecError, StateError
 from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, QALoraLinear
+from qat.lora import lora
 from qat.qa_lora import qa_lora
 
 POLICY = {"weight": {"bits": 4, "group_size": 16}, "init": "mse"}
@@ -126,3 +127,21 @@ def test_refusals():
         qat.QuantSpec(zero_point_dtype="float16")
     with pytest.raises(SpecError, match="zero_point_dtype='float61' is unknown"):
         qat.QuantSpec(symmetric=False, zero_point_dtype="float61")
+
+
+@pytest.mark.parametrize("adapter", [qa_lora, lora], ids=["qa_lora", "lora"])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"activation": {"bits": 8, "granularity": "tensor"}}, r"wait for some \('0', '2'\): set policy.activation"),
+        ({"rules": [{"match": "2", "activation": {"bits": 8}}]}, r"wait for some \('2'\)"),
+        ({"init": "gptq"}, "policy.init=gptq reads data, and the base of an adapter is frozen before any is seen"),
+    ],
+)
+def test_a_base_that_waits_for_data_is_refused_and_left_alone(adapter, more, said):
+    if adapter is lora:
+        pytest.importorskip("peft")
+    model = net()
+    with pytest.raises(PolicyError, match=said):
+        adapter(model, qat.QuantPolicy.from_dict({**POLICY, **more}))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]

@@ -7,6 +7,9 @@ from torch import nn
 
 import qat
 from qat.errors import StateError
+from qat.layers import quant_layers
+from qat.qa_lora import qa_lora
+from qat.reach import _Watch
 
 WEIGHTS = qat.QuantPolicy(weight={"bits": 4})
 INT8 = {"bits": 8, "granularity": "tensor"}
@@ -108,6 +111,13 @@ def test_a_model_of_transformers_has_nothing_to_say():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes))
     prepared(model, qat.QuantPolicy(weight={"bits": 8}, rules=[EMBEDDING]))
     assert qat.check(model, torch.tensor([[1, 2, 3]])) == []
+
+
+def test_only_weights_that_stay_are_watched():
+    """An adapter's layer makes its weight of codes at each look: later another tensor may lie where one has been."""
+    net = qa_lora(nn.Sequential(nn.Linear(32, 32)), qat.QuantPolicy(weight={"bits": 4, "group_size": 16}), rank=4)
+    assert _Watch(dict(quant_layers(net)))._owners == {}
+    assert qat.check(net, torch.randn(3, 32)) == []
 
 
 @pytest.mark.parametrize("policy", ["conv_w4a4", "conv_w4a4 policy.activation=null policy.rules=[]"])

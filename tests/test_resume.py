@@ -32,6 +32,36 @@ class Killer(Callback):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.how)
 """
+OWN_DATA = """
+import random
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 96
+    def __getitem__(self, index):
+        noise = random.random() + np.random.rand() + torch.rand(1, 8, 8)
+        return noise * (index % 2 - 0.5), index % 2
+
+class Data(LightningDataModule):
+    def __init__(self, generator: bool = False, workers: int = 0):
+        super().__init__()
+        self.generator, self.workers = generator, workers
+        self.sampler = RandomSampler(Noisy(), generator=torch.Generator().manual_seed(3)) if generator else None
+    def train_dataloader(self):
+        more = dict(sampler=self.sampler) if self.generator else dict(shuffle=True)
+        return DataLoader(Noisy(), 8, num_workers=self.workers, **more)
+    def val_dataloader(self):
+        return DataLoader(Noisy(), 48, num_workers=self.workers)
+"""
+OWN = (  # 12 steps an epoch; validation, which draws random numbers too, also in mid-epoch
+    "--config-dir configs data=own policy=conv_w4a4 model.args.width=4 model.args.num_classes=2 "
+    "trainer.accelerator=cpu trainer.max_epochs=3 trainer.val_check_interval=6 trainer.log_every_n_steps=1 "
+    "callbacks.checkpoints.every_n_steps=5"
+)
 ROOT = Path(__file__).parents[1]
 
 
@@ -101,6 +131,29 @@ def test_images_killed_in_mid_epoch(tmp_path):
 
 def test_images_stopped_by_sigterm(tmp_path):
     check(tmp_path, SMALL_IMAGES, [(53, "on_train_batch_start")], "SIGTERM", 128 + 15)
+
+
+def own_data(folder: Path) -> None:
+    """Write a data module of the user's own."""
+    (folder / "their_data.py").write_text(OWN_DATA)
+    (folder / "configs" / "data").mkdir(parents=True)
+    (folder / "configs" / "data" / "own.yaml").write_text("_target_: their_data.Data\n")
+
+
+@pytest.mark.parametrize(
+    "more", ["", *(pytest.param(f"+data.{more}", marks=pytest.mark.slow) for more in ("generator=true", "workers=2"))]
+)
+def test_own_data_killed_in_mid_epoch_and_after_one(tmp_path, more):
+    """It reads again what was read, so that order, augmentations and all that follows are those of the whole run."""
+    own_data(tmp_path)
+    check(tmp_path, f"{OWN} {more}", [(21, "on_train_batch_start"), (24, "on_train_epoch_start")])
+
+
+@pytest.mark.slow
+def test_own_data_killed_at_every_kind_of_moment(tmp_path):
+    own_data(tmp_path)
+    hooks = ["on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_batch_start"]
+    check(tmp_path, OWN, [(step, hook) for step in (18, 24) for hook in hooks])
 
 
 @pytest.mark.parametrize(("step", "said"), [(5, "nothing was saved yet"), (15, "add resume=auto to go on from")])

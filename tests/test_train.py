@@ -47,6 +47,30 @@ def test_from_full_precision_to_a_measured_4_bit_model(train, tmp_path, capsys):
     assert evaluate(frozen, data)["accuracy"] == pytest.approx(accuracy["w4a4"])
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("policy.weight.bits=3", "the run to resume has policy.weight={'bits': 4"),
+        ("policy=none", "the run to resume has policy.weight={"),
+        ("policy.activation_quantizer=pact", "has policy.activation_quantizer=lsq, and this one pact: resume with"),
+        ("model.args.width=6", "the run to resume has another model (size mismatch for model.features.0.0.weight"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_began_with(train, fails, more, said):
+    train(f"{SHORT} policy=conv_w4a4 trainer.max_steps=1 name=a")
+    assert said in fails(f"{SHORT} policy=conv_w4a4 trainer.max_steps=2 name=a resume=auto {more}")
+    train(f"{SHORT} policy=conv_w4a4 policy.init=mse trainer.max_steps=2 name=a resume=auto")
+
+
+def test_a_damaged_checkpoint_of_the_run_is_named(train, fails, tmp_path):
+    train(f"{SHORT} trainer.max_steps=1 name=a")
+    last = tmp_path / "runs" / "a" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    assert f"resume={last} is damaged, or no checkpoint; resume=PATH takes another" in fails(
+        f"{SHORT} name=a resume=auto"
+    )
+
+
 def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fails, tmp_path):
     short = f"{SHORT} trainer.log_every_n_steps=1"
     train(f"{short} name=a resume=auto")

@@ -61,7 +61,10 @@ def product(
         x = x if x_rounding is not None else x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     elif x.dtype != dtype:
-        raise LayerError(f"its input is {x.dtype} and its weight {dtype}: cast one of them, or train under autocast")
+        raise LayerError(
+            f"a layer's input, {list(x.shape)}, is {x.dtype}, and its weight, {list(weight.shape)}, {dtype}: cast one "
+            "of them, or train under autocast"
+        )
     if torch.compiler.is_dynamo_compiling():
         from .. import compiled_product, traced
 

@@ -7,14 +7,15 @@ the config of a transformers model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from ..arguments import wrong_types
-from ..errors import ModelError, did_you_mean
+from ..errors import ModelError, QATError, did_you_mean
 from .cnn import cnn
 from .gpt import gpt
 from .resnet import resnet20
@@ -26,7 +27,7 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     """Return an untrained model, which remembers how it was built in ``model.architecture``.
 
     Raises:
-        ModelError: an unknown builder, key, argument or transformers class.
+        ModelError: an unknown builder, key, argument or transformers class, or values that no model can be built from.
     """
     if not isinstance(architecture, dict) or not isinstance(architecture.get("args") or {}, dict):
         raise ModelError(f"{architecture!r:.80} is no architecture: give {{'builder': NAME, 'args': {{...}}}}")
@@ -48,7 +49,8 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         positive = isinstance(value, int | float) and value >= 1
         if isinstance(known[key].default, int) and not isinstance(value, bool) and not positive:  # sizes, all of them
             raise ModelError(f"model.args.{key}={value}: give 1 or more")
-    model = BUILDERS[name](**args)
+    with _said_of(f"{name} with {args}"):
+        model = BUILDERS[name](**args)
     model.architecture = {"builder": name, "args": args}
     return model
 
@@ -79,10 +81,23 @@ def _build_transformers(values: dict[str, Any]) -> nn.Module:
     model_class = getattr(transformers, names[0], None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ModelError(f"transformers has no model class {names[0]!r}: install the version it was made with")
+    with _said_of(names[0]):
+        try:
+            config = transformers.AutoConfig.for_model(kind, **values)
+        except ValueError:
+            raise ModelError(
+                f"transformers does not know model_type={kind!r}: install the version it was made with"
+            ) from None
+        return model_class._from_config(config)  # in the config's dtype
+
+
+@contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Turn whatever building a model raises into a ModelError: files say what they like, such as 2^40 classes."""
     try:
-        config = transformers.AutoConfig.for_model(kind, **values)
-    except ValueError:
-        raise ModelError(
-            f"transformers does not know model_type={kind!r}: install the version it was made with"
-        ) from None
-    return model_class._from_config(config)  # in the config's dtype
+        yield
+    except QATError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"{what} cannot be built: {reason:.300}") from error

@@ -205,7 +205,10 @@ class LearnedActivation(LearnedStepSize):
         total, count = statistics.sums.tolist()
         negative, positive = statistics.extremes.tolist()
         if count == 0:
-            raise StateError(f"{self.name!r} was never reached during calibration: use batches that run it, or skip it")
+            raise StateError(
+                f"{self.name!r} was never reached during calibration: use batches that run it, and call the layer, as "
+                "F.linear(x, layer.weight) does not; or give it a rule with weight and activation null"
+            )
         if not all(map(math.isfinite, (total, negative, positive))):
             raise StateError(f"{self.name!r} saw NaN or infinity during calibration: check the data and the model")
         return total / count, negative, positive

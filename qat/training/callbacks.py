@@ -52,9 +52,9 @@ class Calibration(Callback):
         if not waiting and not weights_wait(task.model):
             return
         loader = training_batches(trainer.datamodule, task.device, trainer.global_rank, trainer.world_size)
-        batches = ((inputs,) for inputs, _ in islice(loader, self.batches))
+        batches = (inputs for inputs, _ in islice(loader, self.batches))
         with trainer.strategy.precision_plugin.forward_context():
-            calibrate(task.model, batches, lambda _, batch: task(*batch), self.options, rank_zero_only.rank == 0)
+            calibrate(task.model, batches, task.logits, self.options, rank_zero_only.rank == 0)
         if waiting:
             rank_zero_only(print)(f"calibrated {len(waiting)} activation step sizes on {self.batches} batches")
 

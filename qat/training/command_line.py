@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
@@ -128,17 +129,31 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
 
 
 def known_keys(config_name: str, overrides: Sequence[str], without: str) -> list[str]:
-    """Return every key of the config whose groups are chosen by the overrides."""
+    """Return every key of the config whose groups are chosen by the words of a command line, also in own folders."""
     chosen = [word for word in overrides if re.match(r"\w+=", word) and not word.startswith(f"{without}=")]
+    places = [word for word in overrides if word.startswith("hydra.searchpath=")] or own_configs(_own_folder(overrides))
     GlobalHydra.instance().clear()
     with initialize_config_module("qat.conf", version_base="1.3"):
-        for choice in (chosen, []):
+        for choice in ([*places, *chosen], []):
             try:
                 config = compose(config_name, overrides=choice)
             except (HydraException, OmegaConfBaseException):
                 continue
             return list(_keys(config))
     return []
+
+
+def own_configs(folder: Path | None) -> list[str]:
+    """Return the override that lets Hydra find the files of a folder, too."""
+    return [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
+
+
+def _own_folder(words: Sequence[str]) -> Path | None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            return Path(value or following)
+    return None
 
 
 def first_line(text: str) -> str:

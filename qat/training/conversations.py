@@ -26,7 +26,7 @@ def read_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not file.is_file():
         raise DataError(f"there is no JSONL file at {path}")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8: {error}") from None
     if text.lstrip().startswith("["):

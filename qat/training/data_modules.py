@@ -1,7 +1,7 @@
 """Data modules of ours and of the user's own, seen alike: what a run asks of either.
 
 One of the user's own is any ``LightningDataModule`` with a ``train_dataloader`` and a ``val_dataloader`` whose batches
-are (inputs, targets). Their order is its loaders' business, and a resumed run draws it anew; ours go on to the bit.
+are (inputs, targets). ``own_loader`` lets its training loader go on where a killed run was.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from ..errors import DataError
 from .in_memory_data import InMemoryData
 from .metrics import pair
+from .own_loader import checked_loader
 
 
 def check_module(data: Any) -> None:
@@ -48,14 +50,19 @@ def training_batches(
     """Return training batches on a device, from a loader beside the one that trains; of ours, a rank's share."""
     if isinstance(data, InMemoryData):
         return data.train_loader(device, rank, world_size)
-    return _on_device(data.train_dataloader(), device)
+    loader = data.train_dataloader()
+    return _on_device(loader.iterables if isinstance(loader, CombinedLoader) else loader, device)
 
 
 def test_batches(data: LightningDataModule, device: torch.device | str) -> Iterable[Any]:
-    """Return the batches that metrics are measured on, on a device: of the user's own data, those of validation."""
+    """Return the batches that metrics are measured on, on a device: of the user's own data, those of validation.
+
+    Raises:
+        DataError: see ``checked_loader``.
+    """
     if isinstance(data, InMemoryData):
         return data.test_loader(device)
-    return _on_device(data.val_dataloader(), device)
+    return _on_device(checked_loader(data.val_dataloader(), f"data={type(data).__name__}: val_dataloader"), device)
 
 
 def example_of(data: LightningDataModule) -> dict[str, Any] | None:

@@ -151,7 +151,7 @@ def encode(line: dict[str, Any], tokenizer: Any, completion_only: bool, where: s
     elif completion_only:
         pieces = list(_template_pieces(messages, tokenizer, where))
     else:
-        pieces = [(True, _template(tokenizer, messages, False, where))]
+        pieces = [(True, _ids(tokenizer, _template(tokenizer, messages, False, where)))]
     tokens = [token for _, piece in pieces for token in piece]
     learned = [said or not completion_only for said, piece in pieces for _ in piece]
     return tokens, learned
@@ -238,27 +238,30 @@ def pack_rows(examples: Iterable[Example], seq_len: int, pack: bool = True) -> t
 
 def _template_pieces(messages: list[dict[str, str]], tokenizer: Any, where: str) -> Iterable[tuple[bool, list[int]]]:
     """Yield (whether the assistant says it, tokens): its turns end where the template ends them."""
-    done: list[int] = []
+    text, tokens = "", []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _template(tokenizer, messages[:index], True, where)
-        turn = _template(tokenizer, messages[: index + 1], False, where)
-        if prompt[: len(done)] != done or turn[: len(prompt)] != prompt:
-            raise DataError(f"{where}: the chat template rewrites earlier turns: set data.completion_only=false")
-        yield False, prompt[len(done) :]
-        yield True, turn[len(prompt) :]
-        done = turn
+        for said, end in ((False, index), (True, index + 1)):
+            longer = _template(tokenizer, messages[:end], not said, where)
+            whole = _ids(tokenizer, longer)
+            if whole[: len(tokens)] == tokens:
+                piece = whole[len(tokens) :]
+            elif longer.startswith(text):  # a token would span the two, but generation starts where a prompt's end
+                piece = _ids(tokenizer, longer[len(text) :])
+            else:
+                raise DataError(f"{where}: the chat template rewrites earlier turns: set data.completion_only=false")
+            yield said, piece
+            text, tokens = longer, tokens + piece
 
 
-def _template(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, where: str) -> list[int]:
+def _template(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         raise DataError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
-    return _ids(tokenizer, text)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

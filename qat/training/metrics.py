@@ -34,8 +34,18 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return a model's logits: its output, or the field ``logits`` of a transformers output."""
-    return getattr(output, "logits", output)
+    """Return a model's logits: its output, or the field ``logits`` of a transformers output.
+
+    Raises:
+        DataError: neither is a tensor.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise DataError(
+            f"the model gives a {type(logits).__name__}: let it give its logits, a tensor, or an output with the field "
+            "logits; in training, too"
+        )
+    return logits
 
 
 def first_logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
@@ -69,13 +79,25 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
     return tuple(batch)
 
 
-def check_targets(logits: Tensor, targets: Tensor) -> None:
+def check_targets(logits: Tensor, targets: Any) -> None:
     """Compare targets (...) with logits (..., C), with one transfer from the device.
 
     Raises:
-        DataError: a target that the model has no output for.
+        DataError: targets that are no class numbers, or not one for each row of logits; one that the model has no
+            output for.
     """
-    highest, outputs = int(targets.max()), logits.shape[-1]
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.uint8):
+        what = targets.dtype if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+        raise DataError(f"the data's targets are {what}: give class numbers, a tensor of int64")
+    if targets.shape != logits.shape[:-1]:
+        raise DataError(
+            f"the data's targets have the shape {list(targets.shape)} and the model's logits {list(logits.shape)}: "
+            f"give one class number for each, of shape {list(logits.shape[:-1])}"
+        )
+    classes, outputs = targets.long(), logits.shape[-1]
+    lowest, highest = torch.stack(torch.where(classes == IGNORED, 0, classes).aminmax()).tolist()
+    if lowest < 0:
+        raise DataError(f"the data have a target {lowest}: classes are whole numbers from 0, or {IGNORED} for none")
     if highest >= outputs:
         raise DataError(
             f"the data have a target {highest}, and the model has outputs for 0 to {outputs - 1}: it needs more "

@@ -38,6 +38,7 @@ from .data_modules import check_module
 from .evaluation import evaluate
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
+from .own_loader import keep_position
 from .result import remove_result, write_result
 from .tasks import Task
 from .tokenizer import keep_tokenizer
@@ -73,6 +74,7 @@ def train(config: DictConfig) -> dict[str, float]:
     _quiet()
     data = make(config.data)
     check_module(data)
+    keep_position(data)
     model = _model(config.model)
     codes = None if config.init_from is None or resume is not None else _start(model, config.init_from)
     if codes is not None and config.adapter:
@@ -188,18 +190,25 @@ def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
                 f"{run_dir} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
             )
         return None
-    if resume == "auto":
-        return last if last.exists() else None
-    if not Path(resume).is_file():
+    own = resume == "auto"
+    if own and not last.exists():
+        return None
+    path = last if own else Path(resume)
+    if not path.is_file():
         raise CheckpointError(f"resume={resume}: there is no checkpoint at that path; resume=auto finds the run's own")
-    if not zipfile.is_zipfile(resume):  # as torch.save writes it, its index last
-        raise CheckpointError(f"resume={resume} is damaged, or no checkpoint; resume=auto finds the run's own")
-    return Path(resume)
+    if not zipfile.is_zipfile(path):  # as torch.save writes it, its index last
+        other = "resume=PATH takes another, name=OTHER starts anew" if own else "resume=auto finds the run's own"
+        raise CheckpointError(f"resume={path if own else resume} is damaged, or no checkpoint; {other}")
+    return path
 
 
 def _model(node: DictConfig) -> nn.Module:
     if "_target_" in node:
-        return make(node).train()  # from_pretrained gives a model in eval mode, and Lightning leaves it there
+        model = make(node)
+        if not isinstance(model, nn.Module):
+            what = type(model).__name__
+            raise TrainingError(f"model._target_={node._target_} gives a {what}: name what gives a torch.nn.Module")
+        return model.train()  # from_pretrained gives a model in eval mode, and Lightning leaves it there
     return build(OmegaConf.to_container(node, resolve=True))
 
 

@@ -33,6 +33,9 @@ from .metrics import (
     run,
 )
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
+from .own_loader import OwnLoader
+from .random_state import random_state, set_random_state
+from .resuming import other_model, require_same_policy
 
 
 class Task(LightningModule):
@@ -100,18 +103,23 @@ class Task(LightningModule):
         self._step_sizes = step_sizes(model)
         teachers = [teacher] if isinstance(teacher, nn.Module) else teacher or []
         self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
-        self._rng_state: dict[str, Tensor] | None = None
+        self._rng_state: dict[str, Any] | None = None
+        self._position: list[dict[str, Any]] = []
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
         self.changed_at_end = False  # a callback changed the network after the last step
         self._ran = self._targets_fit = False
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
-        """Return the network's logits.
+        """Return the network's logits."""
+        return self.logits(self.model, inputs)
+
+    def logits(self, model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+        """Return the logits of the network, or of a copy of it, such as an unquantized one that calibration makes.
 
         Raises:
-            DataError: the network cannot run on the data, found at the first batch.
+            DataError: it cannot run on the data, found at the first batch.
         """
-        logits = logits_of(run(self.model, inputs)) if self._ran else first_logits(self.model, inputs)
+        logits = logits_of(run(model, inputs)) if self._ran else first_logits(model, inputs)
         self._ran = True
         return logits
 
@@ -187,13 +195,17 @@ class Task(LightningModule):
             teacher.to(self.device).eval()
 
     def on_train_start(self) -> None:
-        """Compile, now that calibration is over, and go on with the random state that a resumed run had."""
+        """Compile, now that calibration is over, and go on with the random state and the position of a killed run."""
         self._compilation.start((self.model, *self._teachers))
         if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state["cpu"])
+            set_random_state(self._rng_state)
             if "cuda" in self._rng_state and self.device.type == "cuda":
-                torch.cuda.set_rng_state(self._rng_state["cuda"], self.device)
+                torch.cuda.set_rng_state(self._rng_state["cuda"].cpu(), self.device)
             self._rng_state = None
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, OwnLoader) and self._position:
+            loader.load_state_dict(self._position[0])
+            self._position = []
 
     def on_validation_start(self) -> None:
         """Validate eagerly where blocks are compiled."""
@@ -214,13 +226,30 @@ class Task(LightningModule):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["qat"]["adapter"] = True
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        checkpoint["rng"] = random_state()
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Take a state.
+
+        Raises:
+            CheckpointError: it is that of another network.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise other_model(error) from error
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state until training starts."""
-        self._rng_state = {name: state.cpu() for name, state in checkpoint["rng"].items()}
+        """Keep the random state, and the position in the user's own data, until training starts.
+
+        Raises:
+            CheckpointError: the checkpoint has another policy.
+        """
+        require_same_policy(checkpoint["qat"]["policy"], self.policy)
+        self._rng_state = checkpoint["rng"]
+        self._position = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
 
 class ImageClassification(Task):
@@ -240,9 +269,9 @@ class ImageClassification(Task):
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model.to(memory_format=self.memory_format)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the network's logits."""
-        return super().forward(inputs.to(memory_format=self.memory_format))
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the logits of the network or a copy of it."""
+        return super().logits(model, inputs.to(memory_format=self.memory_format))
 
 
 class CausalLanguageModel(Task):
