@@ -1,11 +1,14 @@
-"""Measure a quantized model or a checkpoint: ``python -m qat.evaluate PATH data=NAME [key=value ...]``."""
+"""Measure a quantized model or a checkpoint: ``python -m qat.evaluate PATH data=NAME [key=value ...]``.
+
+Of a language model also tasks of EleutherAI's harness, where it is installed: ``... PATH --tasks arc_easy,hellaswag``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
@@ -26,29 +29,41 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description=__doc__)
     parser.add_argument("path", help="a quantized model in any format, a checkpoint, or a folder of transformers")
     parser.add_argument(
-        "overrides", nargs="+", metavar="data=NAME", help="as for python -m qat.train: data=..., data.KEY=..."
+        "overrides", nargs="*", metavar="data=NAME", help="as for python -m qat.train: data=..., data.KEY=..."
     )
     parser.add_argument("--reference", metavar="PATH", help="a full-precision model to compare a language model with")
     parser.add_argument("--adapter", metavar="DIR", help="put it on the model; default: what lies beside an artifact")
     parser.add_argument("--no-adapter", action="store_true", help="measure the base alone")
+    parser.add_argument("--tasks", metavar="NAME,NAME", help="of EleutherAI's harness (pip install 'lm-eval[hf]')")
+    parser.add_argument("--task-folder", type=Path, metavar="DIR", help="with tasks of your own for it")
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task; default: all")
+    parser.add_argument("--tokenizer", metavar="DIR", help="for the tasks; default: what lies in PATH")
     parser.add_argument("--model", help="package.module:function that builds an untrained model of your own")
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="with data/ files of your own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
+    if not options.overrides and not options.tasks:
+        parser.error("say what to measure on: data=NAME, or --tasks NAME")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         fail(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
     if options.config_dir is not None and not options.config_dir.is_dir():
         fail(f"--config-dir {options.config_dir}: there is no such folder")
     try:
-        with initialize_config_module("qat.conf", version_base="1.3"):
-            config = compose(CONFIG, overrides=[*own_configs(options.config_dir), *options.overrides])
+        config = None
+        if options.overrides:
+            with initialize_config_module("qat.conf", version_base="1.3"):
+                config = compose(CONFIG, overrides=[*own_configs(options.config_dir), *options.overrides])
         adapter = Path(options.adapter) if options.adapter else None
         if adapter is None and not options.no_adapter:
             adapter = adapter_beside(options.path)
         if adapter is not None:
             print(f"with the adapter {adapter}; --no-adapter leaves it out")
-        metrics = evaluate_path(options.path, config, options.device, options.reference, adapter, options.model)
+        tasks = None
+        if options.tasks:
+            tokenizer = options.tokenizer or options.path
+            tasks = Tasks(options.tasks.split(","), tokenizer, options.task_folder, options.limit)
+        metrics = evaluate_path(options.path, config, options.device, options.reference, adapter, options.model, tasks)
     except (QATError, HydraException, OmegaConfBaseException) as error:
         if TRACEBACK_WANTED:
             raise
@@ -62,23 +77,34 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"--json {options.json} cannot be written: {error.strerror}")
 
 
+class Tasks(NamedTuple):
+    """What ``harness.task_metrics`` is asked for."""
+
+    names: list[str]
+    tokenizer: str
+    folder: Path | None = None
+    limit: int | None = None
+
+
 def evaluate_path(
     path: str,
-    config: DictConfig,
+    config: DictConfig | None,
     device: str | None = None,
     reference: str | None = None,
     adapter: Path | None = None,
     own_model: str | None = None,
+    tasks: Tasks | None = None,
 ) -> dict[str, float]:
     """Return the metrics of a quantized model, a checkpoint or a model of transformers on the config's data.
 
     Args:
         path: what to measure.
-        config: with a key ``data``.
+        config: with a key ``data``; None measures the tasks alone.
         device: None takes a GPU where there is one.
         reference: a model of the same kinds to compare a language model with.
         adapter: a folder of peft's to put on the model.
         own_model: package.module:function that builds an untrained model of the user's own.
+        tasks: of the harness.
 
     Raises:
         QATError: it cannot be read, or the data cannot.
@@ -100,7 +126,12 @@ def evaluate_path(
         from .adapters import load_adapter
 
         model = load_adapter(model, adapter)
-    return evaluate(model, open_module(make(config.data)), device, compared)
+    metrics = {} if config is None else evaluate(model, open_module(make(config.data)), device, compared)
+    if tasks is not None:
+        from .training.harness import task_metrics
+
+        metrics |= task_metrics(model, tasks.tokenizer, tasks.names, device, tasks.folder, tasks.limit)
+    return metrics
 
 
 def adapter_beside(path: str) -> Path | None:

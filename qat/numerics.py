@@ -86,7 +86,7 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | Non
     ratio, _ = _ratio(x, scale)
     if zero_point is None:
         codes = ratio.round()
-    elif zero_point.is_floating_point():
+    elif spec.zero_point_dtype is not None:
         codes = (ratio + _broadcast(x, zero_point.to(ratio.dtype))[1]).round()
     else:
         codes = ratio.round() + _broadcast(x, zero_point.to(ratio.dtype))[1]
@@ -202,7 +202,7 @@ def fake_quantize_gradients(
     low, high, rounded = -spec.q_n, spec.q_p, None
     if zero_point is not None:
         shift = _broadcast(x, zero_point.to(ratio.dtype))[1]
-        if zero_point.is_floating_point():  # what is whole is x / s + z
+        if spec.zero_point_dtype is not None:  # what is whole is x / s + z
             rounded = (ratio + shift).clamp(low, high).round() - shift
         low, high = low - shift, high - shift
     inside = (ratio > low) & (ratio < high)
