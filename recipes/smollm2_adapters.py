@@ -11,6 +11,7 @@ so that it is like the text to train on; --test FILE measures on another text.
     bf16 LoRA                 peft's adapters on the bf16 base: the baseline
     QLoRA                     the same on NF4 codes with double quantization, measured from artifact and adapter
     QLoRA on GPTQ's codes     the same where GPTQ has chosen the base's NF4 codes
+    QLoRA from LoftQ          the same where LoftQ has split the base between NF4 codes and the adapter
     joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
     LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
@@ -85,7 +86,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", nargs="+", default=["5e-4"], help="learning rates; every recipe runs with each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA then PTQ")
-    parser.add_argument("--bases", nargs="+", choices=("minmax", "gptq"), default=["minmax", "gptq"], help="of QLoRA")
+    bases = ("minmax", "gptq", "loftq")
+    parser.add_argument("--bases", nargs="+", choices=bases, default=["minmax", "gptq"], help="of QLoRA")
     parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
     parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
     parser.add_argument("--windows", type=int, help="of the held-out text; default: all")
@@ -157,9 +159,14 @@ def lora(lr: str, options: argparse.Namespace) -> dict:
 
 
 def qlora(codes: str, lr: str, options: argparse.Namespace) -> dict:
-    """Return the result of an NF4 base with its adapter beside it; its codes are the nearest ones, or GPTQ's."""
+    """Return the result of an NF4 base with its adapter beside it; its codes are the nearest, GPTQ's, or LoftQ's."""
     name = f"qlora_{codes}_{lr}"
     folder, model = OUT / name, ["experiment=qlora", "callbacks.memory=null", *ranks(options)]
+    if codes == "loftq":
+        model = ["experiment=loftq", "policy.weight.codebook=nf4_double", "callbacks.memory=null", *ranks(options)]
+        model.append(f"model.pretrained_model_name_or_path={BASE}")
+        commands = [train_command(folder, lr, options, model), evaluation(name, folder / "artifact", options)]
+        return row(f"{QLORA} from LoftQ", "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
     if codes == "minmax":
         commands = [train_command(folder, lr, options, [*model, f"model.name={BASE}"])]
         commands.append(evaluation(name, folder / "artifact", options))
