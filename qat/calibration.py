@@ -55,7 +55,7 @@ def calibrate(
         raise StateError(f"calibrate takes several batches, got one {type(batches).__name__}: give a list or a loader")
     if not is_prepared(model):
         raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
-    run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
+    run = forward or run_inputs
     if weights_wait(model):
         from .ptq import initialise
 
@@ -78,6 +78,11 @@ def calibrate(
         for quantizer in waiting:
             quantizer.initialise(quantizer.observer)
     return model
+
+
+def run_inputs(model: nn.Module, batch: Any) -> Any:
+    """Return ``model(batch)``, with ``batch[0]`` of a tuple or list."""
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 def weights_wait(model: nn.Module) -> bool:

@@ -1,22 +1,30 @@
-"""lora: adapters of peft on a base that is quantized here, started at zero, by LoftQ or by PiSSA."""
+"""lora: adapters of peft on a base that is quantized here, started at zero, by LoftQ, PiSSA or CLoQ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import import_peft
+from .calibration import run_inputs
 from .errors import PolicyError, StateError
-from .freezing import frozen_at_once
+from .freezing import freeze, frozen_at_once
 from .layers import PackedWeight, is_frozen, is_prepared, make_frozen_, matrix
 from .lora_product import use_lora_product_
+from .low_rank import best_for_inputs, best_of_rank
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
-from .spec import QuantSpec, as_member
-from .surgery import check_shapes, decide, weight_quantizer
+from .spec import Init, QuantSpec, as_member
+from .surgery import Decision, check_shapes, decide, prepare, weight_quantizer
+
+if TYPE_CHECKING:
+    from .ptq import Options
+    from .ptq.gptq import Factor
 
 
 class Start(StrEnum):
@@ -26,11 +34,14 @@ class Start(StrEnum):
     loftq: B A and the codes together approximate the weight: Q = q(W - B A), B A = SVD_r(W - Q) in turns (LoftQ,
         arXiv:2310.08659, algorithm 1).
     pissa: B A = SVD_r(W), and the codes hold the rest (QPiSSA, arXiv:2404.02948, section 4).
+    cloq: GPTQ chooses the codes, and B A is what brings each layer's output nearest to what it was, on the same
+        calibration data (CLoQ, arXiv:2501.18475).
     """
 
     zero = "zero"
     loftq = "loftq"
     pissa = "pissa"
+    cloq = "cloq"
 
 
 def lora(
@@ -43,6 +54,9 @@ def lora(
     dora: bool = False,
     start: Start = Start.zero,
     iterations: int = 5,
+    batches: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    options: Options | None = None,
 ) -> nn.Module:
     """Return peft's model of a base whose codes stay, with LoRA on its linear layers.
 
@@ -54,10 +68,12 @@ def lora(
         dora: train magnitudes and directions apart (arXiv:2402.09353).
         start: where the adapter starts. All but "zero" take a model in full precision and a policy.
         iterations: of LoftQ.
+        batches, forward, options: CLoQ's calibration data, as ``qat.calibrate`` takes them.
 
     Raises:
         StateError: the model is prepared, or frozen where it should not be, or peft is not installed.
         PolicyError, LayerError: a policy that does not fit, or targets that peft refuses.
+        CalibrationError: data that GPTQ cannot work with.
     """
     peft, start = import_peft(), as_member(Start, "start", start)
     quantizes = policy is not None and not policy.quantizes_nothing()
@@ -68,7 +84,13 @@ def lora(
     if start is not Start.zero and not quantizes:
         raise PolicyError(f"start={start.value} splits weights between codes and adapter: give a policy")
     starts: dict[str, tuple[Tensor, Tensor]] = {}
-    if quantizes and start is Start.zero:
+    if start is Start.cloq:
+        if batches is None:
+            raise StateError("start=cloq reads calibration data: give batches")
+        if options is not None and options.folder is not None:
+            raise StateError(f"start=cloq keeps no finished blocks: leave the folder {options.folder!r} out")
+        starts = _fit_to_data(model, policy, rank, list(batches), forward, options)
+    elif quantizes and start is Start.zero:
         frozen_at_once(model, policy)
     elif quantizes:
         starts = _split_weights(model, policy, rank, iterations if start is Start.loftq else 0)
@@ -102,31 +124,31 @@ def split_weight(
     """
     weight = weight.float()
     if not iterations:
-        a, b = _best_of_rank(weight, rank)
+        a, b = best_of_rank(weight, rank)
         return quantize(weight - b @ a), a, b
     rest = weight
     for _ in range(iterations):
         codes = quantize(rest)
-        a, b = _best_of_rank(weight - codes.dequantize(torch.float32), rank)
+        a, b = best_of_rank(weight - codes.dequantize(torch.float32), rank)
         rest = weight - b @ a
     return codes, a, b
 
 
-def _best_of_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A and B of the least squared error, the singular values shared evenly."""
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
+def _decisions(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
+    """Return what is decided on the layers that are quantized, each of which is to be split."""
+    decisions = [decision for decision in decide(model, policy) if decision.weight is not None]
+    check_shapes(decisions)
+    for decision in decisions:
+        if isinstance(decision.activation, QuantSpec) or type(decision.layer) is not nn.Linear:
+            raise PolicyError(f"{decision.name!r}: only linear layers without an activation spec can be split")
+    return decisions
 
 
 def _split_weights(model: nn.Module, policy: QuantPolicy, rank: int, iterations: int) -> dict[str, tuple]:
-    decisions = [decision for decision in decide(model, policy) if decision.weight is not None]
-    check_shapes(decisions)
+    """Split every weight into what is frozen and what starts the adapter; return each layer's A and B."""
     starts = {}
-    for decision in decisions:
+    for decision in _decisions(model, policy):
         layer, weight = decision.layer, matrix(decision.layer)
-        if isinstance(decision.activation, QuantSpec) or type(layer) is not nn.Linear:
-            raise PolicyError(f"{decision.name!r}: only linear layers without an activation spec can be split")
 
         def quantize(rest: Tensor, decision=decision, layer=layer) -> QuantizedTensor:
             layer.weight.data = rest.to(layer.weight.dtype)
@@ -134,4 +156,28 @@ def _split_weights(model: nn.Module, policy: QuantPolicy, rank: int, iterations:
 
         tensor, *starts[decision.name] = split_weight(weight.detach().clone(), quantize, rank, iterations)
         make_frozen_(layer, PackedWeight.from_tensor(tensor), None)
+    return starts
+
+
+def _fit_to_data(
+    model: nn.Module,
+    policy: QuantPolicy,
+    rank: int,
+    batches: list[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    options: Options | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize a model by GPTQ and freeze it; return each layer's A and B."""
+    from .ptq import initialise
+
+    _decisions(model, policy)
+    starts = {}
+
+    def fit(name: str, weight: Tensor, rounded: Tensor, factor: Factor) -> None:
+        a, b = best_for_inputs((weight - rounded)[:, factor.order], factor.inverse, rank)
+        starts[name] = a[:, factor.order.argsort()], b
+
+    prepare(model, replace(policy, init=Init.gptq))
+    print(initialise(model, batches, forward or run_inputs, options, fit))
+    freeze(model)
     return starts

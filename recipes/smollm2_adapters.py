@@ -12,6 +12,7 @@ so that it is like the text to train on; --test FILE measures on another text.
     QLoRA                     the same on NF4 codes with double quantization, measured from artifact and adapter
     QLoRA on GPTQ's codes     the same where GPTQ has chosen the base's NF4 codes
     QLoRA from LoftQ          the same where LoftQ has split the base between NF4 codes and the adapter
+    QLoRA from CLoQ           the same on GPTQ's codes, from the adapter that makes up for most of what they lost
     joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
     LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
@@ -44,6 +45,7 @@ BASE, TRAIN, HELD_OUT = OUT / "base", OUT / "train.txt", OUT / "held_out.txt"
 PARTS, EVERY = 400, 20
 SETTINGS = ("train", "test", "model", "bits", "group_size", "rank", "steps", "batch_size", "seq_len", "windows")
 METHODS = {"minmax": "round-to-nearest", "mse": "mse", "gptq": "GPTQ", "awq": "AWQ"}
+SPLITS = {"loftq": "LoftQ", "cloq": "CLoQ"}
 LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
 AFTER, TORCHAO = "LoRA then PTQ", "torchao QAT + LoRA"
 
@@ -86,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", nargs="+", default=["5e-4"], help="learning rates; every recipe runs with each")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of LoRA then PTQ")
-    bases = ("minmax", "gptq", "loftq")
+    bases = ("minmax", "gptq", *SPLITS)
     parser.add_argument("--bases", nargs="+", choices=bases, default=["minmax", "gptq"], help="of QLoRA")
     parser.add_argument("--starts", nargs="+", choices=METHODS, default=["minmax", "gptq"], help="of the joint recipe")
     parser.add_argument("--calibration", type=int, default=16, help="batches to calibrate with")
@@ -159,28 +161,25 @@ def lora(lr: str, options: argparse.Namespace) -> dict:
 
 
 def qlora(codes: str, lr: str, options: argparse.Namespace) -> dict:
-    """Return the result of an NF4 base with its adapter beside it; its codes are the nearest, GPTQ's, or LoftQ's."""
+    """Return the result of an NF4 base with its adapter beside it; ``codes``: how the one and the other start."""
     name = f"qlora_{codes}_{lr}"
-    folder, model = OUT / name, ["experiment=qlora", "callbacks.memory=null", *ranks(options)]
-    if codes == "loftq":
-        model = ["experiment=loftq", "policy.weight.codebook=nf4_double", "callbacks.memory=null", *ranks(options)]
-        model.append(f"model.pretrained_model_name_or_path={BASE}")
-        commands = [train_command(folder, lr, options, model), evaluation(name, folder / "artifact", options)]
-        return row(f"{QLORA} from LoftQ", "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
-    if codes == "minmax":
-        commands = [train_command(folder, lr, options, [*model, f"model.name={BASE}"])]
-        commands.append(evaluation(name, folder / "artifact", options))
-        return row(QLORA, "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
-    calibrated, base = folder / "calibrated", folder / "base"
-    grid = ["policy=lm_nf4", "policy.weight.codebook=nf4_double", f"policy.init={codes}", "trainer.max_steps=0"]
-    calibrate = ["model=hf", f"model.pretrained_model_name_or_path={BASE}", "model.dtype=bfloat16", *grid]
-    commands = [train_command(calibrated, lr, options, [*calibrate, "task=language", "optim=adamw"])]
-    commands.append(["qat.convert", str(calibrated / "last.ckpt"), "--out", str(base)])
-    commands.append(train_command(folder, lr, options, [*model, f"model.name={base}", "model.policy=null"]))
-    commands.append(evaluation(name, base, options, "--adapter", str(folder / "adapter")))
-    return row(
-        f"{QLORA} on {METHODS[codes]}'s codes", "NF4 + adapter", lr, options.rows.result(name, commands, weight=4)
-    )
+    folder, title = OUT / name, f"{QLORA} from {SPLITS.get(codes)}" if codes in SPLITS else QLORA
+    commands, base = [], folder / "artifact"
+    grid, common = "policy.weight.codebook=nf4_double", ["callbacks.memory=null", *ranks(options)]
+    full = ["model=hf", f"model.pretrained_model_name_or_path={BASE}", "model.dtype=bfloat16"]
+    model = ["experiment=qlora", f"model.name={BASE}"]
+    if codes in SPLITS:
+        model = ["experiment=loftq", f"adapter.start={codes}", full[1], grid]
+    elif codes != "minmax":
+        calibrated, base, title = folder / "calibrated", folder / "base", f"{QLORA} on {METHODS[codes]}'s codes"
+        calibrate = [*full, "policy=lm_nf4", grid, f"policy.init={codes}", "task=language", "optim=adamw"]
+        commands.append(train_command(calibrated, lr, options, [*calibrate, "trainer.max_steps=0"]))
+        commands.append(["qat.convert", str(calibrated / "last.ckpt"), "--out", str(base)])
+        model = ["experiment=qlora", f"model.name={base}", "model.policy=null"]
+    commands.append(train_command(folder, lr, options, [*model, *common]))
+    beside = ["--adapter", str(folder / "adapter")] if base.name == "base" else []
+    commands.append(evaluation(name, base, options, *beside))
+    return row(title, "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
 
 
 def joint(start: str, lr: str, options: argparse.Namespace) -> dict:

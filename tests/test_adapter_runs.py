@@ -129,10 +129,10 @@ def test_joint_lora_ships_the_codes_it_trained(folder):
     assert not (folder / "runs/joint_lora/artifact/adapter").exists()
 
 
-@pytest.mark.parametrize("experiment", ["loftq", "qa_lora"])
-def test_other_adapters_ship_what_they_trained(folder, experiment):
+@pytest.mark.parametrize(("experiment", "start"), [("loftq", []), ("loftq", ["adapter.start=cloq"]), ("qa_lora", [])])
+def test_other_adapters_ship_what_they_trained(folder, experiment, start):
     """From a base in train mode, in which alone transformers checkpoints gradients."""
-    common = [f"experiment={experiment}", "model.pretrained_model_name_or_path=model"]
+    common = [f"experiment={experiment}", "model.pretrained_model_name_or_path=model", *start]
     modes = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: modes.append(module.training) if torch.is_grad_enabled() else None

@@ -1,5 +1,6 @@
 """LoRA on frozen bases: where it starts, which base it belongs to, and what merging it costs."""
 
+import dataclasses
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from qat.errors import ArtifactError, PolicyError, StateError
 from qat.layers import FrozenLinear
 from qat.lora import lora, split_weight
 from qat.policy import Decision
+from qat.ptq import Options
 from qat.surgery import weight_quantizer
 
 pytest.importorskip("peft")
@@ -204,6 +206,25 @@ def test_a_base_split_so_is_closer_to_the_model(tmp_path, start):
     assert json.loads((tmp_path / "adapter" / BASE).read_text()) == {"sha256": fingerprint(model)}
 
 
+def test_cloq_is_closer_on_its_data_than_loftq_and_gptq():
+    """The codes are GPTQ's own, and rank 32 of 256 takes a part of what they leave of the outputs."""
+    policy = qat.QuantPolicy.from_dict({**NF4, "weight": {"codebook": "nf4", "group_size": 64}})
+    torch.manual_seed(1)
+    batches = [torch.randint(0, LLAMA["vocab_size"], (4, 48)) for _ in range(8)]
+    expected = [llama()(batch).logits.detach() for batch in batches]
+
+    def error(model):
+        with torch.no_grad():
+            return sum(float((model(b).logits - e).norm()) for b, e in zip(batches, expected, strict=True))
+
+    gptq = qat.prepare(llama(), dataclasses.replace(policy, init="gptq"), verbose=False)
+    gptq = qat.freeze(qat.calibrate(gptq, batches, verbose=False))
+    cloq = lora(llama(), policy, rank=32, alpha=16.0, start="cloq", batches=batches).eval()
+    assert fingerprint(cloq) == fingerprint(gptq)
+    loftq = lora(llama(), policy, rank=32, alpha=16.0, start="loftq").eval()
+    assert error(cloq) < 0.9 * error(gptq) and error(cloq) < 0.9 * error(loftq)
+
+
 def test_refusals(tmp_path):
     policy = qat.QuantPolicy.from_dict(POLICY)
     with pytest.raises(StateError, match="trains its own weights"):
@@ -212,6 +233,10 @@ def test_refusals(tmp_path):
         lora(frozen(), policy)
     with pytest.raises(PolicyError, match="give a policy"):
         lora(llama(), start="pissa")
+    with pytest.raises(StateError, match="start=cloq reads calibration data: give batches"):
+        lora(llama(), policy, start="cloq")
+    with pytest.raises(StateError, match="leave the folder 'blocks' out"):
+        lora(llama(), policy, start="cloq", batches=[TOKENS], options=Options(folder="blocks"))
     with pytest.raises(PolicyError, match="is quantized and no target"):
         lora(llama(), policy, targets=["q_proj"], start="pissa")
     with pytest.raises(StateError, match="merge takes a frozen base"):

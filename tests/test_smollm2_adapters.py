@@ -31,7 +31,7 @@ def options(recipe, monkeypatch, *more):
 
 def test_every_row_composes_trains_alike_and_runs_after_its_base(recipe, monkeypatch):
     monkeypatch.setattr(recipe, "find_spec", lambda name: name)
-    more = ["--lr", "1e-4", "1e-3", "--starts", "minmax", "gptq", "--bases", "minmax", "gptq", "loftq"]
+    more = ["--lr", "1e-4", "1e-3", "--starts", "minmax", "gptq", "--bases", "minmax", "gptq", "loftq", "cloq"]
     given, trained, done = options(recipe, monkeypatch, *more), [], []
 
     def run(name, commands, weight=1):
@@ -49,8 +49,8 @@ def test_every_row_composes_trains_alike_and_runs_after_its_base(recipe, monkeyp
     monkeypatch.setattr(given.rows, "run", run)
     with ThreadPoolExecutor(1) as pool:
         rows = [future.result(timeout=60) for future in recipe.plan(pool, given)]
-    assert len(rows) == len(done) == len(set(done)) == 1 + 2 * (1 + 2 + 3 + 2 + 1)
-    assert len(trained) == 12
+    assert len(rows) == len(done) == len(set(done)) == 1 + 2 * (1 + 2 + 4 + 2 + 1)
+    assert len(trained) == 14
     for key in ("data", "task.schedule", "trainer.precision", "trainer.max_steps", "optim.weight_decay", "optim.betas"):
         found = [OmegaConf.select(config, key) for config in trained]
         assert all(value == found[0] for value in found), key
@@ -108,7 +108,7 @@ def test_every_recipe_on_a_small_llama(recipe, tmp_path):
     Path("text.txt").write_text("".join(sentences[index * index % 3] for index in range(2000)))
     command = [sys.executable, "-P", RECIPES / "smollm2_adapters.py", "--train", "text.txt", "--model", "model"]
     command += ["--steps", "4", "--seq-len", "32", "--batch-size", "2", "--calibration", "8", "--windows", "8"]
-    command += ["--lr", "1e-2", "--jobs", "2", "--bases", "minmax", "gptq", "loftq"]
+    command += ["--lr", "1e-2", "--jobs", "2", "--bases", "minmax", "gptq", "loftq", "cloq"]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -121,6 +121,7 @@ def test_every_recipe_on_a_small_llama(recipe, tmp_path):
         recipe.QLORA,
         "QLoRA on GPTQ's codes",
         "QLoRA from LoftQ",
+        "QLoRA from CLoQ",
         "LoRA then PTQ, GPTQ",
         "LoRA then PTQ, round-to-nearest",
     } <= losses.keys()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,16 @@ from .options import Options
 from .report import Report, set_fallback, set_layer
 from .units import Layers, Unit
 
+AfterLayer = Callable[[str, Tensor, Tensor, Factor], None]
 
-def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
+
+def quantize_unit(unit: Unit, options: Options, report: Report, after_layer: AfterLayer | None = None) -> None:
     """Quantize every layer of a unit; layers that read the same input share its moments.
+
+    Args:
+        unit, options, report: see there.
+        after_layer: called with each linear layer's name, its weight (N, K) before, that as it is rounded now, and the
+            factor of its inputs.
 
     Raises:
         CalibrationError: a layer that cannot be quantized with this data, unless options allow the fallback.
@@ -38,8 +47,12 @@ def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
         for name in stage:
             if damping > options.damping:
                 report.notes[name] = f"the Hessian was damped by {damping:g} instead of {options.damping:g}"
-            report.losses[name] = quantize_layer(unit.layers[name], moments, factors, options.act_order)
-            unit.layers[name].weight_quantizer.enabled = True
+            layer = unit.layers[name]
+            weight = layer.weight.detach().float().flatten(1).clone()
+            report.losses[name] = quantize_layer(layer, weight, moments, factors, options.act_order)
+            layer.weight_quantizer.enabled = True
+            if after_layer is not None:
+                after_layer(name, weight, layer.weight_quantizer.quantize(layer.weight).dequantize(), factors[0])
     fall_back_unreached(unit, options, report)
 
 
@@ -65,10 +78,11 @@ def factors_of(moments: Moments, options: Options) -> list[Factor]:
     return [factorize(hessian, options.damping, options.act_order, difference) for hessian, difference in pairs]
 
 
-def quantize_layer(layer: QuantLayer, moments: Moments, factors: list[Factor], act_order: bool) -> float:
-    """Quantize one layer; return its output error as a multiple of round-to-nearest's."""
+def quantize_layer(
+    layer: QuantLayer, weight: Tensor, moments: Moments, factors: list[Factor], act_order: bool
+) -> float:
+    """Quantize one layer of a weight (N, K) float32; return its output error as a multiple of round-to-nearest's."""
     spec = layer.weight_quantizer.spec
-    weight = layer.weight.detach().float().flatten(1).clone()
     if isinstance(layer.weight_quantizer, WeightCodebook):
         set_codes(layer, weight, factors)
         return relative_error(layer, weight, moments)

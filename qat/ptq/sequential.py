@@ -25,7 +25,7 @@ from ..quantizers import LearnedStepSize, Quantizer, WeightCodebook, WeightLSQ
 from ..ranks import several_ranks
 from ..spec import Init
 from . import awq, block_training, error_compensation, squeezellm
-from .error_compensation import fall_back
+from .error_compensation import AfterLayer, fall_back
 from .options import Options
 from .report import Report
 from .resume import Finished
@@ -52,7 +52,13 @@ def waiting_layers(model: nn.Module) -> Layers:
     return dict(found.values())
 
 
-def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, options: Options | None = None) -> Report:
+def initialise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    options: Options | None = None,
+    after_layer: AfterLayer | None = None,
+) -> Report:
     """Set the weights and step sizes of every layer that waits for data, in place; the model ends in the mode it had.
 
     Afterwards the codes of ``qat.quantized_tensors`` are the method's. Inputs are not quantized meanwhile, unless a
@@ -63,6 +69,8 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
         batches: what ``forward`` takes; all are kept.
         forward: (model, batch) -> output.
         options: see there.
+        after_layer: of GPTQ: see ``error_compensation.quantize_unit``. It sees every layer: ``options.folder`` must
+            then be None.
 
     Raises:
         CalibrationError: data that a layer cannot be quantized with; its message names the layer and the fix.
@@ -94,7 +102,10 @@ def initialise(model: nn.Module, batches: Iterable[Any], forward: Forward, optio
             for unit in units:
                 unit.tied = tied
                 if not finished.load(unit, report):
-                    METHODS[init](unit, options, report)
+                    if after_layer is None:
+                        METHODS[init](unit, options, report)
+                    else:
+                        error_compensation.quantize_unit(unit, options, report, after_layer)
                     broadcast(unit)
                     finished.save(unit, report)
                 for layer in unit.layers.values():

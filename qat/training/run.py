@@ -21,18 +21,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..adapters import save_adapter
-from ..artifact import save
 from ..checkpoint import TOKENIZER, load_state, read_checkpoint
 from ..errors import CheckpointError, TrainingError, did_you_mean
 from ..formats import format_of, read
-from ..freezing import freeze
-from ..layers import is_frozen, is_prepared
+from ..layers import is_prepared
 from ..models import architecture_of, build
 from ..ptq.units import repeated
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
 from ..table import stored_size
+from .adapter_run import make_adapter, ship_adapter
 from .checkpointing import LAST, save_checkpoint
 from .data_modules import check_module
 from .evaluation import evaluate
@@ -82,7 +80,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.gradient_checkpointing:
         checkpoint_gradients(model, config.gradient_checkpointing)
     if config.adapter:
-        model = make(config.adapter, model=model, policy=policy).train()  # a base that it froze is in eval mode
+        model = make_adapter(config, model, policy, data)
     task = make(
         config.task,
         model=model,
@@ -120,7 +118,7 @@ def train(config: DictConfig) -> dict[str, float]:
     overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
     rank_zero_only(write_result)(run_dir, overrides, metrics, size)
     if config.adapter:
-        _ship_adapter(run_dir, model, metrics)
+        ship_adapter(run_dir, model, metrics)
     else:
         own = _own_model(config.model, task.model)
         _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
@@ -256,23 +254,6 @@ def checkpoint_gradients(model: nn.Module, blocks: bool | int) -> None:
         )
     for block in found[blocks:]:
         block.gradient_checkpointing = False
-
-
-@rank_zero_only
-def _ship_adapter(run_dir: Path, model: nn.Module, metrics: dict[str, float]) -> None:
-    """Write what an adapter run deploys: its artifact, or the adapter alone where its base lies in a folder already."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    print(f"run folder  {run_dir}")
-    if is_prepared(model):
-        freeze(model)
-    if is_frozen(model) and getattr(base, "qat_source", None) is None:
-        beside = run_dir / TOKENIZER
-        save(model, run_dir / "artifact", beside if beside.is_dir() else None)
-        print(f"artifact    {run_dir / 'artifact'}")
-    else:
-        save_adapter(model, run_dir / "adapter")
-        print(f"adapter     {run_dir / 'adapter'}")
-    print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 def _own_model(node: DictConfig, model: nn.Module) -> str:
