@@ -53,6 +53,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
     xs, grads = ([torch.randn(shape, device=device).to(dtype) * size for _ in range(SETS)] for size in (0.02, 1e-3))
     outs = [torch.empty_like(x) for x in xs]
     group, tensor = QuantSpec(bits=4, group_size=128), QuantSpec(bits=4, granularity="tensor")
+    unsigned, positive = QuantSpec(bits=4, granularity="tensor", signed=False), [x.relu() for x in xs]
     steps = 0.008 * (0.5 + torch.rand(shape[0], shape[1] // 128, device=device))
     step = torch.full((1, 1), 0.008, device=device)
     kernels = arithmetic(xs[0], step)
@@ -75,6 +76,10 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
         "tensor backward in place, value again": (
             lambda i: kernels.requantize_(grads[i], xs[i], step, tensor, 0.1, (True, True), dtype),
             3 + taken_by_tensor,
+        ),
+        "tensor backward in place behind a ReLU, value again": (
+            lambda i: kernels.requantize_(grads[i], positive[i], step, unsigned, 0.1, (True, True), dtype),
+            4,
         ),
         "int8_token forward": (lambda i: rounding.rounded(xs[i], token), 2),
         "int8_token backward in place, value again": (

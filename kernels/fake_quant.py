@@ -100,7 +100,7 @@ def _backward_kernel(
     B,
     tiles,  # along B that one program walks
     factor,  # of the sums
-    IN_PLACE: tl.constexpr,  # grad_x is grad_y: only what is masked is written
+    SPARSE: tl.constexpr,  # grad_x is grad_y, and few are masked: only these are written
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
@@ -122,7 +122,7 @@ def _backward_kernel(
         inside = (ratio > LOW) & (ratio < HIGH)
         if grad_x_ptr is not None:
             grad_x = tl.where(inside, grad_y.to(tl.float32), 0.0)
-            written = valid & ~inside if IN_PLACE else valid
+            written = valid & ~inside if SPARSE else valid
             tl.store(grad_x_ptr + place, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=written)
         codes = round_half_even(clamp(ratio, LOW, HIGH))
         if y_ptr is not None:
@@ -206,7 +206,9 @@ def _backward(grad_y, x, step_size, spec, grad_scale, grad_x, y, step_wanted: bo
         sums = grad_step if programs == 1 else x.new_empty(scales, programs, dtype=torch.float32)
     factor = grad_scale if programs == 1 else 1.0
     arguments = grad_y, x, step_size.contiguous(), grad_x, y, sums, scales, block, tiles_each, factor
-    constants = grad_x is grad_y, *_bounds(spec), block_s, block_b
+    # Behind a ReLU half of all elements are 0, and masked: single elements take longer to write than all in a row.
+    sparse = grad_x is grad_y and spec.signed is not False
+    constants = sparse, *_bounds(spec), block_s, block_b
     launch(_backward_kernel, (rows, programs), arguments, constants, num_warps=WARPS)
     if step_wanted and programs > 1:
         size = next_power_of_2(programs)
