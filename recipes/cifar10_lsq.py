@@ -25,9 +25,9 @@ FULL_PRECISION = RUNS / "fp_0" / "last.ckpt"
 # and again for 2. At 2 bits that is left at the half, which was better (benchmarks/NOTES.md).
 SETTINGS = {
     8: ["optim.lr=0.05", "optim.weight_decay=5e-4", "trainer.max_epochs=90"],
-    4: ["optim.lr=0.05", "optim.weight_decay=5e-4", "trainer.max_epochs=90"],
-    3: ["optim.lr=0.1", "optim.weight_decay=2.5e-4", "trainer.max_epochs=150"],
-    2: ["optim.lr=0.1", "optim.weight_decay=2.5e-4", "trainer.max_epochs=300"],
+    4: ["optim.lr=0.1", "optim.weight_decay=5e-4", "trainer.max_epochs=150"],
+    3: ["optim.lr=0.1", "optim.weight_decay=2.5e-4", "trainer.max_epochs=200"],
+    2: ["optim.lr=0.2", "optim.weight_decay=2.5e-4", "trainer.max_epochs=600"],
 }
 ON_A_GPU = ["compile=true", "compile_mode=reduce-overhead", "trainer.precision=bf16-mixed"]
 

@@ -109,8 +109,15 @@ def test_lora_on_an_artifact_ships_the_adapter_alone(folder):
     assert not (folder / "runs/qlora/artifact").exists()
 
 
-def test_an_adapter_run_goes_on_to_the_bit(folder):
-    steps = ["experiment=qlora", "model.name=model", "callbacks.checkpoints.every_n_steps=1"]
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["experiment=qlora", "model.name=model"],
+        ["experiment=loftq", "adapter.start=cloq", "model.pretrained_model_name_or_path=model"],  # its base is made anew
+    ],
+)
+def test_an_adapter_run_goes_on_to_the_bit(folder, recipe):
+    steps = [*recipe, "callbacks.checkpoints.every_n_steps=1"]
     run(*steps, "name=parts", "trainer.max_steps=2", "trainer.max_epochs=-1", "task.schedule=constant", "task.warmup=0")
     run(*steps, "name=parts", "resume=auto", "trainer.max_epochs=3", "task.schedule=constant", "task.warmup=0")
     run(*steps, "name=constant", "task.schedule=constant", "task.warmup=0")
