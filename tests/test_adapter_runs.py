@@ -113,7 +113,7 @@ def test_lora_on_an_artifact_ships_the_adapter_alone(folder):
     "recipe",
     [
         ["experiment=qlora", "model.name=model"],
-        ["experiment=loftq", "adapter.start=cloq", "model.pretrained_model_name_or_path=model"],  # its base is made anew
+        ["experiment=loftq", "adapter.start=cloq", "model.pretrained_model_name_or_path=model"],  # the base anew
     ],
 )
 def test_an_adapter_run_goes_on_to_the_bit(folder, recipe):
