@@ -184,6 +184,9 @@ def test_mistakes_are_named(folder):
         run("experiment=joint_lora", "model.pretrained_model_name_or_path=model", "policy=none")
     with pytest.raises(TrainingError, match="GPT does not support it"):
         run("experiment=topics_fp", "gradient_checkpointing=true", common=[])
+    with pytest.raises(TrainingError, match=r"adapter.start=cloq reads calibration data: keep callbacks.calibration"):
+        loftq = ["experiment=loftq", "model.pretrained_model_name_or_path=model"]
+        run(*loftq, "adapter.start=cloq", "callbacks.calibration=null")
     for blocks in ("3", "0.5", "all"):
         with pytest.raises(TrainingError, match=f"gradient_checkpointing={blocks}: give true, false, or a number of b"):
             run("experiment=qlora", "model.name=model", f"gradient_checkpointing={blocks}")
