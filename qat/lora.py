@@ -103,10 +103,12 @@ def lora(
     for name, (a, b) in starts.items():
         layer = wrapped.get_base_model().get_submodule(name)
         if not hasattr(layer, "lora_A"):
+            if start is Start.cloq:  # whose codes stand alone
+                continue
             raise PolicyError(f"{name!r} is quantized and no target: start={start.value} takes part of its weight away")
-        with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(a)
-            layer.lora_B["default"].weight.copy_(b * (rank / alpha))
+        with torch.no_grad():  # a small layer's rank may be less than r: the rest starts at zero
+            layer.lora_A["default"].weight[: len(a)] = a
+            layer.lora_B["default"].weight[:, : len(a)] = b * (rank / alpha)
     return use_lora_product_(wrapped)
 
 

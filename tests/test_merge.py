@@ -225,6 +225,20 @@ def test_cloq_is_closer_on_its_data_than_loftq_and_gptq():
     assert error(cloq) < 0.9 * error(gptq) and error(cloq) < 0.9 * error(loftq)
 
 
+@pytest.mark.parametrize("start", ["loftq", "pissa", "cloq"])
+def test_an_adapter_of_more_rank_than_a_layer_makes_up_for_all_of_the_rounding(start):
+    policy, batches = qat.QuantPolicy.from_dict(NF4), [torch.randint(0, LLAMA["vocab_size"], (8, 64))]
+    model = lora(llama(), policy, rank=320, alpha=320.0, start=start, batches=batches).eval()
+    torch.testing.assert_close(logits(model), logits(llama()), rtol=1e-3, atol=1e-3)
+
+
+def test_cloq_leaves_layers_that_are_no_targets_to_their_codes():
+    policy, batches = qat.QuantPolicy.from_dict(NF4), [torch.randint(0, LLAMA["vocab_size"], (8, 64))]
+    model = lora(llama(), policy, targets=["q_proj"], start="cloq", batches=batches)
+    assert [name.rpartition(".")[2] for name, _ in wrapping_layers(model)] == ["q_proj"]
+    assert float(model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight.abs().max()) > 0
+
+
 def test_refusals(tmp_path):
     policy = qat.QuantPolicy.from_dict(POLICY)
     with pytest.raises(StateError, match="trains its own weights"):
