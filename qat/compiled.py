@@ -22,9 +22,10 @@ def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: flo
     return _forward(x, step_size, spec.bits, spec.signed is not False, spec.scale_dtype.value, grad_scale)
 
 
-def grid(bits: int, signed: bool, scale_dtype: str) -> QuantSpec:
+def grid(bits: int, signed: bool, scale_dtype: str, zero_point_dtype: str = "") -> QuantSpec:
     """Return a spec with what the arithmetic reads; the granularity is in the step size's shape."""
-    return QuantSpec(bits=bits, signed=signed, scale_dtype=scale_dtype)
+    real = {"symmetric": False, "zero_point_dtype": zero_point_dtype} if zero_point_dtype else {}
+    return QuantSpec(bits=bits, signed=signed, scale_dtype=scale_dtype, **real)
 
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())
@@ -130,7 +131,8 @@ def by_rule(
     rule: ModuleType, x: Tensor, step_size: Tensor, offset: Tensor | None, spec: QuantSpec, grad_scale: float
 ) -> Tensor:
     """Do what ``quantizers.rules.fake_quantize`` does, inside a compiled graph."""
-    how = spec.bits, spec.signed is not False, spec.scale_dtype.value, grad_scale
+    real = "" if spec.zero_point_dtype is None else spec.zero_point_dtype.value
+    how = spec.bits, spec.signed is not False, spec.scale_dtype.value, real, grad_scale
     return _by_rule(x, step_size, offset, rule.__name__, *how)
 
 
@@ -143,9 +145,10 @@ def _by_rule(
     bits: int,
     signed: bool,
     scale_dtype: str,
+    zero_point_dtype: str,
     grad_scale: float,
 ) -> Tensor:
-    y = _RULES[rule].fake_quantized(x, step_size, offset, grid(bits, signed, scale_dtype))
+    y = _RULES[rule].fake_quantized(x, step_size, offset, grid(bits, signed, scale_dtype, zero_point_dtype))
     layout = _layout(x, step_size)
     return y if y.stride() == layout.stride() else layout.copy_(y)
 
@@ -160,9 +163,10 @@ def _by_rule_backward(
     bits: int,
     signed: bool,
     scale_dtype: str,
+    zero_point_dtype: str,
     grad_scale: float,
 ) -> list[Tensor]:
-    spec = grid(bits, signed, scale_dtype)
+    spec = grid(bits, signed, scale_dtype, zero_point_dtype)
     grad_x, *others = _RULES[rule].gradients(grad_output, x, step_size, offset, spec, grad_scale)
     layout = _layout(x, step_size)
     grad_x = grad_x if grad_x.stride() == layout.stride() else layout.copy_(grad_x)
@@ -188,7 +192,7 @@ def _keep_by_rule(ctx, inputs, output) -> None:
 
 def _by_rule_gradients(ctx, grad_output: Tensor):
     grads = _by_rule_backward(grad_output, *ctx.saved_tensors, ctx.rule, *ctx.how)
-    return *grads, *(None for _ in range(8 - len(grads)))
+    return *grads, *(None for _ in range(9 - len(grads)))
 
 
 _by_rule.register_autograd(_by_rule_gradients, setup_context=_keep_by_rule)

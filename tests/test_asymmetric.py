@@ -106,10 +106,12 @@ def test_trained_frozen_saved_and_exported_it_is_the_same(tmp_path):
     assert torch.equal(to_model(from_model(frozen), net())(x), trained)
 
 
+@pytest.mark.parametrize("real", [None, "float16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_is_the_same_to_the_bit(dtype):
+def test_compiled_is_the_same_to_the_bit(dtype, real):
     torch.manual_seed(0)
-    layer = qat.prepare(nn.Sequential(nn.Linear(32, 6)), qat.QuantPolicy(SPEC), verbose=False).to(dtype)
+    policy = qat.QuantPolicy({**SPEC, "zero_point_dtype": real})
+    layer = qat.prepare(nn.Sequential(nn.Linear(32, 6)), policy, verbose=False).to(dtype)
     x, seen = torch.randn(4, 32, dtype=dtype), []
     for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         layer.zero_grad()
