@@ -226,6 +226,23 @@ def test_a_minmax_input_follows_the_average_range_in_training_only(check):
     check(minmax)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_layer_that_runs_twice_before_its_backward_has_each_time_s_gradient(symmetric):
+    """As one that stands twice in a model does, or one that sees both inputs of a comparison."""
+    torch.manual_seed(0)
+    inputs = {"bits": 4, "granularity": "tensor", "symmetric": symmetric}
+    net = nn.Sequential(nn.Linear(8, 4))
+    qat.prepare(net, qat.QuantPolicy(activation=inputs, activation_quantizer="minmax"), verbose=False)
+    first, second = torch.randn(5, 8, requires_grad=True), (2 * torch.randn(5, 8)).requires_grad_()
+    qat.calibrate(net, [first])
+    total, rounded = 0, 0
+    for x in (first, second):
+        total = total + net.train()(x).sum()
+        rounded = rounded + copy.deepcopy(net[0].activation_quantizer).eval()(x).sum(0)
+    total.backward()
+    torch.testing.assert_close(net[0].weight.grad, rounded.detach().expand(4, 8), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", GRIDS, ids=str)
 def test_training_frozen_and_loaded_agree_to_the_bit(kind, bits, tmp_path):

@@ -13,9 +13,10 @@ from .. import numerics
 from ..numerics import QuantizedTensor, quantize_tensor, stored_scale
 from ..ranks import max_over_ranks_
 from ..spec import Init, QuantSpec
-from . import asymmetric
+from . import asymmetric, lsq_plus, rules
 from .lsq import ActivationLSQ, minmax_step_size, weight_step_size
 from .lsq_plus import ActivationLSQPlus, step_of
+from .rounding import Rounding
 
 MOMENTUM = 0.01  # of the running average, as in PyTorch's own observer
 
@@ -88,7 +89,7 @@ class _Follows:
 
     On several ranks the range is that of all their batches, so every rank has to reach the layer, as with
     SyncBatchNorm. Activation checkpointing, which runs a layer twice, moves it twice. What follows is a buffer, so that
-    no optimizer holds it and nothing shards it.
+    no optimizer holds it and nothing shards it; a forward rounds with a copy, which its backward finds as it was.
     """
 
     def __init__(self, spec: QuantSpec, device: torch.device, name: str) -> None:
@@ -108,6 +109,10 @@ class _Follows:
 class ActivationMinMax(_Follows, ActivationLSQ):
     """Fake-quantizes an activation per tensor on a symmetric or unsigned grid; its step size follows the range."""
 
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
+        return None if self.passes(x) else Rounding(self.spec, self.step_size.clone())
+
     @torch.no_grad()
     def follow(self, low: Tensor, high: Tensor) -> None:
         """Move the step size towards that of a range."""
@@ -117,6 +122,12 @@ class ActivationMinMax(_Follows, ActivationLSQ):
 
 class ActivationRange(_Follows, ActivationLSQPlus):
     """Fake-quantizes an activation per tensor; step size and zero point follow the range."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        if self.passes(x):
+            return x
+        return rules.fake_quantize(lsq_plus, x, self.step_size.clone(), self.offset.clone(), self.spec, 1.0)
 
     @torch.no_grad()
     def follow(self, low: Tensor, high: Tensor) -> None:
