@@ -24,6 +24,7 @@ from qat.kernels.int4_layout import SIZES, TENSORS, Int4Weight
 
 from .layers import PackedWeight
 from .layers.linear import FrozenLinear, compute_dtype
+from .layers.product import in_a_graph, without_autocast
 
 
 def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -36,7 +37,7 @@ def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: 
         scaling: alpha / r.
     """
     x = x.to(compute_dtype(x))
-    if not torch.compiler.is_compiling():
+    if not in_a_graph():
         return _LoraProduct.apply(x, a, b, layer, scaling)
     a, b = a.to(x.dtype), b.to(x.dtype)
     if x.dtype in layer.packed_weight.gpu_operands and layer.fused is None:
@@ -74,7 +75,7 @@ def _backward(
 class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: FrozenLinear, scaling: float) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, low = _forward(x, a.to(x.dtype), b.to(x.dtype), scaling, layer)
         ctx.save_for_backward(x, low, a, b)
         ctx.weight, ctx.scaling = layer.packed_weight, scaling
@@ -86,7 +87,7 @@ class _LoraProduct(torch.autograd.Function):
         x, low, a, b = ctx.saved_tensors
         packed: PackedWeight = ctx.weight
         weight = (lambda: packed.dequantize(grad.dtype)) if ctx.needs_input_grad[0] else None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             grads = _backward(grad, x, low, a.to(grad.dtype), b.to(grad.dtype), ctx.scaling, weight)
         return grads[0], grads[1].to(a.dtype), grads[2].to(b.dtype), None, None
 
@@ -107,7 +108,7 @@ def _linear(x, a, b, bias, *rest):
 
     *parts, scaling = rest
     weight = Int4Weight.of(*parts)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _forward(x, a, b, scaling, lambda x: int4_linear(x, weight, bias))
 
 
@@ -120,7 +121,7 @@ def _linear_backward(grad, x, low, a, b, *rest):
 
         return int4_dequantize(Int4Weight.of(*parts), grad.dtype)
 
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad):
         grads = _backward(grad, x, low, a, b, scaling, weight if of_x else None)
     return [made for made in grads if made is not None]
 

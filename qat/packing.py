@@ -42,8 +42,9 @@ def unpack(packed: Tensor, bits: int, columns: int, lowest: int | None = None) -
     else:
         parts = [(packed >> (bits * position)) & (2**bits - 1) for position in range(8 // bits)]
         unsigned = torch.stack(parts, -1).flatten(1)
-    # In uint8 the subtraction wraps and the bit pattern is the int8 answer.
-    return (unsigned[:, :columns] - _offset(bits, lowest)).view(torch.int8).contiguous()
+    # In uint8 the subtraction wraps and the bit pattern is the int8 answer. A trace has no such view.
+    codes = unsigned[:, :columns] - _offset(bits, lowest)
+    return (codes.to(torch.int8) if torch.jit.is_tracing() else codes.view(torch.int8)).contiguous()
 
 
 def _offset(bits: int, lowest: int | None) -> int:

@@ -21,6 +21,7 @@ from ..quantizers import WeightLSQ
 from ..quantizers.rounding import Rounding
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen
+from .product import without_autocast
 
 if TYPE_CHECKING:
     from qat.kernels.joint_weight import LowRankSum
@@ -90,7 +91,7 @@ class _JointProduct(torch.autograd.Function):
 
         ctx.save_for_backward(x, a, b, step_size)
         ctx.layer, ctx.grad_scale = layer, 1.0 if rounding is None else rounding.grad_scale
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight = joint_weight(layer._sum(a, b), step_size, layer.weight_quantizer.spec, x.dtype)
             return F.linear(x, weight, bias)
 

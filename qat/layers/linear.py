@@ -13,7 +13,7 @@ from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight,
 from ..quantizers.rounding import Rounding
 from . import cpu_int4, int8_product
 from .packed import Frozen, PackedWeight
-from .product import product
+from .product import autocast_dtype, in_a_graph, product, without_autocast
 
 if TYPE_CHECKING:
     from ..fusion import FusedProjections
@@ -68,7 +68,7 @@ class FrozenLinear(Frozen, nn.Linear):
             if fused is not None:
                 return fused(self, x)
             return packed.int4_linear(x, operands, bias)
-        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and x.requires_grad and not in_a_graph():
             return _FrozenProduct.apply(x, bias, packed)
         return F.linear(x, packed.dequantize(x.dtype), bias)
 
@@ -86,7 +86,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.linear(x, weight.dequantize(x.dtype), bias)
 
     @staticmethod
@@ -121,7 +121,5 @@ def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of x, or autocast's where that is on."""
-    device_type = "cuda" if x.is_cuda else x.device.type  # which makes a string at each call
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    dtype = autocast_dtype(x)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype

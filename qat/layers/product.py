@@ -9,7 +9,7 @@ The result, and every gradient, is that of the composition: same operators in be
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -55,9 +55,9 @@ def product(
     """
     if x_rounding is None and weight_rounding is None:
         return multiply(x, weight, bias, convolution)
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, dtype):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype, autocast = weight.dtype, autocast_dtype(x)
+    if autocast is not None and torch.float64 not in (x.dtype, dtype):
+        dtype = autocast
         x = x if x_rounding is not None else x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     elif x.dtype != dtype:
@@ -81,6 +81,24 @@ def product(
     return _Product.apply(x, weight, bias, *steps, x_rounding, weight_rounding, convolution, dtype)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return autocast's dtype where x lies; None where it is off, and on the meta device, which has none."""
+    if x.is_meta:
+        return None
+    device_type = "cuda" if x.is_cuda else x.device.type  # which makes a string at each call
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast is off where x lies; entering torch's costs more than asking."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
+def in_a_graph() -> bool:
+    """Return whether what runs now is compiled, exported or traced: such graphs hold operators, no Python functions."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
     """Return the plain linear map or convolution."""
     if convolution is None:
@@ -98,8 +116,7 @@ def value(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the product in ``dtype``, without gradients."""
-    autocast = torch.is_autocast_enabled(x.device.type)  # entering a context costs more than asking
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(x):
         return multiply(_rounded(x, x_rounding, dtype), _rounded(weight, weight_rounding, dtype), bias, convolution)
 
 

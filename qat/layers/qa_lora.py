@@ -22,6 +22,7 @@ from ..quantizers import FixedDtype
 from ..spec import ScaleDtype
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen, PackedWeight
+from .product import without_autocast
 
 
 class ZeroPointLora(FixedDtype):
@@ -88,7 +89,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, bias, a, b, quantizer: ZeroPointLora) -> Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.quantizer = quantizer
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.linear(x, quantizer.quantize().dequantize(x.dtype), bias)
 
     @staticmethod

@@ -67,7 +67,7 @@ def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
         from .. import compiled  # keeps Inductor's own rounding out
 
         return compiled.round_dynamic(x, kind)
-    return _RoundDynamic.apply(x, kind)
+    return rounded(x, kind) if torch.jit.is_tracing() else _RoundDynamic.apply(x, kind)
 
 
 def arithmetic(x: Tensor) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numerics import dequantize, fake_quantize, quantize, scale_dtype
+from ..numerics import dequantize, fake_quantize, fake_quantized, quantize, scale_dtype
 from ..spec import QuantSpec
 from .fixed_dtype import FixedDtype
 
@@ -29,6 +29,7 @@ class FrozenActivation(FixedDtype):
     def forward(self, x: Tensor) -> Tensor:
         """Return dequantize(quantize(x)) in the dtype of x."""
         if self.zero_point is None:
-            return fake_quantize(x, self.scale, self.spec)
+            # A trace holds operators; fake_quantize is a Python function for the sake of its gradient.
+            return (fake_quantized if torch.jit.is_tracing() else fake_quantize)(x, self.scale, self.spec)
         codes = quantize(x, self.scale, self.spec, self.zero_point)
         return dequantize(codes, self.scale, x.dtype, self.zero_point)

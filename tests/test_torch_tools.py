@@ -1,0 +1,79 @@
+"""Prepared and frozen models under torch's own tools: traces, exports, copies, the meta device, averages."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+
+POLICIES = {
+    "weights": {"weight": {"bits": 4}},
+    "groups of zero points": {"weight": {"bits": 4, "group_size": 8, "symmetric": False}},
+    "3 bits and inputs": {"weight": {"bits": 3}, "activation": {"bits": 8}},
+    "LSQ+": {"weight": {"bits": 8}, "activation": {"bits": 4, "symmetric": False}},
+    "int8_token": {"weight": {"bits": 4}, "activation": "int8_token"},
+    "NF4": {"weight": {"codebook": "nf4_double", "group_size": 8}},
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        return self.head(torch.relu(self.attention(x, x, x)[0]))
+
+
+def tokens(batch=4):
+    return torch.randint(0, 11, (batch, 5), generator=torch.Generator().manual_seed(batch))
+
+
+def prepared(policy):
+    torch.manual_seed(0)
+    embedding = {"match": "Embedding", "weight": {"bits": 8, "codebook": None, "symmetric": True}}
+    model = qat.prepare(Net(), {**POLICIES[policy], "rules": [embedding]}, verbose=False)
+    qat.calibrate(model, [tokens(16)])
+    return model.eval()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_of_a_frozen_model_has_its_bits_for_other_batches_and_after_a_file(policy, grad):
+    model, file = qat.freeze(prepared(policy)), io.BytesIO()
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.jit.save(torch.jit.trace(model, tokens()), file)
+    loaded = torch.jit.load(io.BytesIO(file.getvalue()))
+    for batch in (4, 3):
+        assert torch.equal(loaded(tokens(batch)), model(tokens(batch)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_meta_device_gives_shapes_and_the_model_comes_back_from_its_state(policy, frozen):
+    model = qat.freeze(prepared(policy)) if frozen else prepared(policy)
+    empty = copy.deepcopy(model).to("meta")
+    assert empty(tokens().to("meta")).shape == (4, 5, 6)
+    back = empty.to_empty(device="cpu")
+    back.load_state_dict(model.state_dict())
+    assert torch.equal(back(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_copies_pickles_and_exports_have_the_same_bits(policy, frozen):
+    model = qat.freeze(prepared(policy)) if frozen else prepared(policy)
+    expected = model(tokens())
+    with torch.no_grad():
+        exported = torch.export.export(copy.deepcopy(model), (tokens(),)).module()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), exported):
+        assert torch.equal(other(tokens()), expected)
