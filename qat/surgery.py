@@ -135,7 +135,7 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     adapters = own_modules(model)
     counted = set(FAKE_QUANT) - ON_REQUEST  # as the first or the last layer
     described = [
-        (name, type(layer).__name__, plain_type(layer) in counted and id(layer) not in adapters)
+        (name, type(layer).__name__, plain_type(layer) in counted and id(layer) not in adapters and _holds_any(layer))
         for name, layer in layers
     ]
     winners = match_rules(policy.rules, described)
@@ -144,6 +144,8 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
         weight, activation = policy.specs_of(rule)
         if id(layer) in adapters:
             decisions.append(Decision(name, layer, None, None, "adapter stays in full precision"))
+        elif not _holds_any(layer):
+            decisions.append(Decision(name, layer, None, None, "its weight is empty"))
         elif type(layer) is nn.Embedding:
             decisions.append(_decide_embedding(name, layer, weight, rule))
         elif type(layer) is nn.Conv1d and not _asks(rule):
@@ -162,6 +164,11 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
         else:
             decisions.append(Decision(name, layer, None, None, f"{type(layer).__name__} stays in full precision"))
     return decisions
+
+
+def _holds_any(layer: nn.Module) -> bool:
+    """Return whether a layer's weight has elements: ``nn.Linear(0, n)`` and ``nn.Linear(n, 0)`` have none."""
+    return layer.weight.numel() > 0
 
 
 def _asks(rule: dict[str, Any] | None) -> bool:

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from small_networks import POLICY, W4, Net, Tied, bits_of, prepare
+from small_networks import POLICY, W4, Net, Tied, bits_of, prepare, row_of
 from torch import nn
 
 import qat.surgery
@@ -274,3 +274,24 @@ def test_a_model_without_a_layer_that_can_be_quantized():
     ):
         qat.prepare(model, {"weight": {"bits": 4}})
     qat.prepare(model, qat.QuantPolicy(), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("sizes", [(0, 8), (8, 0)], ids=str)
+@pytest.mark.parametrize("spec", [{}, {"group_size": 8}, {"symmetric": False}, {"granularity": "tensor"}], ids=str)
+def test_a_layer_without_a_single_weight_is_left_alone_and_said_to_be(sizes, spec, capsys, tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"full": nn.Linear(8, 8), "empty": nn.Linear(*sizes)})
+
+    rules = [{"match": "@last", "weight": {"bits": 8}}]  # the last that can be quantized
+    model = qat.prepare(net(), QuantPolicy(weight=spec, activation={"bits": 8}, rules=rules))
+    assert row_of(capsys.readouterr().out, "empty")[-1] == "its weight is empty"
+    assert model["full"].weight_quantizer.spec.bits == 8
+    x, nothing = torch.randn(4, 8), torch.randn(4, sizes[0])
+    qat.calibrate(model, [x], forward=lambda model, x: model["full"](x))
+    expected = model["full"](x)
+    qat.save(qat.freeze(model), tmp_path / "out")
+    loaded = qat.load(tmp_path / "out", model=net())
+    assert torch.equal(loaded["full"](x), expected)
+    assert torch.equal(loaded["empty"](nothing), net()["empty"](nothing))
