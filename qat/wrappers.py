@@ -6,19 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from .errors import LayerError, StateError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DataParallel, DistributedDataParallel and torch.compile: its layers' names are its own.
+    """Return the model inside what torch puts around one: its layers' names are its own.
+
+    That is DataParallel, DistributedDataParallel, the AveragedModel of torch.optim.swa_utils, and torch.compile.
 
     Raises:
         StateError: it is no module.
     """
     require_module(model)
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif "_orig_mod" in model._modules:  # torch.compile's; its class is in a part of torch that is slow to import
             model = model._orig_mod

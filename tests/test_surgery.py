@@ -211,9 +211,9 @@ def test_meta_device_then_to_empty():
     with torch.device("meta"):
         model = Net()
     prepare(model, WITH_INPUTS).to_empty(device="cpu")
-    for name, buffer in model.named_buffers():
-        if name.endswith("initialised"):
-            buffer.fill_(True)  # as what to_empty finds in memory can be
+    for module in model.modules():
+        if "initialised" in module._buffers:
+            module.initialised = torch.tensor(True)  # as what to_empty finds in memory can be
     model.load_state_dict(Net().state_dict(), strict=False)
     with pytest.raises(StateError, match="never initialised"):
         model(torch.zeros(1, 3, 4, 4))

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import qat
 
@@ -77,3 +78,24 @@ def test_copies_pickles_and_exports_have_the_same_bits(policy, frozen):
         exported = torch.export.export(copy.deepcopy(model), (tokens(),)).module()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), exported):
         assert torch.equal(other(tokens()), expected)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_an_average_made_before_calibration_takes_part_in_it(signed, tmp_path):
+    """It copies buffers in place, those that say that step sizes are set and on which grid among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    qat.prepare(model, {"weight": {"bits": 4}, "activation": {"bits": 4}}, verbose=False)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    x = torch.randn(4, 16) if signed else torch.rand(4, 16)
+    qat.calibrate(model, [x])
+    for _ in range(2):
+        with torch.no_grad():
+            model[0].activation_quantizer.step_size.mul_(2)
+        average.update_parameters(model)
+    steps = [part[0].activation_quantizer.step_size.item() for part in (average.module, model)]
+    assert steps[0] == pytest.approx(0.75 * steps[1])
+    expected = average.eval()(x)
+    assert average.module[0].activation_quantizer.spec.signed is signed
+    qat.save(qat.freeze(average), tmp_path / "out")
+    assert torch.equal(qat.load(tmp_path / "out", model=nn.Sequential(nn.Linear(16, 8)))(x), expected)

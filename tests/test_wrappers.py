@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import qat
 from qat.errors import LayerError, StateError
@@ -10,6 +11,7 @@ from qat.errors import LayerError, StateError
 W4 = {"weight": {"bits": 4}}
 WRAPPERS = {
     "DataParallel": nn.DataParallel,
+    "average": AveragedModel,
     "compile": lambda model: torch.compile(model, backend="eager"),
     "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
 }

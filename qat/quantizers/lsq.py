@@ -93,8 +93,14 @@ class LearnedStepSize(FixedDtype):
 
     @property
     def is_initialised(self) -> bool:
-        """Whether a step size was ever set or loaded."""
+        """Whether a step size was ever set or loaded, or copied into the tensors here, as averages of a model do."""
+        # An unwritten buffer is not asked: to_empty may have left anything in it.
+        if not self._ready and not self.initialised.is_inference() and self.initialised._version:
+            self._read_buffers()
         return self._ready
+
+    def _read_buffers(self) -> None:
+        self._ready = self.initialised.device.type != "meta" and bool(self.initialised)
 
     def scale(self) -> Tensor:
         """Return the stored scale: (rows, groups) in ``spec.scale_dtype``."""
@@ -103,15 +109,15 @@ class LearnedStepSize(FixedDtype):
 
     def require_initialised(self) -> None:
         """Raise StateError if no step size was ever set."""
-        if not self._ready:
+        if not (self._ready or self.is_initialised):
             raise StateError(f"the step size of {self.name!r} was never initialised: {self.fix}")
         if self.step_size.dtype not in (torch.float32, torch.float64):
             raise StateError(CAST.format(what="step size", name=self.name, dtype=self.step_size.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + "initialised" in state_dict:  # else to_empty may have left anything in the buffer
-            self._ready = self.initialised.device.type != "meta" and bool(self.initialised)
+        if prefix + "initialised" in state_dict:
+            self._read_buffers()
 
 
 class WeightLSQ(LearnedStepSize):
@@ -237,8 +243,8 @@ class LearnedActivation(LearnedStepSize):
         self.signed.fill_(signed)
         self.spec = replace(self.spec, signed=signed)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _read_buffers(self) -> None:
+        super()._read_buffers()
         if self._ready:
             self._set_signed(bool(self.signed))
 
