@@ -14,6 +14,7 @@ from .policy import QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
 from .spec import QuantSpec
 from .surgery import decide, prepare
+from .wrappers import MAKE_PARAMETERS, computed_weights
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -24,7 +25,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Raises:
         StateError: the model is not prepared, a step size was never initialised, or an adapter is merged.
-        LayerError: a weight or scale holds NaN or infinity.
+        LayerError: a weight or scale holds NaN or infinity, or a weight is computed at each forward, as by pruning.
     """
     layers = list(quant_layers(model))
     if not layers and is_frozen(model):
@@ -32,6 +33,9 @@ def freeze(model: nn.Module) -> nn.Module:
     if not layers:
         raise StateError("nothing to freeze: call qat.prepare(model, policy) and train first")
     adapters.require_unmerged(model)
+    quantized = {name for name, _ in layers}
+    if names := ", ".join(name for name in computed_weights(model) if name in quantized):
+        raise LayerError(f"weights computed at each forward cannot be frozen ({names}): {MAKE_PARAMETERS}")
     for _, layer in layers:
         for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
             if isinstance(quantizer, LearnedStepSize | WeightCodebook):

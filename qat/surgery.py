@@ -38,7 +38,7 @@ from .quantizers import (
 from .quantizers.dynamic import BLOCK
 from .spec import ActivationQuantizer, Codebook, Dynamic, Init, QuantSpec, WeightQuantizer
 from .table import holds_matrix, table
-from .wrappers import call_every_layer_, require_materialised, unwrapped
+from .wrappers import MAKE_PARAMETERS, call_every_layer_, computed_weights, require_materialised, unwrapped
 
 # Left alone unless a rule says otherwise: a table of vectors, and what models with state spaces hold and do not call.
 ON_REQUEST = {nn.Embedding, nn.Conv1d}
@@ -138,7 +138,10 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
         (name, type(layer).__name__, plain_type(layer) in counted and id(layer) not in adapters and _holds_any(layer))
         for name, layer in layers
     ]
-    winners = match_rules(policy.rules, described)
+    try:
+        winners = match_rules(policy.rules, described)
+    except PolicyError as error:
+        raise PolicyError(f"{error}{_of_computed(model)}") from None
     decisions = []
     for (name, layer), rule in zip(layers, winners, strict=True):
         weight, activation = policy.specs_of(rule)
@@ -206,7 +209,13 @@ def _require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision
     raise LayerError(
         f"{type(unwrapped(model)).__name__} has no layer that can be quantized ({_names(default)}; with a rule that "
         f"matches them {_names(ON_REQUEST)}); its layers with weights are {', '.join(kinds) or 'none'}"
+        + _of_computed(model)
     )
+
+
+def _of_computed(model: nn.Module) -> str:
+    names = ", ".join(computed_weights(model))
+    return f"; weights computed at each forward are not seen ({names}): {MAKE_PARAMETERS}" if names else ""
 
 
 def _names(kinds: Iterable[type[nn.Module]]) -> str:

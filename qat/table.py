@@ -14,7 +14,7 @@ from .numerics import parameter_bits
 from .policy import Decision
 from .quantizers import LearnedActivation, LearnedStepSize, Quantizer
 from .spec import Dynamic
-from .wrappers import unwrapped
+from .wrappers import MAKE_PARAMETERS, computed_weights, unwrapped
 
 
 def summary(model: nn.Module) -> str:
@@ -95,6 +95,11 @@ def table(model: nn.Module, decisions: list[Decision]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized = sum(decision.weight is not None for decision in decisions)
     mean = total_bits / total_weights if total_weights else 0.0
+    if computed := computed_weights(model):
+        lines.append(
+            f"weights computed at each forward stay in full precision ({', '.join(computed)}): to quantize them, "
+            + MAKE_PARAMETERS
+        )
     lines += _cost(model) + _integer_products(model)
     lines.append(
         f"{quantized} of {len(decisions)} layers have quantized weights; {mean:.2f} bits per weight over all "

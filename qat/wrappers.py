@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .errors import LayerError, StateError
@@ -46,6 +46,24 @@ def require_materialised(model: nn.Module) -> None:
     names = [name for name, module in model.named_modules() if _is_lazy(module)]
     if names:
         raise LayerError(f"lazy layers have no weights yet ({', '.join(names)}): run one batch through the model first")
+
+
+MAKE_PARAMETERS = (
+    "make parameters of them with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), with "
+    "torch.nn.utils.remove_weight_norm(layer) or with torch.nn.utils.prune.remove(layer, 'weight'), whichever made them"
+)
+
+
+def computed_weights(model: nn.Module) -> list[str]:
+    """Return the layers whose weight is no parameter: parametrized ones, and those that a hook sets before a forward.
+
+    Such hooks are those of weight_norm and spectral_norm of old, and of pruning.
+    """
+    return [
+        name
+        for name, layer in unwrapped(model).named_modules()
+        if "weight" in layer._modules.get("parametrizations", ()) or isinstance(layer.__dict__.get("weight"), Tensor)
+    ]
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 import qat
-from qat.errors import LayerError, StateError
+from qat.errors import LayerError, PolicyError, StateError
 
 W4 = {"weight": {"bits": 4}}
 WRAPPERS = {
@@ -67,6 +69,41 @@ def test_a_transformer_encoder_is_calibrated():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = qat.prepare(model, qat.QuantPolicy(activation={"bits": 8}), verbose=False)
     qat.freeze(qat.calibrate(model, [torch.randn(3, 5, 16)]))
+
+
+COMPUTED = {
+    "parametrized": (nn.utils.parametrizations.weight_norm, lambda layer: remove_parametrizations(layer, "weight")),
+    "weight_norm of old": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), lambda layer: prune.remove(layer, "weight")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_at_each_forward_is_named_with_what_undoes_it(kind, capsys):
+    compute, undo = COMPUTED[kind]
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(3, 8)
+    compute(model[0])
+    with pytest.raises(PolicyError, match=r"match='0' matched no layer .*computed at each forward .*\(0\): make param"):
+        qat.prepare(model, {**W4, "rules": [{"match": "0", "weight": {"bits": 8}}]})
+    with pytest.raises(
+        LayerError, match=r"no layer that can be quantized .*computed at each forward .*\(0\): make param"
+    ):
+        qat.prepare(model[:1], W4)
+    qat.prepare(model, W4)
+    assert "weights computed at each forward stay in full precision (0): " in capsys.readouterr().out
+    expected = model.eval()(x)
+    assert torch.equal(qat.freeze(model)(x), expected)
+
+    model = qat.prepare(mlp(), W4, verbose=False)
+    compute(model[0])
+    model(x)
+    with pytest.raises(LayerError, match=r"computed at each forward cannot be frozen \(0\): make parameters"):
+        qat.freeze(model)
+    undo(model[0])
+    expected = model.eval()(x)
+    assert torch.equal(qat.freeze(model)(x), expected)
 
 
 def test_lazy_layers_are_named():
