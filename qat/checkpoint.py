@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
+    if damage := damage_of(path):
+        raise CheckpointError(f"{path} cannot be read: it is no checkpoint, or damaged: {damage}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -116,6 +121,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds a policy that this version does not know: {error}") from None
     state = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items() if key.startswith(PREFIX)}
     return Checkpoint(about["architecture"], policy, state, about["example"], str(path))
+
+
+def damage_of(path: str | Path) -> str | None:
+    """Return what is wrong with a file of ``torch.save``: torch.load leaves the checksums of its entries unread."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entry = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, struct.error) as error:
+        return str(error) or type(error).__name__
+    return None if entry is None else f"the checksum of its entry {entry} does not match"
 
 
 def load_state(

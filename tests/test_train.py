@@ -1,6 +1,7 @@
 """The command line from full precision to a measured 4-bit model."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import qat
 from qat import convert as convert_command
 from qat import evaluate as evaluate_command
 from qat.checkpoint import read_checkpoint
+from qat.errors import CheckpointError
 from qat.quantizers import LearnedStepSize
 from qat.training.evaluation import evaluate
 from qat.training.image_data import ImageData
@@ -69,6 +71,27 @@ def test_a_damaged_checkpoint_of_the_run_is_named(train, fails, tmp_path):
     assert f"resume={last} is damaged, or no checkpoint; resume=PATH takes another" in fails(
         f"{SHORT} name=a resume=auto"
     )
+
+
+@pytest.mark.parametrize("where", ["tensor", "index", "pickle"])
+def test_a_checkpoint_with_another_bit_is_refused_wherever_it_is_read(where, train, fails, tmp_path):
+    """torch.load looks at no checksum: a changed weight was trained on in silence."""
+    train(f"{SHORT} trainer.max_steps=1 name=a")
+    last = tmp_path / "runs" / "a" / "last.ckpt"
+    with zipfile.ZipFile(last) as file:
+        entries = {entry.filename: entry for entry in file.infolist()}
+        largest = max(entries.values(), key=lambda entry: entry.file_size)
+        pickled = next(entry for name, entry in entries.items() if name.endswith("data.pkl"))
+        at = {"tensor": largest.header_offset, "pickle": pickled.header_offset, "index": file.start_dir - 182}
+    content = bytearray(last.read_bytes())
+    content[at[where] + 200] ^= 4
+    last.write_bytes(content)
+    assert f"resume={last} is damaged, or no checkpoint; " in fails(f"{SHORT} name=a resume=auto")
+    for use in (f"init_from={last}", f"teacher={last}"):
+        assert f"{last} cannot be read: it is no checkpoint, or damaged: " in fails(f"{SHORT} name=b {use}")
+    assert not (tmp_path / "runs" / "b" / "last.ckpt").exists()
+    with pytest.raises(CheckpointError, match="cannot be read: it is no checkpoint, or damaged: "):
+        read_checkpoint(last)  # as python -m qat.convert and qat.evaluate do
 
 
 def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fails, tmp_path):

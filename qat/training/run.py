@@ -6,7 +6,6 @@ import logging
 import signal
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..checkpoint import TOKENIZER, load_state, read_checkpoint
+from ..checkpoint import TOKENIZER, damage_of, load_state, read_checkpoint
 from ..errors import CheckpointError, TrainingError, did_you_mean
 from ..formats import format_of, read
 from ..layers import is_prepared
@@ -194,9 +193,9 @@ def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
     path = last if own else Path(resume)
     if not path.is_file():
         raise CheckpointError(f"resume={resume}: there is no checkpoint at that path; resume=auto finds the run's own")
-    if not zipfile.is_zipfile(path):  # as torch.save writes it, its index last
+    if damage := damage_of(path):
         other = "resume=PATH takes another, name=OTHER starts anew" if own else "resume=auto finds the run's own"
-        raise CheckpointError(f"resume={path if own else resume} is damaged, or no checkpoint; {other}")
+        raise CheckpointError(f"resume={path if own else resume} is damaged, or no checkpoint; {other} ({damage})")
     return path
 
 
