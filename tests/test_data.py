@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+import zlib
 
 import pytest
 import torch
@@ -183,11 +184,28 @@ def test_pixels_are_colours_and_no_places_in_a_palette(tmp_path, mode):
     assert pixels.tolist() == ([[255, 0], [0, 0], [0, 255]] if mode in ("RGB", "P") else [[255, 0]])
 
 
+def headed(width: int, length: int) -> dict:
+    """A PNG's signature and header, which claims to be so wide and takes so many bytes."""
+    head = b"IHDR" + (width.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0]))[:length]
+    data = (
+        b"\x89PNG\r\n\x1a\n" + length.to_bytes(4, "big") + head + zlib.crc32(head).to_bytes(4, "big") + b"\0\0\0\1IDAT"
+    )
+    return {"bytes": data, "path": None}
+
+
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
         ({"image": [encoded("I;16")], "label": [0]}, "has pixels of the kind I;16: give 8 bits, grey or RGB"),
         ({"image": [encoded("CMYK", "jpeg")], "label": [0]}, "has pixels of the kind CMYK"),
+        (
+            {"image": [png(1), {"bytes": png(2)["bytes"][:48], "path": "b.png"}], "label": [0, 0]},
+            r"image 1 of .*a.parquet \(b.png\) cannot be decoded: image file is truncated",
+        ),
+        ({"image": [{"bytes": b"", "path": None}], "label": [0]}, "image 0 of .* cannot be decoded: it is of no kind"),
+        ({"image": [headed(4, 9)], "label": [0]}, "cannot be decoded: Truncated IHDR chunk"),
+        ({"image": [headed(2**16, 13)], "label": [0]}, "cannot be decoded: Image size"),
+        ({"image": [png(1), encoded("L")], "label": [0, 0]}, r"differ in size or channels, .* in image 1 of .*parquet"),
         ({"image": [png(1)], "label": [None]}, "has None in its column 'label'"),
         ({"image": [png(1)], "label": ["cat"]}, "has 'cat' in its column 'label'"),
         ({"image": [png(1)], "label": [-1]}, "has -1 in its column 'label'"),
@@ -218,6 +236,10 @@ def test_missing_data_is_named(tmp_path):
         ImageData("digit", [0], [1], 4)
     with pytest.raises(DataError, match="the images have 1 channels"):
         ImageData("digits", [0, 0, 0], [1, 1, 1], 4)
+    write_parquet(tmp_path / "rgb.parquet", image=[png(1)], label=[0])
+    write_parquet(tmp_path / "grey.parquet", image=[encoded("L")], label=[0])
+    with pytest.raises(DataError, match="the test images have 3 channels, the training images 1: make them alike"):
+        ImageData("parquet", [0], [1], 1, train=str(tmp_path / "grey.parquet"), test=str(tmp_path / "rgb.parquet"))
     with pytest.raises(DataError, match=r"data\.batch_size=9000 exceeds the 1438"):
         ImageData("digits", [0], [1], 9000)
     with pytest.raises(DataError, match=r"data\.batch_size=0: give 1 or more"):

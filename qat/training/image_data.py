@@ -103,8 +103,8 @@ class ImageData(InMemoryData):
         seed: of the order and the augmentations.
 
     Raises:
-        DataError: see ``load_images``; mean and std that do not fit the channels; a negative crop_padding; a cutout
-            that leaves nothing; fewer images than one batch.
+        DataError: see ``load_images``; mean and std, or test images, that do not fit the channels; a negative
+            crop_padding; a cutout that leaves nothing; fewer images than one batch.
     """
 
     def __init__(
@@ -127,6 +127,8 @@ class ImageData(InMemoryData):
         channels, *size = self.train_images.pixels.shape[1:]
         if not len(mean) == len(std) == channels:
             raise DataError(f"the images have {channels} channels: data.mean and data.std need as many numbers")
+        if (found := self.test_images.pixels.shape[1]) != channels:
+            raise DataError(f"the test images have {found} channels, the training images {channels}: make them alike")
         if min(std) <= 0:
             raise DataError(f"data.std={list(std)}: give positive numbers, the spread of pixels from 0 to 1")
         if crop_padding < 0:

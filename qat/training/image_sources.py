@@ -23,6 +23,13 @@ class Images(NamedTuple):
     labels: Tensor
 
 
+class Encoded(NamedTuple):
+    """An image's file as bytes, and what messages call it."""
+
+    data: bytes
+    name: str
+
+
 def load_images(source: str, train: str | None = None, test: str | None = None) -> tuple[Images, Images]:
     """Return the training and test images of a source.
 
@@ -71,7 +78,7 @@ def read_parquet(path: str | None, name: str) -> Images:
     """
     files = _parquet_files(path, name)
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DataError(f"parquet files of images need {error.name}: pip install 'qat-lsq[data]'") from None
@@ -87,21 +94,27 @@ def read_parquet(path: str | None, name: str) -> Images:
         labels += _classes(table[label].to_pylist(), label, file)
         encoded += _encoded(table[image].to_pylist(), image, file)
 
-    def decode(data: bytes) -> np.ndarray:
-        opened = Image.open(io.BytesIO(data))
-        if opened.mode not in MODES:
-            raise DataError(f"an image in {path} has pixels of the kind {opened.mode}: give 8 bits, grey or RGB")
-        return np.asarray(opened.convert(MODES[opened.mode]))
+    def decode(image: Encoded) -> np.ndarray:
+        try:
+            opened = Image.open(io.BytesIO(image.data))
+            if opened.mode in MODES:
+                return np.asarray(opened.convert(MODES[opened.mode]))
+        except UnidentifiedImageError:
+            raise DataError(f"{image.name} cannot be decoded: it is of no kind that Pillow knows, or damaged") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as its decoders raise them
+            raise DataError(f"{image.name} cannot be decoded: {error}") from None
+        raise DataError(f"{image.name} has pixels of the kind {opened.mode}: give 8 bits, grey or RGB")
 
-    try:
-        with ThreadPoolExecutor() as threads:
-            pixels = list(threads.map(decode, encoded, chunksize=256))
-    except OSError as error:  # of which Pillow's own is one
-        raise DataError(f"an image in {path} cannot be decoded: {error}") from None
+    with ThreadPoolExecutor() as threads:
+        pixels = list(threads.map(decode, encoded, chunksize=256))
     if not pixels:
         raise DataError(f"data.{name}={path} holds no image")
-    if len({array.shape for array in pixels}) != 1:
-        raise DataError(f"the images in {path} differ in size or channels: resize them to one size first")
+    for image, array in zip(encoded, pixels, strict=True):
+        if array.shape != pixels[0].shape:
+            raise DataError(
+                f"the images in {path} differ in size or channels, {pixels[0].shape} at first and {array.shape} in "
+                f"{image.name}: make them alike first"
+            )
     stacked = torch.from_numpy(np.stack(pixels))
     stacked = stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
     return Images(stacked.contiguous(), torch.tensor(labels))
@@ -114,10 +127,13 @@ def _classes(labels: list[Any], column: str, file: Path) -> list[int]:
     return labels
 
 
-def _encoded(rows: list[Any], column: str, file: Path) -> list[bytes]:
+def _encoded(rows: list[Any], column: str, file: Path) -> list[Encoded]:
     if not all(isinstance(row, dict) and isinstance(row.get("bytes"), bytes) for row in rows):
         raise DataError(f"{file} has no encoded image in some row of its column {column!r}: give {{bytes, path}}")
-    return [row["bytes"] for row in rows]
+    names = [
+        f"image {index} of {file}" + (f" ({row['path']})" if row.get("path") else "") for index, row in enumerate(rows)
+    ]
+    return [Encoded(row["bytes"], name) for row, name in zip(rows, names, strict=True)]
 
 
 def _parquet_files(path: str | None, name: str) -> list[Path]:
