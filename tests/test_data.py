@@ -312,6 +312,17 @@ def test_text_files_are_split_at_the_end(tmp_path):
     assert tokenize("é", None).tolist() == list("é".encode())
 
 
+def test_a_text_file_s_mark_is_no_text_and_an_empty_file_is_too_few_tokens(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"ab\r\n" * 20)  # as editors on Windows write it
+    data = TextData("files", 3, 2, train=str(tmp_path / "a.txt"), val=str(tmp_path / "a.txt"))
+    assert bytes(data.train_tokens.tolist()) == b"ab\n" * 20
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(DataError, match="the training text has 0 tokens, too few"):
+        TextData("files", 3, 2, train=str(tmp_path / "b.txt"))
+    with pytest.raises(DataError, match="the validation text has 0 tokens, too few"):
+        TextData("files", 3, 2, train=str(tmp_path / "a.txt"), val=str(tmp_path / "b.txt"))
+
+
 def test_an_example_is_like_what_the_model_takes():
     images = ImageData(**DIGITS)
     example = images.example()

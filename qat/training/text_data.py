@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,7 +145,7 @@ class TextData(InMemoryData):
 def tokenize(text: str, tokenizer: Any) -> Tensor:
     """Return token ids: the text's bytes as uint8 where there is no tokenizer, else int32 of a Hugging Face one."""
     if tokenizer is None:
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int32)
 
 
@@ -173,7 +174,7 @@ def _read_files(name: str, paths: str | Sequence[str]) -> str:
         if not file.is_file():
             raise DataError(f"data.{name}={path}: there is no text file at that path")
         try:
-            parts.append(file.read_text(encoding="utf-8"))
+            parts.append(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
         except UnicodeDecodeError as error:
             raise DataError(f"data.{name}={path} is no text in UTF-8: {error}") from None
     return "\n".join(parts)
