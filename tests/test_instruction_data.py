@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from random_quantized import LLAMA
-from tiny_tokenizer import WORDS, tiny_tokenizer
+from tiny_tokenizer import TEMPLATE, WORDS, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -221,6 +221,9 @@ def test_validation_examples_alone(tmp_path):
         ),
         ({"prompt": None, "completion": "it"}, 'both text, unlike {"role": "user", "content": null}'),
         ({"conversations": [{"value": "it"}]}, "'conversations' is a list of objects"),
+        ({"conversations": [{"from": ["human"], "value": "it"}]}, "of objects with 'from' and 'value', both text"),
+        ({"prompt": "a \ud83d", "completion": "it"}, r"x.jsonl:2: a message holds \\ud83d, half of a character"),
+        ({"messages": CHAT["messages"][1:]}, "its first message is the assistant's, which answers nothing"),
         ([1], "no JSON object"),
     ],
 )
@@ -234,6 +237,22 @@ def test_a_template_that_refuses_is_named(tmp_path):
     refusing = tiny_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match="here:1: the tokenizer's chat template refuses it: roles must alternate"):
         encode(CHAT, refusing, True, "here:1")
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_a_message_that_a_template_leaves_out_is_named(completion_only):
+    tokenizer = tiny_tokenizer(TEMPLATE.replace("for m in messages", "for m in messages if m.role in known"))
+    tokenizer.chat_template = "{% set known = ['user', 'assistant', 'tool'] %}" + tokenizer.chat_template
+    question, answer = CHAT["messages"][:2]
+    for role, said in (("tool", True), ("Assistant", False), ("narrator", False), ("system", False)):
+        line = {"messages": [question, {"role": role, "content": "the dog ran"}, answer]}
+        if said:
+            assert "the dog ran" in learned(line, tokenizer, completion_only)[0]
+        else:
+            with pytest.raises(DataError, match=rf"here:1: .* leaves out the message of the role '{role}'"):
+                encode(line, tokenizer, completion_only, "here:1")
+    line = {"messages": [{"role": "system", "content": ""}, question, answer]}
+    assert learned(line, tokenizer, completion_only)[0] == "<user> what did the cat do <bot> it sat <eos>"
 
 
 def test_what_does_not_fit_a_row_is_counted_and_what_teaches_nothing_left_out(tmp_path, capsys):

@@ -48,9 +48,9 @@ def messages_of(line: dict[str, Any], where: str) -> list[dict[str, Any]]:
         messages = line["messages"]
     elif "conversations" in line:
         turns = line["conversations"]
-        whole = isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn for turn in turns)
-        if not whole:
-            raise DataError(f"{where}: 'conversations' is a list of objects with 'from' and 'value'")
+        whole = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+        if not whole or not all(isinstance(turn.get("from"), str) for turn in turns):
+            raise DataError(f"{where}: 'conversations' is a list of objects with 'from' and 'value', both text")
         messages = [{"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in turns]
     elif "prompt" in line and "completion" in line:
         messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
@@ -66,6 +66,11 @@ def messages_of(line: dict[str, Any], where: str) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise DataError(f"{where}: every message has a role and content, both text, unlike {_short(message)}")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            half = message["content"][error.start].encode("ascii", "backslashreplace").decode()
+            raise DataError(f"{where}: a message holds {half}, half of a character: write its text anew") from None
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: its last message is not the assistant's, so there is nothing to learn")
     return messages

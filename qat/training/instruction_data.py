@@ -136,7 +136,8 @@ def encode(line: dict[str, Any], tokenizer: Any, completion_only: bool, where: s
     completion without one, as they are. The tokenizer's own first token comes first, and its end of text last.
 
     Raises:
-        DataError: another form, or a chat template that refuses it or writes a turn otherwise once another follows.
+        DataError: another form, or a chat template that refuses it, leaves a message out, or writes a turn otherwise
+            once another follows.
     """
     messages = messages_of(line, where)
     if tokenizer.chat_template is None:
@@ -148,10 +149,12 @@ def encode(line: dict[str, Any], tokenizer: Any, completion_only: bool, where: s
             pieces.insert(0, (False, [tokenizer.bos_token_id]))
         if tokenizer.eos_token_id is not None:
             pieces.append((True, [tokenizer.eos_token_id]))
-    elif completion_only:
-        pieces = list(_template_pieces(messages, tokenizer, where))
     else:
-        pieces = [(True, _ids(tokenizer, _template(tokenizer, messages, False, where)))]
+        _require_written(messages, tokenizer, where)
+        if completion_only:
+            pieces = list(_template_pieces(messages, tokenizer, where))
+        else:
+            pieces = [(True, _ids(tokenizer, _template(tokenizer, messages, False, where)))]
     tokens = [token for _, piece in pieces for token in piece]
     learned = [said or not completion_only for said, piece in pieces for _ in piece]
     return tokens, learned
@@ -236,9 +239,30 @@ def pack_rows(examples: Iterable[Example], seq_len: int, pack: bool = True) -> t
     return tokens, positions, targets
 
 
+def _require_written(messages: list[dict[str, str]], tokenizer: Any, where: str) -> None:
+    """Raise DataError for a message, neither the user's nor the assistant's, that a template leaves out unsaid."""
+    for index, message in enumerate(messages):
+        if message["role"] in ("user", "assistant") or not message["content"]:
+            continue
+        try:
+            without = _template(tokenizer, messages[:index] + messages[index + 1 :], False, where)
+        except DataError:  # so the template wants it
+            continue
+        if without == _template(tokenizer, messages, False, where):
+            raise DataError(
+                f"{where}: the tokenizer's chat template leaves out the message of the role {message['role']!r}: give "
+                "it a role that the template knows, such as user or assistant"
+            )
+
+
 def _template_pieces(messages: list[dict[str, str]], tokenizer: Any, where: str) -> Iterable[tuple[bool, list[int]]]:
     """Yield (whether the assistant says it, tokens): its turns end where the template ends them."""
     text, tokens = "", []
+    if messages[0]["role"] == "assistant":
+        raise DataError(
+            f"{where}: its first message is the assistant's, which answers nothing: put one of the user or the system "
+            "before it, or set data.completion_only=false"
+        )
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
