@@ -54,6 +54,23 @@ class Odd(Pictures):  # its targets are in one of the forms that are none
         forms = dict(column=y[:, None], one_hot=torch.eye(10)[y], floats=y.float(), negative=y - 1, map=x[:, 0].long())
         self.tensors = x, forms[self.form]
 
+class Late(Pictures):  # the last picture alone is of a class that the model has no output for
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+    def loader(self, which):
+        x, y = pictures()
+        y[-1] = 99 if which == self.where else 1
+        return DataLoader(TensorDataset(x, y), 16)
+    def train_dataloader(self):
+        return self.loader("train")
+    def val_dataloader(self):
+        return self.loader("val")
+
+class Alone(Pictures):  # its last batch has one picture
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*(part[:33] for part in pictures())), 16)
+
 class Without(Pictures):  # has no loader, or one that gives no batch, where it should
     def __init__(self, which, gives):
         super().__init__()
@@ -87,7 +104,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "their_data.py").write_text(MODULES)
     folder = tmp_path / "configs" / "data"
     folder.mkdir(parents=True)
-    for name in ("Pictures", "WithIndex", "Endless", "NoValidation", "Nowhere", "Odd", "Without"):
+    for name in ("Pictures", "WithIndex", "Endless", "NoValidation", "Nowhere", "Odd", "Late", "Alone", "Without"):
         (folder / f"{name}.yaml").write_text(f"_target_: their_data.{name}\n")
     (tmp_path / "configs" / "model").mkdir()
     (tmp_path / "configs" / "model" / "outputs.yaml").write_text("_target_: their_data.Outputs\n")
@@ -138,6 +155,10 @@ def test_a_subclass_of_ours_is_measured_where_no_validation_ended_the_run(own, t
         ("Odd", "+data.form=floats", "the data's targets are torch.float32"),
         ("Odd", "+data.form=negative", "the data have a target -1: classes are whole numbers from 0"),
         ("Odd", "+data.form=map", "targets have the shape [16, 8, 8]"),
+        ("Late", "+data.where=train", "the data have a target 99, and the model has outputs for 0 to 9"),
+        ("Late", "+data.where=val", "the data have a target 99, and the model has outputs for 0 to 9"),
+        ("Late", "+data.where=val trainer.max_epochs=0", "the data have a target 99, and the model has outputs"),
+        ("Alone", "", "a training batch of one example is too small for batch norm"),
         ("Without", "+data.which=train +data.gives=none", "data=Without: train_dataloader gives None: give a loader"),
         ("Without", "+data.which=train +data.gives=list", "train_dataloader gives a list: give one loader"),
         ("Without", "+data.which=train +data.gives=small policy=none", "train_dataloader has no batch"),

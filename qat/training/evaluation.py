@@ -46,8 +46,8 @@ def evaluate(
     with in_eval_mode(model), torch.inference_mode():
         for inputs, targets in test_batches(data, device):
             logits = first_logits(model, inputs) if metrics is None else logits_of(run(model, inputs))
+            check_targets(logits, targets)
             if metrics is None:
-                check_targets(logits, targets)
                 metrics = _metrics(logits, reference is not None).to(device)
             more = () if reference is None else (logits_of(run(reference, inputs)),)
             metrics.update(logits, targets, *more)

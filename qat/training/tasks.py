@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import describe
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from ..models import architecture_of
 from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
@@ -117,9 +117,17 @@ class Task(LightningModule):
         """Return the logits of the network, or of a copy of it, such as an unquantized one that calibration makes.
 
         Raises:
-            DataError: it cannot run on the data, found at the first batch.
+            DataError: it cannot run on the data, found at the first batch, or at one that is too small for batch norm.
         """
-        logits = logits_of(run(model, inputs)) if self._ran else first_logits(model, inputs)
+        try:
+            logits = logits_of(run(model, inputs)) if self._ran else first_logits(model, inputs)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # torch's batch norm
+                raise
+            raise DataError(
+                "a training batch of one example is too small for batch norm, which takes the spread over a batch: set "
+                "data.batch_size=2 or more, and drop_last=True in a loader of your own whose last batch has one"
+            ) from error
         self._ran = True
         return logits
 
@@ -131,26 +139,26 @@ class Task(LightningModule):
             inputs = torch.lerp(inputs.flip(0), inputs, share)
         self._compilation.begin_step()
         logits = self(inputs)
-        self._check_targets(logits, targets)
+        if not self._targets_fit:
+            check_targets(logits, targets)
+            self._targets_fit = True
         taught = None
         if self._teachers:
             with torch.no_grad():
                 taught = mean_prediction([logits_of(run(teacher, inputs)) for teacher in self._teachers])
         how = share, self.label_smoothing, self.temperature, self.teacher_share
-        return self._compilation.loss(logits, targets, taught, *how)
+        try:
+            return self._compilation.loss(logits, targets, taught, *how)
+        except IndexError:  # of a CPU; to look at each batch would wait for a GPU
+            check_targets(logits, targets)
+            raise
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Add a batch to the metrics."""
         inputs, targets = pair(batch)
         logits = self(inputs)
-        self._check_targets(logits, targets)
+        check_targets(logits, targets)
         self.metrics.update(logits, targets)
-
-    def _check_targets(self, logits: Tensor, targets: Tensor) -> None:
-        """Compare the first batch's targets with the network's outputs."""
-        if not self._targets_fit:
-            check_targets(logits, targets)
-            self._targets_fit = True
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, which are the same on every rank."""
