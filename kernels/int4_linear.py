@@ -109,9 +109,9 @@ def backend(device: torch.device) -> str:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Return whether x is nothing but a tensor to everyone: no subclass, dispatch mode or functorch transform."""
+    """Return whether x is a tensor to everyone and no more: no subclass, dispatch mode, functorch transform, trace."""
     modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    return type(x) is Tensor and not modes
+    return type(x) is Tensor and not modes and not torch._C._is_tracing()
 
 
 def _product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:

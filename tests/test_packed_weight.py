@@ -3,6 +3,7 @@
 ``check_*`` takes the modules under test, so that the mutants' tests can show that it fails on a wrong one.
 """
 
+import pytest
 import torch
 from frozen_linears import frozen_linear, random_tensor
 
@@ -10,6 +11,7 @@ import qat.layers.cpu_int4
 import qat.layers.packed
 import qat.numerics
 from qat import QuantSpec
+from qat.errors import StateError
 
 
 def check_packed_weight(packed):
@@ -125,6 +127,14 @@ def test_cpu_operands_follow_the_weight():
 def test_prepacked_weight():
     check_prepacked_weight(qat.layers.packed)
     check_prepacked_scales(qat.layers.packed)
+
+
+def test_data_parallel_is_refused_where_weights_lie_as_one_gpu_reads_them():
+    weight = frozen_linear(random_tensor()).packed_weight
+    weight._replicate_for_data_parallel()
+    weight.prepack()
+    with pytest.raises(StateError, match="run a process for each GPU"):
+        weight._replicate_for_data_parallel()
 
 
 def test_when_torchs_operator_is_used():

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from frozen_linears import frozen_linear, random_tensor
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -99,3 +100,16 @@ def test_an_average_made_before_calibration_takes_part_in_it(signed, tmp_path):
     assert average.module[0].activation_quantizer.spec.signed is signed
     qat.save(qat.freeze(average), tmp_path / "out")
     assert torch.equal(qat.load(tmp_path / "out", model=nn.Sequential(nn.Linear(16, 8)))(x), expected)
+
+
+def test_a_trace_of_weights_that_lie_as_a_gpu_reads_them_calls_the_operator():
+    """A kernel that was launched past torch's dispatcher would leave its first result in the trace."""
+    torch.manual_seed(0)
+    layer = frozen_linear(random_tensor())
+    layer.packed_weight.prepack()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, torch.randn(3, 64))
+    assert "qat::int4_linear" in str(traced.graph)
+    x = torch.randn(5, 64)
+    assert torch.equal(traced(x), layer(x))

@@ -227,6 +227,14 @@ class PackedWeight(FixedDtype):
         self._prepack_on_gpu()
         return self
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if self.gpu_operands:
+            raise StateError(
+                "nn.DataParallel would run one GPU's packed weights on another: run a process for each GPU, as "
+                "torchrun does, or qat.load the artifact once for each device"
+            )
+        return super()._replicate_for_data_parallel()
+
     def restore_levels(self) -> None:
         """Set a named codebook's levels, which are not stored: ``to_empty`` and its like leave them undefined."""
         if self.spec.codebook is not None and codebook.stored_shape(self.shape, self.spec) is None:
