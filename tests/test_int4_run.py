@@ -1,193 +1,23 @@
 """Run: python -m pytest tests/test_int4_run.py: how int4 kernels are launched, with stand-ins for a Hopper GPU."""
 
-import contextlib
-import weakref
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from qat.kernels import bare_launch, int4_batch, int4_decode, int4_portable, int4_recipe, int4_run, int8_run
+from qat.kernels import int4_batch, int4_portable, int4_recipe, int4_run, int8_run
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
 from qat.kernels.int8_codes import int8_codes
+from stand_in_kernels import BATCH_NAMES, INT8_NAMES, NAMES, Kernel, pass_for_a_gpu, weight
 
-from qat import backend as qat_backend
 from qat import codebook
 from qat.packing import pack
-
-NAMES = int4_decode.decode_kernel.arg_names
-INT8_NAMES = int8_run.int8_batch.int8_batch_kernel.arg_names
-BATCH_NAMES = int4_batch.batch_kernel.arg_names
-SUM_NAMES = int4_portable.sum_parts_kernel.arg_names
-
-
-class Compiled:
-    """What Triton returns for a launch; keeps what it is launched with again."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self):
-        self.runs = []
-
-    def run(self, *arguments):
-        self.runs.append(arguments)
-
-
-class Kernel:
-    """A kernel that is never compiled; keeps its first launches."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.launches.append((grid, arguments, options, Compiled()))
-            return self.launches[-1][-1]
-
-        return launch
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Let a CPU pass for a Hopper GPU up to the launch."""
-    decode = Kernel()
-    monkeypatch.setattr(module, "backend", lambda device: "triton")
-    monkeypatch.setattr(int4_run, "_suits_nvidia", lambda x, weight: True)
-    monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
-    monkeypatch.setattr(int4_decode, "decode_kernel", decode)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(int4_recipe, "current_device", lambda: -1)  # what a tensor on a CPU says
-    monkeypatch.setattr(bare_launch, "current_stream", lambda device: "stream")
-    stream = type("Driver", (), {"get_current_stream": staticmethod(lambda device: "stream")})
-    monkeypatch.setattr(int4_run.triton.runtime, "driver", type("Drivers", (), {"active": stream}))
-    for owner, caches in ((int4_run, ("_plans", "_kernels")), (int4_recipe, ("_products", "_matrices"))):
-        for cache in caches:
-            monkeypatch.setattr(owner, cache, {})
-    return decode
-
-
-@pytest.fixture
-def batch_kernels(kernel, monkeypatch):
-    """Also stand in for the kernels of many tokens: the product, and the sum of its parts."""
-    batch, sums = Kernel(), Kernel()
-    monkeypatch.setattr(int4_batch, "batch_kernel", batch)
-    monkeypatch.setattr(int4_batch, "descriptor", lambda x, block_m: bare_launch.Described(x, x.shape))
-    monkeypatch.setattr(int4_portable, "sum_parts_kernel", sums)
-    return batch, sums
-
-
-def weight(n=96, k=128, group=64, **options):
-    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
-    return prepack(pack(codes, 4), torch.rand(n, k // group).bfloat16(), None, k, group, **options)
-
-
-def check_again(launch, names, new, number=0):
-    """Check that a launch by a recipe is the first one but for the tensors that are new, and return those addresses."""
-    grid, first, _, compiled = launch
-    again = compiled.runs[number]
-    assert again[:9] == (*grid, "stream", "function", "metadata", None, None, None)
-    found = {}
-    for name, one, other in zip(names, first, again[9:], strict=True):
-        if name in new:
-            found[name] = other
-        else:
-            assert other == (one.data_ptr() if isinstance(one, torch.Tensor) else one), name
-    return found
-
-
-def forget_nothing(monkeypatch):
-    """Keep every tensor that a recipe allocates, so that addresses tell them apart; return them."""
-    made = []
-
-    def keeping(allocate):
-        def kept(*args, **kwargs):
-            made.append(allocate(*args, **kwargs))
-            return made[-1]
-
-        return kept
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", keeping(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty", keeping(torch.empty))
-    return made
-
-
-def variants():
-    """Return weights and biases of all kinds that the kernels take."""
-    zeros = torch.randint(-8, 8, (6, 2, 16), dtype=torch.int8)
-    bias = torch.randn(96).bfloat16()
-    return [
-        (weight(), None),
-        (weight(), bias),
-        (weight()._replace(zero_point=zeros), None),
-        (weight(levels=torch.tensor(codebook.NF4)), bias),
-    ]
-
-
-@pytest.mark.parametrize("leading", [(3,), (1, 3)])
-def test_a_second_call_passes_on_what_the_first_did(kernel, leading):
-    for w, bias in variants():
-        kernel.launches.clear()
-        module.int4_linear(torch.randn(*leading, 128).bfloat16(), w, bias)
-        x = torch.randn(*leading, 128).bfloat16()
-        y = module.int4_linear(x, w, bias)
-        (launch,) = kernel.launches
-        new = {"x_ptr", "y_ptr"} | ({"bias_ptr"} if bias is None else set())  # x stands for a bias that is not there
-        at = check_again(launch, NAMES, new)
-        assert at["x_ptr"] == x.data_ptr() and at["y_ptr"] == y.data_ptr() and y.shape == (*leading, 96)
-
-
-@pytest.mark.parametrize("leading", [(70,), (2, 35)])
-@pytest.mark.parametrize("split", [1, 2])
-def test_a_second_call_of_many_tokens_too(batch_kernels, monkeypatch, split, leading):
-    batch, sums = batch_kernels
-    made = forget_nothing(monkeypatch)
-    plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2, 0)
-    monkeypatch.setattr(int4_run, "choose", lambda *shape: plan)
-    for w, bias in variants():
-        batch.launches.clear(), sums.launches.clear(), int4_recipe._products.clear(), int4_run._kernels.clear()
-        module.int4_linear(torch.randn(*leading, 128).bfloat16(), w, bias)
-        made.clear()
-        x = torch.randn(*leading, 128).bfloat16()
-        y = module.int4_linear(x, w, bias)
-        (launch,) = batch.launches
-        new = {"x_desc", "y_ptr", "parts_ptr"} | ({"bias_ptr"} if bias is None else set())
-        at = check_again(launch, BATCH_NAMES, new)
-        described = at["x_desc"]
-        assert described.base is x and (described.shape, described.strides) == ((70, 128), (128, 1))
-        assert described.padding == "zero" and not described.round_f32_to_tf32
-        assert at["y_ptr"] == y.data_ptr() and y.shape == (*leading, 96) and y.dtype == x.dtype
-        if split == 1:
-            assert not sums.launches and len(made) == 1
-            continue
-        (parts,) = (tensor for tensor in made if tensor.dtype == torch.float32)
-        assert parts.shape == (2, 70, 96) and at["parts_ptr"] == parts.data_ptr()
-        (launch,) = sums.launches
-        at = check_again(launch, SUM_NAMES, {"parts_ptr", "y_ptr"})
-        assert at == {"parts_ptr": parts.data_ptr(), "y_ptr": y.data_ptr()}
-
-
-def test_a_dequantized_weight_is_launched_again(kernel, monkeypatch):
-    dequantize = Kernel()
-    monkeypatch.setattr(int4_portable, "dequantize_kernel", dequantize)
-    monkeypatch.setattr(int4_run, "_on_nvidia", lambda tensor: True)
-    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: contextlib.nullcontext())
-    for w, _ in variants():
-        for dtype in (torch.bfloat16, torch.float32):
-            dequantize.launches.clear(), int4_recipe._matrices.clear()
-            int4_run.dequantized(w, dtype)
-            other = w._replace(words=w.words.clone(), scale=w.scale.clone())
-            matrix = int4_run.dequantized(other, dtype)
-            ((grid, first, options, compiled),) = dequantize.launches
-            assert grid == (1, 6, 1) and options == {"num_warps": 4} and len(compiled.runs) == 1
-            again = compiled.runs[0]
-            assert again[:9] == (*grid, "stream", "function", "metadata", None, None, None)
-            assert again[9:11] == (other.words.data_ptr(), other.scale.data_ptr())
-            others = w.zero_point, w.levels
-            assert again[11:13] == tuple(None if t is None else t.data_ptr() for t in others)
-            assert again[13] == matrix.data_ptr() and (matrix.shape, matrix.dtype) == ((96, 128), dtype)
-            assert again[14:] == first[5:] == (96, 128, 6, 2, 2, 64, 1, 2)
+    return pass_for_a_gpu(monkeypatch)
 
 
 def test_a_product_with_a_dequantized_weight_ignores_autocast(kernel, monkeypatch):
@@ -201,76 +31,6 @@ def test_a_product_with_a_dequantized_weight_ignores_autocast(kernel, monkeypatc
         wanted = torch.nn.functional.linear(x, module.int4_dequantize_reference(w, x.dtype), bias.half())
         assert y.dtype == torch.float16 and torch.equal(y, wanted)
     assert len(int4_recipe._products) == 1
-
-
-def misaligned(tensor):
-    """Return equal values that do not start at a multiple of 16 bytes."""
-    buffer = tensor.new_empty(tensor.numel() + 1)
-    return buffer[1:].copy_(tensor.flatten()).view(tensor.shape)
-
-
-def test_what_a_recipe_does_not_cover_is_not_launched_by_it(kernel, monkeypatch):
-    w, x, bias = weight(), torch.randn(4, 128).bfloat16(), torch.randn(96).bfloat16()
-    module.int4_linear(x, w, bias)
-    assert int4_recipe.repeat(x, w, bias) is not None
-    odd = [
-        (torch.randn(128, 4).bfloat16().t(), w, bias),
-        (misaligned(x), w, bias),
-        (x, w, misaligned(bias)),
-        (x, w, bias.new_empty(192)[::2]),
-        (x, w._replace(scale=misaligned(w.scale)), bias),
-        (x, w._replace(scale=w.scale.float()), bias),
-        (x, w._replace(scale=w.scale[:, :1]), bias),
-        (x, w._replace(words=w.words[:3]), bias),
-        (x, w._replace(group_size=32), bias),
-        (x.half(), w, bias),
-        (x[:3], w, bias),
-        (x[None], w, bias),
-        (x, w, None),
-        (x, w, bias.float()),
-    ]
-    for call in odd:
-        assert int4_recipe.repeat(*call) is None
-    monkeypatch.setattr(int4_recipe, "current_device", lambda: 0)
-    assert int4_recipe.repeat(x, w, bias) is None
-    monkeypatch.undo()
-
-
-def test_results_that_do_not_depend_on_the_batch_have_recipes_of_their_own(batch_kernels, kernel):
-    w, x = weight(), torch.randn(3, 128).bfloat16()
-    module.int4_linear(x, w)
-    qat_backend.set_batch_invariant(True)
-    try:
-        for _ in range(2):
-            module.int4_linear(x, w)
-    finally:
-        qat_backend.set_batch_invariant(False)
-    module.int4_linear(x, w)
-    (decode,), (batch,) = kernel.launches, batch_kernels[0].launches
-    assert len(decode[-1].runs) == len(batch[-1].runs) == 1
-
-
-def test_a_recipe_keeps_no_tensor_alive(batch_kernels, kernel, monkeypatch):
-    for plan in (Decode(4, 2, 8, 4, 3, 1), Batch(8, 8, 64, 4, 2, 4, 3, 2, 2, 0), Dequantize()):
-        monkeypatch.setattr(int4_run, "choose", lambda *shape, plan=plan: plan)
-        monkeypatch.setattr(int4_run, "dequantized", module.int4_dequantize_reference)
-        int4_run._plans.clear(), int4_recipe._products.clear()
-        w, x = weight(), torch.randn(3, 128).bfloat16()
-        module.int4_linear(x, w)
-        for stand_in in (kernel, *batch_kernels):
-            stand_in.launches.clear()
-        assert len(int4_recipe._products) == 1
-        kept = [weakref.ref(tensor) for tensor in (w.words, w.scale, x)]
-        del w, x
-        assert not any(ref() is not None for ref in kept)
-
-
-def test_so_many_recipes_are_kept(kernel, monkeypatch):
-    monkeypatch.setattr(int4_recipe, "MOST", 3)
-    w = weight()
-    for tokens in range(1, 9):
-        module.int4_linear(torch.randn(tokens, 128).bfloat16(), w)
-        assert len(int4_recipe._products) <= 3
 
 
 def check_arguments(names, launch, w, x, bias, plan):
