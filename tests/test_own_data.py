@@ -87,6 +87,14 @@ class Without(Pictures):  # has no loader, or one that gives no batch, where it 
 def scripted():
     return torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
 
+class Hollow(torch.nn.Module):  # has a layer for inputs that these data do not have
+    def __init__(self):
+        super().__init__()
+        self.first, self.more, self.last = torch.nn.Linear(64, 16), torch.nn.Linear(0, 16), torch.nn.Linear(16, 10)
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.last(self.first(x) + self.more(x[:, :0]))
+
 class Outputs(torch.nn.Module):  # gives what are no logits, in training
     def __init__(self):
         super().__init__()
@@ -108,6 +116,7 @@ def own(tmp_path, monkeypatch):
         (folder / f"{name}.yaml").write_text(f"_target_: their_data.{name}\n")
     (tmp_path / "configs" / "model").mkdir()
     (tmp_path / "configs" / "model" / "outputs.yaml").write_text("_target_: their_data.Outputs\n")
+    (tmp_path / "configs" / "model" / "hollow.yaml").write_text("_target_: their_data.Hollow\n")
     (tmp_path / "configs" / "model" / "no_model.yaml").write_text("_target_: their_data.pictures\n")
     (tmp_path / "configs" / "model" / "scripted.yaml").write_text("_target_: their_data.scripted\n")
     (folder / "NoModule.yaml").write_text("_target_: builtins.dict\n")
@@ -184,6 +193,15 @@ def test_a_model_that_cannot_train_is_one_line(own, fails, name, said, policy):
     own_configs = " ".join(own("Pictures").split()[:3])
     if (name, policy) != ("scripted", "none"):  # which trains as it is
         assert said in fails(f"{own_configs} model={name} policy={policy} trainer.accelerator=cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_model_with_an_empty_layer_trains_and_ships(own, train, tmp_path):
+    configs = " ".join(own("Pictures").split()[:3])
+    train(f"{configs} model=hollow policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=1")
+    run = tmp_path / "runs" / "run"
+    command = [str(run / "last.ckpt"), "--model", "their_data:Hollow", "--out", str(run / "artifact"), "--verify"]
+    assert convert_command.main(command) == 0
 
 
 def test_an_endless_loader_ends_with_max_steps(own, train, tmp_path):

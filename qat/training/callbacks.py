@@ -272,6 +272,7 @@ def divergence(trainer: Trainer, what: str) -> TrainingError:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Return whether no tensor holds NaN or infinity, with one transfer from the device."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # an empty one has no norm
     if not tensors:
         return True
     norms = torch._foreach_norm(tensors, float("inf"))
