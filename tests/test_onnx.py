@@ -189,6 +189,25 @@ def test_openvino_runs_the_same_file(tmp_path, monkeypatch, qdq):
         onnx.verify(tmp_path, model)
 
 
+class Hollow(Net):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(0, 5)
+
+    def forward(self, x):
+        return super().forward(x) + self.more(x[:, :0, 0, 0])
+
+
+@pytest.mark.clients
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_what_openvino_does_not_take_is_said(tmp_path):
+    """Such as a product without inputs, which onnxruntime runs."""
+    pytest.importorskip("openvino")
+    _, rows = written(frozen(Hollow(), qat.QuantSpec()), tmp_path, Hollow())
+    assert rows["onnxruntime, outputs"].endswith("argmax equal in 100.00%")
+    assert "does not take this file (Scalars are not supported" in rows["OpenVINO"]
+
+
 @pytest.mark.clients
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_transformers_model_in_bfloat16(tmp_path, tied):
