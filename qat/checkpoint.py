@@ -149,7 +149,7 @@ def load_state(
     shapes = [
         f"{name} ({list(state[name].shape)} there, {list(own[name].shape)} in the model)"
         for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
+        if isinstance(own[name], Tensor) and own[name].shape != state[name].shape  # and no extra state
     ]
     if shapes:
         problems.append(f"of another shape {_some(sorted(shapes))}")

@@ -43,6 +43,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
 
     Raises:
         StateError: the model is not frozen, or its adapter cannot lie beside it.
+        ArtifactError: its state dict holds what is no tensor.
     """
     from .models import architecture_of
 
@@ -69,6 +70,12 @@ def from_model(model: nn.Module) -> QuantizedModel:
     inside = _quantized_names(model)
     state = {plain_name(name): value for name, value in model.state_dict().items() if name not in inside}
     state.pop(None, None)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ArtifactError(
+                f"{name!r} in the model's state dict is a {type(value).__name__}, and artifacts hold tensors: let "
+                "get_extra_state give a tensor, or leave it out"
+            )
     dense, tied = _untie(state)
     return QuantizedModel(
         architecture_of(model),

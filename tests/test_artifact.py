@@ -74,6 +74,47 @@ def test_a_layer_with_only_its_input_quantized(tmp_path):
     assert torch.equal(qat.load(tmp_path / "out", model=Net())(images()), output)
 
 
+class Buffers(nn.Module):
+    """Beside its layer: rotations as complex numbers, a buffer that is a part of another, and what is no parameter."""
+
+    def __init__(self, extra=None):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("rotation", torch.polar(torch.ones(4), torch.arange(4.0)))
+        self.register_buffer("table", torch.arange(16.0))
+        self.register_buffer("second", self.table[8:])
+        self.register_buffer("rows", self.table.view(2, 8))
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, extra):
+        self.extra = extra
+
+    def forward(self, x):
+        turned = torch.view_as_real(torch.view_as_complex(x.view(-1, 4, 2)) * self.rotation).flatten(1)
+        return self.fc(turned) * self.second + self.rows.sum(0)
+
+
+def test_buffers_of_all_kinds_survive(tmp_path):
+    torch.manual_seed(0)
+    model = qat.freeze(qat.prepare(Buffers(torch.tensor(3)), {"weight": {"bits": 4}}, verbose=False))
+    qat.save(model, tmp_path / "out")
+    other = Buffers(torch.tensor(0))
+    for buffer in other.buffers():
+        buffer.zero_()
+    loaded, x = qat.load(tmp_path / "out", model=other), torch.randn(2, 8)
+    assert torch.equal(loaded(x), model(x)) and loaded.extra == 3
+    model.extra = {"step": 3}
+    with pytest.raises(ArtifactError, match="'_extra_state' in the model's state dict is a dict, and artifacts hold"):
+        qat.save(model, tmp_path / "out")
+    model.extra = torch.ones(2, dtype=torch.complex128)
+    with pytest.raises(ArtifactError, match=r"'_extra_state' is torch.complex128, which safetensors does not store"):
+        qat.save(model, tmp_path / "out")
+    assert torch.equal(qat.load(tmp_path / "out", model=Buffers(torch.tensor(0)))(x), model(x))
+
+
 def test_save_wants_a_frozen_model(tmp_path):
     with pytest.raises(StateError, match=r"qat\.freeze"):
         qat.save(prepared(), tmp_path / "out")

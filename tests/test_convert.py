@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.checkpoint import describe, read_checkpoint
+from qat.checkpoint import describe, load_state, read_checkpoint
 from qat.convert import convert, main
 from qat.errors import CheckpointError
 
@@ -228,3 +228,19 @@ def test_an_unknown_source_is_said(tmp_path, capsys):
 def test_a_missing_tokenizer_folder_is_said(llama, tmp_path, capsys):
     where = ("--tokenizer", tmp_path / "none")
     assert "there is no such folder" in error_of(capsys, llama / "artifact", "--out", tmp_path / "out", *where)
+
+
+def test_extra_state_of_a_module_is_no_tensor_and_comes_back():
+    class Counting(nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+    model, other = Counting(3, 2), Counting(3, 2)
+    model.seen = 5
+    load_state(other, model.state_dict(), "here")
+    assert other.seen == 5 and torch.equal(other.weight, model.weight)

@@ -9,6 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import ArtifactError
+from .stored_tensors import DTYPES
+
 SHARD_BYTES = 4 * 2**30
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -25,15 +28,25 @@ class ShardWriter:
         self.folder, self.shard_bytes = folder, shard_bytes
         self._metadata = {"format": "pt", **(metadata or {})}
         self._held: dict[str, Tensor] = {}
+        self._places: set[int] = set()  # of what is held, in memory
         self._held_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor under a name that is new."""
+        """Add a tensor under a name that is new.
+
+        Raises:
+            ArtifactError: safetensors has no such dtype.
+        """
+        if tensor.dtype not in DTYPES.values():
+            raise ArtifactError(f"{name!r} is {tensor.dtype}, which safetensors does not store: cast it")
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self.shard_bytes:
             self._flush()
-        self._held[name] = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        self._held[name] = tensor.clone() if size and place in self._places else tensor  # safetensors takes no views
+        self._places.add(place)
         self._held_bytes += size
         self._total_bytes += size
 
@@ -65,4 +78,4 @@ class ShardWriter:
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
         self._shards.append(list(self._held))
-        self._held, self._held_bytes = {}, 0
+        self._held, self._places, self._held_bytes = {}, set(), 0

@@ -19,6 +19,8 @@ DTYPES |= {
     f"{kind[0].upper()}{bits}": getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 
+DTYPES["C64"] = torch.complex64
+
 _turn = threading.Lock()
 
 
