@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,11 @@ def calibrate(
         verbose: print what such an init did to the layers.
 
     Raises:
-        StateError: the model is not prepared, one tensor in place of batches, no batch at all, a layer that no batch
-            reached, or one that saw NaN.
+        StateError: the model is not prepared, one tensor or dict in place of batches, no batch at all, dicts that the
+            model does not take, a layer that no batch reached, or one that saw NaN.
         CalibrationError: data that an init cannot work with.
     """
-    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+    if isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable):
         raise StateError(f"calibrate takes several batches, got one {type(batches).__name__}: give a list or a loader")
     if not is_prepared(model):
         raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
@@ -81,8 +81,21 @@ def calibrate(
 
 
 def run_inputs(model: nn.Module, batch: Any) -> Any:
-    """Return ``model(batch)``, with ``batch[0]`` of a tuple or list."""
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+    """Return ``model(batch)``, with ``batch[0]`` of a tuple or list.
+
+    Raises:
+        StateError: a dict that the model does not take.
+    """
+    batch = batch[0] if isinstance(batch, tuple | list) else batch
+    try:
+        return model(batch)
+    except (AttributeError, TypeError) as error:
+        if not isinstance(batch, Mapping):
+            raise
+        raise StateError(
+            f"the model does not take a {type(batch).__name__} ({error}): give calibrate how to run a batch, such as "
+            "forward=lambda model, batch: model(**batch)"
+        ) from error
 
 
 def weights_wait(model: nn.Module) -> bool:

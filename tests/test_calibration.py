@@ -234,9 +234,16 @@ def test_a_model_that_is_not_prepared_is_said():
         qat.calibrate(torch.nn.Linear(4, 4), [torch.randn(2, 4)])
 
 
-@pytest.mark.parametrize("wrong", [torch.randn(4, 8), None])
+@pytest.mark.parametrize("wrong", [torch.randn(4, 8), {"input": torch.randn(4, 8)}, None], ids=type)
 def test_what_are_no_batches(wrong):
-    """A tensor would be taken apart into its rows."""
+    """A tensor would be taken apart into its rows, a dict into its keys."""
     model = qat.prepare(nn.Linear(8, 4), qat.QuantPolicy(activation={"bits": 8}), verbose=False)
     with pytest.raises(StateError, match="give a list or a loader"):
         qat.calibrate(model, wrong)
+
+
+def test_a_dict_that_the_model_does_not_take_is_said_with_how_to_give_it():
+    model = qat.prepare(nn.Linear(8, 4), qat.QuantPolicy(activation={"bits": 8}), verbose=False)
+    with pytest.raises(StateError, match=r"does not take a dict .*forward=lambda model, batch: model\(\*\*batch\)"):
+        qat.calibrate(model, [{"input": torch.randn(4, 8)}])
+    qat.calibrate(model, [{"input": torch.randn(4, 8)}], forward=lambda model, batch: model(**batch))
