@@ -325,3 +325,31 @@ def test_an_input_of_another_dtype_is_refused_with_both_shapes():
     said = r"input, \[3, 8\], is torch.uint8, and its weight, \[4, 8\], torch.float32: cast one of them"
     with pytest.raises(LayerError, match=said):
         layer(torch.ones(3, 8, dtype=torch.uint8))
+
+
+class Named(nn.Module):
+    """Calls its layers as torch names their inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.linear = nn.Linear(8, 16)
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.up = nn.ConvTranspose2d(3, 1, 2, stride=2)
+
+    def forward(self, tokens):
+        x = self.linear(input=self.embed(input=tokens)).view(-1, 1, 4, 4)
+        return self.up(input=self.conv(input=x), output_size=(9, 9))
+
+
+@pytest.mark.parametrize("init", ["lsq", "gptq"])
+def test_inputs_may_be_given_by_their_name(init):
+    rules = [{"match": "Embedding", "weight": {"bits": 8}}, {"match": "up", "weight": None}]
+    policy = qat.QuantPolicy(weight={"bits": 4}, activation={"bits": 8}, rules=rules, init=init)
+    model = qat.prepare(Named(), policy, verbose=False)
+    tokens = torch.arange(8)
+    qat.calibrate(model, [tokens], verbose=False)
+    assert not qat.check(model, tokens)
+    expected = model.eval()(tokens)
+    assert expected.shape == (8, 1, 9, 9)
+    assert torch.equal(qat.freeze(model)(tokens), expected)

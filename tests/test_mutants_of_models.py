@@ -229,8 +229,8 @@ MUTANTS = [
     Mutant(
         "conv: the frozen input is not quantized",
         CONV,
-        "x = self.activation_quantizer(x)\n        if",
-        "pass\n        if",
+        "x = input if self.activation_quantizer is None else self.activation_quantizer(input)\n        if",
+        "x = input\n        if",
         lambda m: layers.check_frozen_forward(qat.layers.linear, m),
     ),
     Mutant(
@@ -331,8 +331,8 @@ MUTANTS = [
     Mutant(
         "an embedding's padding learns its step size",
         EMBEDDING,
-        "F.embedding(indices, step_size, *options)",
-        "F.embedding(indices, step_size)",
+        "F.embedding(input, step_size, *options)",
+        "F.embedding(input, step_size)",
         embedding.check_padding,
     ),
     Mutant(

@@ -25,9 +25,9 @@ class QuantConv:
     weight_quantizer: OfWeight | None
     activation_quantizer: OfInput | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
+        x, x_rounding, weight, weight_rounding = roundings(self, input, self.weight)
         batched = x.dim() == weight.dim()
         if batched and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
@@ -58,10 +58,9 @@ class FrozenConv(Frozen):
 
     activation_quantizer: FrozenActivation | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution in the dtype of x (autocast's, where it is on)."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution in the dtype of the input (autocast's, where it is on)."""
+        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
         if self.packed_weight is None:
             return self._conv_forward(x, self.weight, self.bias)
         x, bias = match_dtypes(x, self.bias)

@@ -27,9 +27,9 @@ class QuantConvTranspose:
     weight_quantizer: OfWeight | None
     activation_quantizer: OfInput | None
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, x, other_side_first(self.weight, self.groups))
+        x, x_rounding, weight, weight_rounding = roundings(self, input, other_side_first(self.weight, self.groups))
         x = x if x_rounding is None else x_rounding(x)
         weight = weight if weight_rounding is None else weight_rounding(weight)
         return convolve(self, x, weight, self.bias, output_size)
@@ -56,10 +56,9 @@ class FrozenConvTranspose(Frozen):
 
     activation_quantizer: FrozenActivation | None
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Return the transposed convolution in the dtype of x (autocast's, where it is on)."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return the transposed convolution in the dtype of the input (autocast's, where it is on)."""
+        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
         if self.packed_weight is None:
             return convolve(self, x, other_side_first(self.weight, self.groups), self.bias, output_size)
         x, bias = match_dtypes(x, self.bias)

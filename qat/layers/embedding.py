@@ -21,21 +21,21 @@ class QuantEmbedding(nn.Embedding):
     weight_quantizer: WeightLSQ | WeightMinMax
     activation_quantizer: None
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return fake-quantized rows (..., embedding_dim) of int64 or int32 indices (...), in the weight's dtype.
 
         Quantizing only these rows gives the values and the gradients of looking up in the whole quantized weight.
         """
         options, quantizer = (self.padding_idx, None, 2.0, self.scale_grad_by_freq), self.weight_quantizer
         if isinstance(quantizer, WeightMinMax):  # its range is that of all rows
-            return F.embedding(indices, quantizer(self.weight), *options)
-        rows = F.embedding(indices, self.weight, *options, self.sparse)
+            return F.embedding(input, quantizer(self.weight), *options)
+        rows = F.embedding(input, self.weight, *options, self.sparse)
         if not quantizer.enabled:
             return rows
         quantizer.require_initialised()
         step_size = quantizer.step_size
         if step_size.shape[0] == len(self.weight):
-            step_size = F.embedding(indices, step_size, *options).reshape(-1, step_size.shape[1])
+            step_size = F.embedding(input, step_size, *options).reshape(-1, step_size.shape[1])
         return fake_quantize(rows, step_size, quantizer.spec, quantizer.grad_scale(self.weight))
 
 
@@ -48,7 +48,7 @@ class FrozenEmbedding(Frozen, nn.Embedding):
 
     activation_quantizer: None
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return dequantized rows (..., embedding_dim) of int64 or int32 indices (...)."""
-        rows = self.packed_weight.dequantize_rows(indices.reshape(-1), self.like.dtype)
-        return rows.view(*indices.shape, self.embedding_dim)
+        rows = self.packed_weight.dequantize_rows(input.reshape(-1), self.like.dtype)
+        return rows.view(*input.shape, self.embedding_dim)

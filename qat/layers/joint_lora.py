@@ -48,10 +48,9 @@ class JointLoraLinear(Frozen, QuantLinear):
         with torch.no_grad():
             return joint_weight(self._sum(self.lora_A, self.lora_B), None, self.weight_quantizer.spec, torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the linear map of the fake-quantized sum, in the dtype of x (autocast's, where it is on)."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the linear map of the fake-quantized sum, in the dtype of the input (autocast's, where it is on)."""
+        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
         x, bias = match_dtypes(x, self.bias)
         rounding = self.weight_quantizer.rounding(torch.empty(self.out_features, self.in_features, device="meta"))
         step_size = None if rounding is None else rounding.step_size

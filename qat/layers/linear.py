@@ -30,9 +30,9 @@ class QuantLinear(nn.Linear):
     weight_quantizer: OfWeight | None
     activation_quantizer: OfInput | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, x, self.weight)
+        x, x_rounding, weight, weight_rounding = roundings(self, input, self.weight)
         return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 
@@ -50,9 +50,9 @@ class FrozenLinear(Frozen, nn.Linear):
     activation_quantizer: FrozenActivation | DynamicActivation | None
     fused: FusedProjections | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the linear map in the dtype of x (autocast's, where it is on)."""
-        activation, bias, fused = self.activation_quantizer, self.bias, self.fused
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the linear map in the dtype of the input (autocast's, where it is on)."""
+        x, activation, bias, fused = input, self.activation_quantizer, self.bias, self.fused
         packed = self._modules.get("packed_weight")  # ten times as fast as the attribute
         if activation is not None:
             if int8_product.fits(x, activation, packed, bias):

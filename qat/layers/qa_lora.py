@@ -67,10 +67,9 @@ class QALoraLinear(Frozen, QuantLinear):
 
     weight_quantizer: ZeroPointLora
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the linear map of the weight with its trained zero points, in the dtype of x (or autocast's)."""
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the linear map of the weight with its trained zero points, in the input's dtype, or autocast's."""
+        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
         x, bias = match_dtypes(x, self.bias)
         quantizer = self.weight_quantizer
         return _Product.apply(x, bias, quantizer.lora_A, quantizer.lora_B, quantizer)

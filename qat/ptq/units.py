@@ -100,9 +100,9 @@ def hooked(layers: Layers, observe: Callable[[str, Tensor], None]) -> Iterator[N
     """Call ``observe(name, input)`` whenever one of the layers runs."""
 
     def hook(name: str) -> Callable:
-        return lambda _, args: observe(name, args[0])
+        return lambda _, args, named: observe(name, args[0] if args else named["input"])
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:
