@@ -220,3 +220,23 @@ def _(weight, *spec):
 
 
 _minmax.register_autograd(lambda ctx, grad_output: (grad_output, *(None,) * 5))
+
+
+def moved_zero_point(
+    a: Tensor, b: Tensor, scale: Tensor, zero_point: Tensor | None, scaling: float, spec: QuantSpec
+) -> Tensor:
+    """Do what ``layers.qa_lora.moved_zero_point`` does, inside a compiled graph."""
+    return _moved(a, b, scale, zero_point, scaling, spec.zero_point_dtype.value)
+
+
+@torch.library.custom_op("qat::moved_zero_point", mutates_args=())
+def _moved(a: Tensor, b: Tensor, scale: Tensor, zero_point: Tensor | None, scaling: float, dtype: str) -> Tensor:
+    from .layers import qa_lora
+
+    spec = QuantSpec(symmetric=False, zero_point_dtype=dtype)
+    return qa_lora.moved_zero_point(a, b, scale, zero_point, scaling, spec)
+
+
+@_moved.register_fake
+def _(a, b, scale, zero_point, scaling, dtype):
+    return a.new_empty(b.shape[0], a.shape[1], dtype=getattr(torch, dtype))

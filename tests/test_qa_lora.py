@@ -145,3 +145,20 @@ def test_a_base_that_waits_for_data_is_refused_and_left_alone(adapter, more, sai
     with pytest.raises(PolicyError, match=said):
         adapter(model, qat.QuantPolicy.from_dict({**POLICY, **more}))
     assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_it_trains_what_ships(backend, autocast):
+    """Inductor would leave zero points in float32, where what ships has them in float16."""
+    model, x, seen = trained(std=0.1)[0], torch.randn(5, 48), []
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = run(x)
+        y.float().square().sum().backward()
+        seen.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert torch.equal(seen[0][0], seen[1][0])
+    for here, there in zip(*seen, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5 * there.abs().max().item())

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..numerics import QuantizedTensor, stored_zero_point
 from ..quantizers import FixedDtype
-from ..spec import ScaleDtype
+from ..spec import QuantSpec, ScaleDtype
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen, PackedWeight
 from .product import without_autocast
@@ -47,15 +47,26 @@ class ZeroPointLora(FixedDtype):
     def zero_point(self) -> Tensor:
         """Return z', (N, G) float16."""
         (weight,) = self._weight
-        update = self.scaling * (self.lora_B @ self.lora_A) / weight.scale.float()
-        start = 0.0 if weight.zero_point is None else weight.zero_point.float()
-        return stored_zero_point(start - update, self.spec)
+        parts = self.lora_A, self.lora_B, weight.scale, weight.zero_point, self.scaling
+        if torch.compiler.is_dynamo_compiling():
+            from .. import compiled  # keeps Inductor's own rounding out
+
+            return compiled.moved_zero_point(*parts, self.spec)
+        return moved_zero_point(*parts, self.spec)
 
     def quantize(self, weight: Tensor | None = None) -> QuantizedTensor:
         """Return the integers that the forward uses, with their zero points."""
         (packed,) = self._weight
         rows = packed.shape[0]
         return QuantizedTensor(packed.codes(), packed.scale.expand(rows, -1), self.spec, self.zero_point())
+
+
+def moved_zero_point(
+    a: Tensor, b: Tensor, scale: Tensor, zero_point: Tensor | None, scaling: float, spec: QuantSpec
+) -> Tensor:
+    """Return z - scaling B A / s, (N, G), rounded to the spec's dtype; a zero point of None is 0."""
+    start = 0.0 if zero_point is None else zero_point.float()
+    return stored_zero_point(start - scaling * (b @ a) / scale.float(), spec)
 
 
 class QALoraLinear(Frozen, QuantLinear):
@@ -100,4 +111,5 @@ class _Product(torch.autograd.Function):
         grad_bias = rows.sum(0) if ctx.needs_input_grad[1] else None
         sums = x.flatten(0, -2).unflatten(-1, (a.shape[1], -1)).sum(-1)
         update = ctx.quantizer.scaling * (rows.t() @ sums).float()
-        return grad_x, grad_bias, b.t() @ update, update @ a.t(), None
+        with without_autocast(grad):  # which a compiled backward would be in, as its forward was
+            return grad_x, grad_bias, b.t() @ update, update @ a.t(), None
