@@ -25,7 +25,8 @@ def save(model: nn.Module, out: str | Path, companions: str | Path | None = None
 
     Raises:
         StateError: the model is not frozen.
-        ArtifactError: ``out`` is no artifact and not empty, or the disk is full or read-only; nothing is changed then.
+        ArtifactError: ``out`` is no artifact and not empty, the model's state dict holds what no artifact does, or the
+            disk is full or read-only; nothing is changed then.
     """
     quantized = from_model(model)
     quantized.files = None if companions is None else Path(companions)
