@@ -7,13 +7,14 @@ from dataclasses import replace
 from torch import nn
 
 from . import adapters
+from .decisions import decide
 from .errors import LayerError, PolicyError, StateError
 from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix, quant_layers
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
 from .spec import QuantSpec
-from .surgery import decide, prepare
+from .surgery import prepare
 from .wrappers import MAKE_PARAMETERS, computed_weights
 
 

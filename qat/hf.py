@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import formats
 from .atomic import atomic_folder
+from .decisions import check_shapes, decide
 from .errors import ArtifactError, LayerError, PolicyError
 from .formats import native
 from .formats.companions import PATTERNS, copy_files
@@ -38,7 +39,7 @@ from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix, 
 from .policy import Decision, QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
-from .surgery import check_shapes, decide, weight_quantizer
+from .surgery import weight_quantizer
 
 METHODS = ("bitsandbytes_4bit", "gptq", "awq", "compressed-tensors", "torchao")  # as transformers calls them
 

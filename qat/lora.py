@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from .adapters import import_peft
 from .calibration import run_inputs
+from .decisions import check_shapes, decide
 from .errors import PolicyError, StateError
 from .freezing import freeze, frozen_at_once
 from .layers import PackedWeight, is_frozen, is_prepared, make_frozen_, matrix
 from .lora_product import use_lora_product_
 from .low_rank import best_for_inputs, best_of_rank
 from .numerics import QuantizedTensor
-from .policy import QuantPolicy
+from .policy import Decision, QuantPolicy
 from .spec import Init, QuantSpec, as_member
-from .surgery import Decision, check_shapes, decide, prepare, weight_quantizer
+from .surgery import prepare, weight_quantizer
 
 if TYPE_CHECKING:
     from .ptq import Options

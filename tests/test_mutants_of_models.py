@@ -6,6 +6,7 @@ from mutants import Mutant, load_checks, modules, must_notice, must_pass
 import qat.layers.conv
 import qat.layers.linear
 import qat.layers.packed
+import qat.surgery
 
 policy = load_checks("test_policy")
 surgery = load_checks("test_surgery")
@@ -19,7 +20,7 @@ modes = load_checks("test_modes")
 stored = load_checks("test_stored_weight")
 
 POLICY = "qat.policy"
-SURGERY, TABLE = "qat.surgery", "qat.table"
+SURGERY, DECISIONS, TABLE = "qat.surgery", "qat.decisions", "qat.table"
 CALIBRATION = "qat.calibration"
 MODES = "qat.modes"
 FREEZING = "qat.freezing"
@@ -29,6 +30,19 @@ PACKED = "qat.layers.packed"
 STORED = "qat.stored_weight"
 CPU_INT4 = "qat.layers.cpu_int4"
 EMBEDDING = "qat.layers.embedding"
+
+
+def prepare_with(check):
+    """Return a check of ``prepare`` that takes what decides in its place."""
+
+    def run(decisions):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("decide", "check_shapes", "require_any", "check_init"):
+                patch.setattr(qat.surgery, name, getattr(decisions, name))
+            check(qat.surgery)
+
+    return run
+
 
 MUTANTS = [
     # Policy
@@ -72,16 +86,16 @@ MUTANTS = [
     ),
     Mutant(
         "the first bad shape hides the others",
-        SURGERY,
+        DECISIONS,
         'problems.append(f"{decision.name!r}: {error}")',
         'problems[:] = problems or [f"{decision.name!r}: {error}"]',
-        surgery.check_shapes_that_do_not_fit,
+        prepare_with(surgery.check_shapes_that_do_not_fit),
     ),
     Mutant(
         "shapes that do not fit are skipped",
         SURGERY,
-        "        check_shapes(decisions)\n        _require_any",
-        "        _require_any",
+        "        check_shapes(decisions)\n        require_any",
+        "        require_any",
         surgery.check_shapes_that_do_not_fit,
     ),
     Mutant(
@@ -94,10 +108,10 @@ MUTANTS = [
     Mutant("prepared twice", SURGERY, "if is_prepared(model) or", "if", surgery.check_prepared_twice),
     Mutant(
         "layers left alone are not printed",
-        SURGERY,
+        DECISIONS,
         "[(name, layer) for name, layer in unwrapped(model).named_modules() if holds_matrix(layer)]",
         "[(name, layer) for name, layer in unwrapped(model).named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]",
-        table.check_table,
+        prepare_with(table.check_table),
     ),
     Mutant(
         "scales cost nothing",
