@@ -99,10 +99,10 @@ def measure(options: argparse.Namespace) -> dict[str, float | str]:
                 return chunked_loss(model, tokens[:, :-1], tokens[:, 1:], LOSS_ROWS)
             return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
-    expected = 0
+    expected, blocks = 0, repeated(model) if lean else []
     if "bitsandbytes" not in options.one:  # whose weights are more than a tensor
-        expected = estimate(model, partial(torch.optim.AdamW, lr=1e-4), tokens, loss).total
-    for block in repeated(model) if lean else []:
+        expected = estimate(model, partial(torch.optim.AdamW, lr=1e-4), tokens, loss, blocks).total
+    for block in blocks:
         block.compile(dynamic=False)
     stepper = optimizer(trained)
     times = []

@@ -3,12 +3,14 @@
 Every operator allocates as it will on the device, in the order of the step: forward, backward with what it computes
 again, optimizer. What is counted is live tensors; an allocator keeps some more for itself. Without data transformers
 cannot see that a batch needs no attention mask, so that a batch without packed examples is estimated too large.
+Modules that will be compiled keep less: they are played through as ``qat.partitioned`` has them.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .layers import PackedWeight
 from .outline import replace_
+from .partitioned import partitioned
 
 
 @dataclass
@@ -56,6 +59,7 @@ def estimate(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     inputs: Any,
     loss: Callable[[nn.Module, Any], Tensor],
+    compiled: Iterable[nn.Module] = (),
 ) -> Memory:
     """Return the memory of one training step, without running it; the model is as before afterwards.
 
@@ -63,14 +67,29 @@ def estimate(
         model: on its device, as it will train.
         optimizer: from parameters to an optimizer.
         inputs: a batch on the device: a tensor, or a dictionary of them; their values do not matter.
-        loss: from the model and a batch to the loss.
+        loss: from the model and a batch to the loss; counted as eager.
+        compiled: modules of the model that ``torch.compile`` will run, such as its blocks: ``partitioned``. Where torch
+            cannot trace them, a warning says so, and the estimate is the eager one.
     """
+    modules = list(compiled)
+    try:
+        return _played(model, optimizer, inputs, loss, modules)
+    except Exception as error:  # whatever a compiler raises
+        if not modules:
+            raise
+        memory = _played(model, optimizer, inputs, loss, [])
+        reason = " ".join(str(error).splitlines()[:2]) or type(error).__name__
+        warnings.warn(f"memory is estimated as if nothing were compiled, and may be too high: {reason}", stacklevel=2)
+        return memory
+
+
+def _played(model: nn.Module, optimizer: Callable, inputs: Any, loss: Callable, compiled: list[nn.Module]) -> Memory:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {id(tensor): tensor for tensor in _held(model)}
     weights = _bytes(t for t in state.values() if not t.requires_grad)
     adapters = _bytes(t for t in state.values() if t.requires_grad)
     live = LiveBytes()
-    with _without_data(model, mode), mode:
+    with _without_data(model, mode), partitioned(compiled, live.uncounted), mode:
         fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         stepper = optimizer(trained)
@@ -95,16 +114,33 @@ class LiveBytes(TorchDispatchMode):
         most: their largest number so far.
     """
 
+    supports_higher_order_operators = True  # in a compiled block attention is computed again through one
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch compile meanwhile, and count what its code makes when it runs."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
         self._seen: set[int] = set()
+        self._counts = True
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Let operators run whose results do not count."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run an operator, and count the storages that are new."""
         before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in tree_leaves(out) if self._counts else ():
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if id(storage) not in before and id(storage) not in self._seen:

@@ -246,6 +246,12 @@ def test_a_model_that_repeats_no_block_is_one():
     assert repeated(network) == [network]
 
 
+@pytest.mark.parametrize("mode", [None, "blocks", "default"])
+def test_what_is_estimated_as_compiled_are_the_blocks_of_what_will_be(mode):
+    task = language_task(compile_mode=mode)
+    assert task.compilation.blocks(task.model) == ([] if mode is None else list(task.model.model.layers))
+
+
 def test_language_models_train_without_a_key_value_cache():
     task = language_task()
     with mock.patch.object(type(task.model), "forward", autospec=True, side_effect=type(task.model).forward) as forward:

@@ -101,7 +101,8 @@ class MemoryEstimate(Callback):
                 return cross_entropy(logits_of(run(model, batch[0])), batch[1])
 
         try:
-            memory = str(estimate(task.model, task.optimizer, batch, loss))
+            blocks = task.compilation.blocks(task.model)
+            memory = str(estimate(task.model, task.optimizer, batch, loss, blocks))
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:  # an operator that needs data
             memory = f"not estimated: {str(error).splitlines()[0]}"
         rank_zero_only(print)(f"memory      {memory}")

@@ -44,6 +44,10 @@ class Compilation:
         if by_block:
             self.loss, self._blocks = torch.compile(training_loss, dynamic=False), parts
 
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """Return the repeated blocks of a network that will be compiled, by itself or as a part of the whole."""
+        return [] if self._mode is None else repeated(network)
+
     def begin_step(self) -> None:
         """Let CUDA graphs reuse the memory of the step before."""
         if self._mode == "reduce-overhead":

@@ -92,7 +92,7 @@ class Task(LightningModule):
             raise TrainingError(f"task.step_size_lr_scale={step_size_lr_scale}: give a number that is not negative")
         if not temperature > 0:
             raise TrainingError(f"task.temperature={temperature}: give a positive number")
-        self._compilation = Compilation(compile_mode)
+        self.compilation = Compilation(compile_mode)
         self.temperature, self.teacher_share = temperature, teacher_share
         self.mixup = 0.0
         self.model = model
@@ -137,7 +137,7 @@ class Task(LightningModule):
         share = torch.distributions.Beta(self.mixup, self.mixup).sample().item() if self.mixup else 1.0
         if share < 1:  # a shuffled batch in reverse order is a random partner for each example
             inputs = torch.lerp(inputs.flip(0), inputs, share)
-        self._compilation.begin_step()
+        self.compilation.begin_step()
         logits = self(inputs)
         if not self._targets_fit:
             check_targets(logits, targets)
@@ -148,7 +148,7 @@ class Task(LightningModule):
                 taught = mean_prediction([logits_of(run(teacher, inputs)) for teacher in self._teachers])
         how = share, self.label_smoothing, self.temperature, self.teacher_share
         try:
-            return self._compilation.loss(logits, targets, taught, *how)
+            return self.compilation.loss(logits, targets, taught, *how)
         except IndexError:  # of a CPU; to look at each batch would wait for a GPU
             check_targets(logits, targets)
             raise
@@ -204,7 +204,7 @@ class Task(LightningModule):
 
     def on_train_start(self) -> None:
         """Compile, now that calibration is over, and go on with the random state and the position of a killed run."""
-        self._compilation.start((self.model, *self._teachers))
+        self.compilation.start((self.model, *self._teachers))
         if self._rng_state is not None:
             set_random_state(self._rng_state)
             if "cuda" in self._rng_state and self.device.type == "cuda":
@@ -217,15 +217,15 @@ class Task(LightningModule):
 
     def on_validation_start(self) -> None:
         """Validate eagerly where blocks are compiled."""
-        self._compilation.pause()
+        self.compilation.pause()
 
     def on_validation_end(self) -> None:
         """Go on with the compiled blocks."""
-        self._compilation.go_on()
+        self.compilation.go_on()
 
     def on_train_end(self) -> None:
         """Leave the blocks as they were."""
-        self._compilation.stop()
+        self.compilation.stop()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``qat.checkpoint`` reads, and the random state."""
