@@ -14,6 +14,8 @@ so that it is like the text to train on; --test FILE measures on another text.
     QLoRA from LoftQ          the same where LoftQ has split the base between NF4 codes and the adapter
     QLoRA from CLoQ           the same on GPTQ's codes, from the adapter that makes up for most of what they lost
     joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
+    LoRA on int4 from CLoQ    an adapter beside int4 codes that GPTQ has chosen, from where it makes up for them
+    QA-LoRA                   the same codes with zero points that train, which hold the adapter when it is done
     LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
 
@@ -27,7 +29,6 @@ are kept in runs/smollm2_adapters, and what is there is used again.
 import argparse
 import itertools
 import json
-import math
 import runpy
 import shutil
 import subprocess
@@ -39,15 +40,16 @@ from pathlib import Path
 
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
 side_by_side = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))
+losses = runpy.run_path(str(Path(__file__).with_name("adapter_table.py")))
 Plan, Rows, add_options = (side_by_side[name] for name in ("Plan", "Rows", "add_options"))
+bars, best, row, table = (losses[name] for name in ("bars", "best", "row", "table"))
+LORA, QLORA, JOINT, AFTER, TORCHAO = (losses[name] for name in ("LORA", "QLORA", "JOINT", "AFTER", "TORCHAO"))
 OUT = Path("runs/smollm2_adapters")
 BASE, TRAIN, HELD_OUT = OUT / "base", OUT / "train.txt", OUT / "held_out.txt"
 PARTS, EVERY = 400, 20
 SETTINGS = ("train", "test", "model", "bits", "group_size", "rank", "steps", "batch_size", "seq_len", "windows")
 METHODS = {"minmax": "round-to-nearest", "mse": "mse", "gptq": "GPTQ", "awq": "AWQ"}
 SPLITS = {"loftq": "LoftQ", "cloq": "CLoQ"}
-LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
-AFTER, TORCHAO = "LoRA then PTQ", "torchao QAT + LoRA"
 
 
 def main() -> None:
@@ -136,6 +138,8 @@ def plan(pool: ThreadPoolExecutor, options: argparse.Namespace) -> list[Future]:
             rows.submit(torchao, lr, options)
         for base_codes in options.bases:
             rows.submit(qlora, base_codes, lr, options)
+        rows.submit(on_int4, lr, options)
+        rows.submit(qa_lora, lr, options)
     for lr in options.lr:
         for method in options.methods:
             rows.submit(lora_then, method, lr, options, after=[base[lr]])
@@ -184,12 +188,30 @@ def qlora(codes: str, lr: str, options: argparse.Namespace) -> dict:
 
 def joint(start: str, lr: str, options: argparse.Namespace) -> dict:
     """Return the result of the artifact of LoRA and step sizes trained inside the rounding."""
-    name = f"joint_{start}_{lr}"
-    model = ["experiment=joint_lora", "callbacks.memory=null", f"model.pretrained_model_name_or_path={BASE}"]
-    model += [*policy(start, options), *ranks(options)]
-    commands = [train_command(OUT / name, lr, options, model), evaluation(name, OUT / name / "artifact", options)]
-    title = f"{JOINT} from {METHODS[start]}"
-    return row(title, f"int{options.bits}", lr, options.rows.result(name, commands, weight=4))
+    title, ships = f"{JOINT} from {METHODS[start]}", f"int{options.bits}"
+    return artifact_of(f"joint_{start}_{lr}", title, ships, ["experiment=joint_lora"], lr, options, start)
+
+
+def on_int4(lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of an adapter beside int4 codes."""
+    name, model = f"int4_cloq_{lr}", ["experiment=loftq", "adapter.start=cloq", "policy=lm_w4"]
+    return artifact_of(name, f"LoRA on int{options.bits} from CLoQ", f"int{options.bits} + adapter", model, lr, options)
+
+
+def qa_lora(lr: str, options: argparse.Namespace) -> dict:
+    """Return the result of codes whose zero points have trained."""
+    ships = f"int{options.bits}, real zero points"
+    return artifact_of(f"qa_lora_{lr}", "QA-LoRA", ships, ["experiment=qa_lora"], lr, options)
+
+
+def artifact_of(
+    name: str, title: str, ships: str, model: list[str], lr: str, options: argparse.Namespace, init: str = "mse"
+) -> dict:
+    """Return the result of a recipe on the integer grid that all share, measured from its artifact."""
+    model = [*model, "callbacks.memory=null", f"model.pretrained_model_name_or_path={BASE}", *ranks(options)]
+    commands = [train_command(OUT / name, lr, options, [*model, *policy(init, options)])]
+    commands.append(evaluation(name, OUT / name / "artifact", options))
+    return row(title, ships, lr, options.rows.result(name, commands, weight=4))
 
 
 def lora_then(method: str, lr: str, options: argparse.Namespace) -> dict:
@@ -254,52 +276,6 @@ def merge(adapter: str, out: str) -> None:
 
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     load_adapter(base, adapter).merge_and_unload().save_pretrained(out)
-
-
-def row(name: str, weights: str, lr: str, metrics: dict[str, float]) -> dict:
-    """Return a line of the results."""
-    return {"recipe": name, "weights": weights, "lr": lr, **{key: metrics[key] for key in ("loss", "perplexity")}}
-
-
-def best(rows: list[dict]) -> list[dict]:
-    """Return each recipe's row with the lowest loss, and in it the losses of its other learning rates."""
-    found = {entry["recipe"]: entry for entry in sorted(rows, key=lambda entry: -entry["loss"])}
-    for name, entry in found.items():
-        others = [other for other in rows if other["recipe"] == name and other is not entry]
-        entry["others"] = ", ".join(f"{other['lr']}: {other['loss']:.4f}" for other in others)
-    return sorted(found.values(), key=lambda entry: entry["loss"])
-
-
-def bars(chosen: list[dict]) -> list[str]:
-    """Return what was asked for, what was found, and whether that is enough; of several starts or methods the best."""
-
-    def first(name: str) -> dict | None:
-        return next((entry for entry in chosen if entry["recipe"].startswith(name)), None)
-
-    lines = []
-    for ours, theirs, margin in ((QLORA, LORA, 0.01), (JOINT, AFTER, 0.0), (JOINT, TORCHAO, 0.0)):
-        what = f"{ours} {f'within {margin:.0%} of' if margin else 'ahead of'} {theirs}"
-        a, b = first(ours), first(theirs)
-        if a is None or b is None:
-            missing = " (torchao is not installed)" if theirs == TORCHAO and not find_spec("torchao") else ""
-            lines.append(f"{what}: not measured{missing}")
-            continue
-        holds = a["loss"] <= b["loss"] * (1 + margin) if margin else a["loss"] < b["loss"]
-        pair = f"{a['recipe']} {a['loss']:.4f}, {b['recipe']} {b['loss']:.4f}, {a['loss'] / b['loss'] - 1:+.2%}"
-        lines.append(f"{what}: {pair}: {'holds' if holds else 'DOES NOT HOLD'}")
-    return lines
-
-
-def table(chosen: list[dict]) -> str:
-    """Return the losses as a table of Markdown."""
-    base = next((entry["loss"] for entry in chosen if entry["recipe"] == LORA), math.nan)
-    lines = ["| recipe | what ships | lr | held-out loss | perplexity | to bf16 LoRA | other rates |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for entry in chosen:
-        numbers = f"{entry['loss']:.4f} | {entry['perplexity']:.3f} | {entry['loss'] / base - 1:+.2%}"
-        names = f"{entry['recipe']} | {entry['weights']} | {entry['lr']}"
-        lines.append(f"| {names} | {numbers} | {entry['others']} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

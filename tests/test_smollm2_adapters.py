@@ -49,8 +49,8 @@ def test_every_row_composes_trains_alike_and_runs_after_its_base(recipe, monkeyp
     monkeypatch.setattr(given.rows, "run", run)
     with ThreadPoolExecutor(1) as pool:
         rows = [future.result(timeout=60) for future in recipe.plan(pool, given)]
-    assert len(rows) == len(done) == len(set(done)) == 1 + 2 * (1 + 2 + 4 + 2 + 1)
-    assert len(trained) == 14
+    assert len(rows) == len(done) == len(set(done)) == 1 + 2 * (1 + 2 + 4 + 2 + 1 + 2)
+    assert len(trained) == 18
     for key in ("data", "task.schedule", "trainer.precision", "trainer.max_steps", "optim.weight_decay", "optim.betas"):
         found = [OmegaConf.select(config, key) for config in trained]
         assert all(value == found[0] for value in found), key
@@ -70,7 +70,7 @@ def test_held_out_text_is_none_that_trains(recipe, monkeypatch, tmp_path):
 
 
 def test_bars_and_table(recipe, monkeypatch):
-    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    monkeypatch.setitem(recipe.bars.__globals__, "find_spec", lambda name: None)
     found = [("bf16 LoRA", 2.0), ("bf16 LoRA", 2.2), ("QLoRA", 2.021), ("joint LSQ + LoRA from GPTQ", 2.05)]
     found += [("LoRA then PTQ, GPTQ", 2.06), ("LoRA then PTQ, round-to-nearest", 2.04)]
     rows = [recipe.row(name, "x", str(at), {"loss": loss, "perplexity": 1.0}) for at, (name, loss) in enumerate(found)]
@@ -122,6 +122,8 @@ def test_every_recipe_on_a_small_llama(recipe, tmp_path):
         "QLoRA on GPTQ's codes",
         "QLoRA from LoftQ",
         "QLoRA from CLoQ",
+        "LoRA on int4 from CLoQ",
+        "QA-LoRA",
         "LoRA then PTQ, GPTQ",
         "LoRA then PTQ, round-to-nearest",
     } <= losses.keys()
