@@ -1,7 +1,13 @@
-"""The losses of smollm2_adapters.py: each recipe's best, as a table, and next to what was asked for."""
+"""The losses of smollm2_adapters.py: each recipe's best, as a table, and next to what was asked for.
 
+python recipes/adapter_table.py runs/smollm2_adapters/adapters.json       the table of results kept there
+"""
+
+import argparse
+import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
 AFTER, TORCHAO = "LoRA then PTQ", "torchao QAT + LoRA"
@@ -51,3 +57,10 @@ def table(chosen: list[dict]) -> str:
         names = f"{entry['recipe']} | {entry['weights']} | {entry['lr']}"
         lines.append(f"| {names} | {numbers} | {entry['others']} |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="adapters.json, as smollm2_adapters.py writes it")
+    chosen = best(json.loads(parser.parse_args().results.read_text())["rows"])
+    print("\n".join([table(chosen), *bars(chosen)]))
