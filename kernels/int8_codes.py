@@ -75,7 +75,7 @@ def int8_codes_reference(
 
 
 if triton is not None:
-    from .fake_quant import divide
+    from .grid import divide
     from .launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
     from .round_dynamic import int8_token_grid
     from .rounding import clamp, round_half_even

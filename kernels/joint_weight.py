@@ -27,7 +27,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .fake_quant import divide, stored_scale
+    from .grid import divide, stored_scale
     from .launching import ceil_div, launch
     from .rounding import clamp, round_half_even, round_to
 except ImportError:  # there is no Triton for macOS

@@ -179,10 +179,16 @@ def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: flo
     return _FakeQuantize.apply(x, step_size, spec, grad_scale)
 
 
-def fake_quantized(x: Tensor, step_size: Tensor, spec: QuantSpec, dtype: torch.dtype | None = None) -> Tensor:
+def fake_quantized(
+    x: Tensor,
+    step_size: Tensor,
+    spec: QuantSpec,
+    dtype: torch.dtype | None = None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
     """Return the value of ``fake_quantize``, without gradients, in ``dtype`` (that of x): the kernels' reference."""
     scale = stored_scale(step_size, spec)
-    return dequantize(quantize(x, scale, spec), scale, dtype or x.dtype)
+    return dequantize(quantize(x, scale, spec, zero_point), scale, dtype or x.dtype, zero_point)
 
 
 def fake_quantize_gradients(
@@ -226,13 +232,14 @@ def requantize_(
     grad_scale: float,
     wanted=(True, True),
     dtype: torch.dtype | None = None,
+    zero_point: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (fake-quantized x in ``dtype``, or None; gradient of x; gradient of the step size).
 
     For a backward that kept x alone and needs its fake-quantized value again. ``grad_output`` may be overwritten.
     """
-    y = None if dtype is None else fake_quantized(x, step_size, spec, dtype)
-    return y, *fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale, wanted)
+    y = None if dtype is None else fake_quantized(x, step_size, spec, dtype, zero_point)
+    return y, *fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale, wanted, zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -111,7 +111,8 @@ def table(model: nn.Module, decisions: list[Decision]) -> str:
 def _cost(model: nn.Module) -> list[str]:
     """Return a line that says what step sizes take, and what fake quantization runs on."""
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
-    kinds = sorted({type(quantizer).__name__ for quantizer in quantizers} - {"WeightLSQ", "ActivationLSQ"})
+    fused = {"WeightLSQ", "ActivationLSQ", "AsymmetricLSQ", "ActivationLSQPlus"}
+    kinds = sorted({type(quantizer).__name__ for quantizer in quantizers} - fused)
     lines = [f"with {', '.join(kinds)}, in torch's operators"] if kinds else []
     learned = (quantizer for quantizer in quantizers if isinstance(quantizer, LearnedStepSize))
     steps = {id(quantizer.step_size): quantizer.step_size for quantizer in learned}.values()

@@ -24,7 +24,7 @@ for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
     for kernel in kernels:
         bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
         names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
-        constants = (False, -8.0, 7.0, tl.bfloat16, 32, 128)[: len(kernel.params) - len(names)]
+        constants = (False, -8.0, 7.0, tl.bfloat16, "whole", 32, 128)[: len(kernel.params) - len(names)]
         seen = {}
         for _ in range(1000):
             arguments = [
@@ -82,7 +82,7 @@ x = torch.zeros(4, 64)
 for tensor in (x, x, x.bfloat16(), torch.zeros(257)[1:].view(4, 64), x):
     fake_quant.fake_quantized(tensor, torch.ones(4, 2), QuantSpec(group_size=32))
 fake_quant.fake_quantized(x, torch.ones(4, 2), QuantSpec(bits=8, group_size=32))
-first, again = ("first", (1,), 11, {"num_warps": fake_quant.WARPS}), ("again", (1, 1, 1), 11)
+first, again = ("first", (1,), 13, {"num_warps": fake_quant.WARPS}), ("again", (1, 1, 1), 13)
 assert calls == [first, again, first, first, again, first], calls
 print("ok")
 """

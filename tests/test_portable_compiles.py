@@ -16,7 +16,7 @@ SCRIPT = """
 import json
 import triton
 import triton.language as tl
-from qat.kernels import decode_step, int4_portable, int8_codes, int8_portable, joint_weight, nested_scale
+from qat.kernels import decode_step, fake_quant, int4_portable, int8_codes, int8_portable, joint_weight, nested_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -89,6 +89,23 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
         found[f"{target.arch}, sum, fused {fused}"] = any(name in asm for name in fmas)
     pointers |= {"step": "fp32", "grad": "bf16", "y": "bf16", "grad_w": "bf16", "sums": "fp32"}
     compiled(joint_weight._joint_kernel, target, constants, pointers, integers, num_warps=8, enable_fp_fusion=False)
+    for kind, zero in (("whole", None), ("whole", "i8"), ("real", "fp16"), ("offset", "fp32")):
+        pointers = {"x": "bf16", "step": "fp32", "y": "bf16"} | ({"zero": zero} if zero else {})
+        constants = {"LOW": -8.0, "HIGH": 7.0, "SCALE_DTYPE": tl.bfloat16, "ZERO": kind, "BLOCK_S": 32, "BLOCK_B": 128}
+        constants |= {} if zero else none("zero")
+        kernel, sizes = fake_quant._forward_kernel, "S B tiles"
+        asms = [
+            compiled(kernel, target, constants, pointers, sizes, num_warps=8, enable_fp_fusion=fused)
+            for fused in (False, True)
+        ]
+        counts = [sum(asm.count(name) for name in fmas) for asm in asms]
+        found[f"{target.arch}, {kind}, {zero}, a quotient's alone, True"] = counts[0] == counts[1] > 0
+        constants |= {"SPARSE": True} | none("y")
+        pointers = pointers | dict.fromkeys(("grad_y", "grad_x"), "bf16") | {"sums": "fp32"}
+        del pointers["y"]
+        second = {"offset_sums": "fp32"} if kind == "offset" else {}
+        constants |= {} if second else none("offset_sums")
+        compiled(fake_quant._backward_kernel, target, constants, pointers | second, sizes, "factor", num_warps=8)
 print(json.dumps(found))
 """
 
@@ -104,4 +121,4 @@ def test_they_compile_and_nothing_is_fused_that_rounds_twice():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found == {key: key.endswith("True") for key in found} and len(found) == 18
+    assert found == {key: key.endswith("True") for key in found} and len(found) == 30

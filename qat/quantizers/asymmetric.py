@@ -10,12 +10,9 @@ from torch import Tensor
 
 from ..numerics import (
     QuantizedTensor,
-    dequantize,
-    fake_quantize_gradients,
-    quantize,
+    arithmetic,
     quantize_tensor,
     scale_shape,
-    stored_scale,
     stored_zero_point,
     zero_point_dtype,
 )
@@ -87,8 +84,7 @@ def range_of(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 def fake_quantized(x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Return the fake-quantized x in its own dtype, without gradients."""
-    scale = stored_scale(step_size, spec)
-    return dequantize(quantize(x, scale, spec, zero_point), scale, x.dtype, zero_point)
+    return arithmetic(x, step_size).fake_quantized(x, step_size, spec, zero_point=zero_point)
 
 
 def gradients(
@@ -96,4 +92,4 @@ def gradients(
 ) -> tuple[Tensor, Tensor, None]:
     """Return the gradients of x and of the step size; the zero point has none."""
     how = (spec, grad_scale, (True, True), zero_point)
-    return *fake_quantize_gradients(grad_output, x, step_size, *how), None
+    return *arithmetic(x, step_size).fake_quantize_gradients(grad_output, x, step_size, *how), None

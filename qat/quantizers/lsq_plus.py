@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from .. import backend
 from ..numerics import dequantize, quantize, stored_scale
 from ..ranks import sum_over_ranks_
 from ..spec import Init, QuantSpec
@@ -113,6 +114,10 @@ def zero_point(scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
 
 def fake_quantized(x: Tensor, step_size: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
     """Return the fake-quantized x in its own dtype, without gradients."""
+    if backend.fused(x, step_size):
+        from qat.kernels import fake_quant  # loads Triton
+
+        return fake_quant.fake_quantized(x, step_size, spec, offset=offset)
     scale = stored_scale(step_size, spec)
     zero = zero_point(scale, offset, spec)
     return dequantize(quantize(x, scale, spec, zero), scale, x.dtype, zero)
@@ -122,6 +127,11 @@ def gradients(
     grad_output: Tensor, x: Tensor, step_size: Tensor, offset: Tensor, spec: QuantSpec, grad_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, step size and offset (equations 3, 5 and 6), with LSQ's strict masks."""
+    if backend.fused(x, step_size):
+        from qat.kernels import fake_quant  # loads Triton
+
+        how = spec, grad_scale, (True, True, True)
+        return fake_quant.fake_quantize_gradients(grad_output, x, step_size, *how, offset=offset)
     scale = stored_scale(step_size, spec)
     working = torch.promote_types(x.dtype, torch.float32)
     ratio = x.to(working) / scale.to(working).reshape(())

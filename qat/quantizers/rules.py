@@ -1,6 +1,6 @@
 """Fake quantization whose gradients follow a rule of their own, in one place for autograd and for torch.compile.
 
-A rule is a module with two functions, on every device in torch's operators:
+A rule is a module with two functions, which choose what they run on:
 
     fake_quantized(x, step_size, offset, spec) -> the rounded x in its own dtype
     gradients(grad_output, x, step_size, offset, spec, grad_scale) -> those of x, step size and offset (or None)
