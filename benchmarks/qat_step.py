@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -53,10 +54,10 @@ def quantize(model: nn.Module, policy: qat.QuantPolicy, batch=None) -> tuple[nn.
     return model, torch.no_grad()(lambda: torch._foreach_clamp_min_(steps, MIN_SCALE))
 
 
-def setting(text: str) -> tuple[str, int]:
-    """Return ("key", 1) of "key=1"."""
+def setting(text: str) -> tuple[str, int | bool]:
+    """Return ("key", 1) of "key=1", and True of "true"."""
     key, _, value = text.partition("=")
-    return key, int(value)
+    return key, json.loads(value)
 
 
 def language_variants() -> dict[tuple[str, str], Callable]:
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--variants", nargs="+", help="plain, qat, torchao, 'LSQ in torch'; all, if left out")
     parser.add_argument("--repeats", type=int, default=12, help="timed steps; 0 only compiles")
-    parser.add_argument("--inductor", nargs="*", default=[], metavar="KEY=INT", help="options of torch.compile")
+    parser.add_argument("--inductor", nargs="*", default=[], metavar="KEY=VALUE", help="options of torch.compile")
     parser.add_argument("--traced", action="store_true", help="see qat.backend.set_traced_rounding")
     parser.add_argument("--profile", action="store_true", help="also write what each variant's kernels take")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on a CPU too")

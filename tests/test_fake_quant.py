@@ -19,9 +19,9 @@ SCALE_DTYPES = ["bfloat16", "float16", "float32"]
 
 def same_bits(one, other):
     """Return whether two tensors have the same dtype, strides and bits; one NaN is like another."""
+    one, other = one.cpu(), other.cpu()
     integers = {2: torch.int16, 4: torch.int32}[one.element_size()]
-    differ = one.cpu().view(integers) != other.cpu().view(integers)
-    differ &= ~(one.isnan() & other.isnan()).cpu()
+    differ = (one.view(integers) != other.view(integers)) & ~(one.isnan() & other.isnan())
     return one.dtype == other.dtype and one.stride() == other.stride() and not differ.any()
 
 
