@@ -15,7 +15,7 @@ so that it is like the text to train on; --test FILE measures on another text.
     QLoRA from CLoQ           the same on GPTQ's codes, from the adapter that makes up for most of what they lost
     joint LSQ + LoRA from M.  adapters and step sizes inside the rounding from a start M.; what ships is Q(W + B A)
     LoRA on int4 from CLoQ    an adapter beside int4 codes that GPTQ has chosen, from where it makes up for them
-    QA-LoRA                   the same codes with zero points that train, which hold the adapter when it is done
+    QA-LoRA                   such codes with zero points that train, which hold the adapter when it is done
     LoRA then PTQ, METHOD     the baseline merged in float32, quantized after training, measured from the artifact
     torchao QAT + LoRA        torchao's fake quantization of W beside the adapter, merged and converted by torchao
 
@@ -170,20 +170,25 @@ def qlora(codes: str, lr: str, options: argparse.Namespace) -> dict:
     folder, title = OUT / name, f"{QLORA} from {SPLITS.get(codes)}" if codes in SPLITS else QLORA
     commands, base = [], folder / "artifact"
     grid, common = "policy.weight.codebook=nf4_double", ["callbacks.memory=null", *ranks(options)]
-    full = ["model=hf", f"model.pretrained_model_name_or_path={BASE}", "model.dtype=bfloat16"]
     model = ["experiment=qlora", f"model.name={BASE}"]
     if codes in SPLITS:
-        model = ["experiment=loftq", f"adapter.start={codes}", full[1], grid]
+        model = ["experiment=loftq", f"adapter.start={codes}", f"model.pretrained_model_name_or_path={BASE}", grid]
     elif codes != "minmax":
-        calibrated, base, title = folder / "calibrated", folder / "base", f"{QLORA} on {METHODS[codes]}'s codes"
-        calibrate = [*full, "policy=lm_nf4", grid, f"policy.init={codes}", "task=language", "optim=adamw"]
-        commands.append(train_command(calibrated, lr, options, [*calibrate, "trainer.max_steps=0"]))
-        commands.append(["qat.convert", str(calibrated / "last.ckpt"), "--out", str(base)])
+        base, title = folder / "base", f"{QLORA} on {METHODS[codes]}'s codes"
+        commands += calibrated(base, lr, options, ["policy=lm_nf4", grid, f"policy.init={codes}"])
         model = ["experiment=qlora", f"model.name={base}", "model.policy=null"]
     commands.append(train_command(folder, lr, options, [*model, *common]))
     beside = ["--adapter", str(folder / "adapter")] if base.name == "base" else []
     commands.append(evaluation(name, base, options, *beside))
     return row(title, "NF4 + adapter", lr, options.rows.result(name, commands, weight=4))
+
+
+def calibrated(base: Path, lr: str, options: argparse.Namespace, policy: list[str]) -> list[list[str]]:
+    """Return the commands that write a base whose codes a method has chosen from the training text."""
+    folder = base.with_name("calibrated")
+    model = ["model=hf", f"model.pretrained_model_name_or_path={BASE}", "model.dtype=bfloat16"]
+    model += [*policy, "task=language", "optim=adamw", "trainer.max_steps=0"]
+    return [train_command(folder, lr, options, model), ["qat.convert", str(folder / "last.ckpt"), "--out", str(base)]]
 
 
 def joint(start: str, lr: str, options: argparse.Namespace) -> dict:
@@ -200,8 +205,14 @@ def on_int4(lr: str, options: argparse.Namespace) -> dict:
 
 def qa_lora(lr: str, options: argparse.Namespace) -> dict:
     """Return the result of codes whose zero points have trained."""
+    name = f"qa_lora_{lr}"
+    folder, base = OUT / name, OUT / name / "base"
+    model = ["experiment=qa_lora", "model=hf_frozen", f"model.name={base}", "policy=none", "callbacks.memory=null"]
+    commands = calibrated(base, lr, options, ["policy=lm_w4", *policy("gptq", options)])
+    commands.append(train_command(folder, lr, options, [*model, *ranks(options)]))
+    commands.append(evaluation(name, folder / "artifact", options))
     ships = f"int{options.bits}, real zero points"
-    return artifact_of(f"qa_lora_{lr}", "QA-LoRA", ships, ["experiment=qa_lora"], lr, options)
+    return row("QA-LoRA", ships, lr, options.rows.result(name, commands, weight=4))
 
 
 def artifact_of(

@@ -156,6 +156,20 @@ def test_other_adapters_ship_what_they_trained(folder, experiment, start):
     assert evaluate(shipped, data)["loss"] == pytest.approx(after["loss"], rel=1e-5)
 
 
+def test_zero_points_trained_on_a_base_in_a_folder_ship_as_an_artifact(folder):
+    qat.hf.from_pretrained("model", policy={"weight": {"bits": 4, "group_size": 32}}).save_pretrained("base")
+    frozen = ["model=hf_frozen", "model.name=base", "policy=none", "data.tokenizer=model"]
+    after = run("experiment=qa_lora", *frozen)
+    shipped = qat.load("runs/qa_lora/artifact")
+    assert not (folder / "runs/qa_lora/adapter").exists()
+    before, tensors = (qat.quantized_tensors(model) for model in (qat.load("base"), shipped))
+    assert before.keys() == tensors.keys()
+    assert all(torch.equal(before[name].codes, tensors[name].codes) for name in before)
+    assert any(tensors[name].zero_point.any() for name in before)
+    data = InstructionData("train.jsonl", "model", seq_len=64, batch_size=2)
+    assert evaluate(shipped, data)["loss"] == pytest.approx(after["loss"], rel=1e-5)
+
+
 def test_a_full_run_keeps_its_tokenizer_for_what_ships(folder):
     (folder / "text.txt").write_text("the cat sat on the mat " * 400)
     run(

@@ -59,9 +59,10 @@ def ship_adapter(run_dir: Path, model: nn.Module, metrics: dict[str, float]) -> 
     """Write what an adapter run deploys: its artifact, or the adapter alone where its base lies in a folder already."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     print(f"run folder  {run_dir}")
-    if is_prepared(model):
+    own = is_prepared(model)  # its codes, or their zero points, hold what trained
+    if own:
         freeze(model)
-    if is_frozen(model) and getattr(base, "qat_source", None) is None:
+    if is_frozen(model) and (own or getattr(base, "qat_source", None) is None):
         beside = run_dir / TOKENIZER
         save(model, run_dir / "artifact", beside if beside.is_dir() else None)
         print(f"artifact    {run_dir / 'artifact'}")
