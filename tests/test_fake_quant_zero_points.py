@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qat.kernels import fake_quant
 from test_fake_quant import DEVICE, DTYPES, GRIDS, SCALE_DTYPES, edge_ratios, same_bits
 
+import qat
 from qat import QuantSpec, backend, numerics
 from qat.numerics import scale_shape, stored_scale
 from qat.quantizers import ActivationLSQPlus, AsymmetricLSQ, lsq_plus
@@ -243,26 +244,41 @@ def activation_quantizer():
     return made, torch.randn(3, 5, 8)
 
 
+def layer(activation, weight):
+    made = torch.nn.Linear(32, 6)
+    x = torch.randn(3, 5, 32)
+    policy = qat.QuantPolicy(weight=weight, activation=activation)
+    return qat.calibrate(qat.prepare(made, policy, verbose=False), [x]), x
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    "make", [lambda: weight_quantizer(None), lambda: weight_quantizer("float16"), activation_quantizer]
+    "make",
+    [
+        lambda: weight_quantizer(None),
+        lambda: weight_quantizer("float16"),
+        activation_quantizer,
+        lambda: layer({"bits": 4, "symmetric": False}, {"group_size": 8, "symmetric": False}),
+        lambda: layer(None, {"granularity": "channel", "symmetric": False, "zero_point_dtype": "bfloat16"}),
+    ],
+    ids=["weight", "real", "activation", "layer", "layer with real zero points"],
 )
 def test_quantizers_run_in_the_kernels(monkeypatch, make, compiled):
-    """With the kernels in the reference's place, a quantizer gives the same values and gradients."""
+    """With the kernels in the reference's place, quantizers and layers give the same values and gradients."""
     made, x = make()
     made, x = made.to(DEVICE), x.to(DEVICE)
-    upstream, results, calls = torch.randn_like(x), [], []
-    forward = fake_quant.fake_quantized
-    monkeypatch.setattr(fake_quant, "fake_quantized", lambda *args, **how: calls.append(1) or forward(*args, **how))
+    results, calls = [], []
+    launch = fake_quant.launch
+    monkeypatch.setattr(fake_quant, "launch", lambda *args, **how: calls.append(args[0]) or launch(*args, **how))
     for kernels in (False, True):
         monkeypatch.setattr(backend, "fused", lambda *tensors, kernels=kernels: kernels)
         torch._dynamo.reset()
         run = torch.compile(made, backend="aot_eager", fullgraph=True) if compiled else made
         leaf = x.clone().requires_grad_()
         y = run(leaf)
-        learned = list(made.parameters())
-        results.append((y.detach(), *torch.autograd.grad(y, [leaf, *learned], upstream)))
-    assert len(calls) == 1
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        results.append((y.detach(), *torch.autograd.grad(y, [leaf, *made.parameters()], upstream)))
+        assert bool(calls) is kernels
     (y, grad_x, *expected), (other_y, other_grad_x, *others) = results
     assert torch.equal(y, other_y) and torch.equal(grad_x, other_grad_x)
     for one, other in zip(expected, others, strict=True):
