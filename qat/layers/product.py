@@ -81,10 +81,14 @@ def product(
     return _Product.apply(x, weight, bias, *learned, x_rounding, weight_rounding, convolution, dtype)
 
 
-def tensors_of(x_rounding: Rounding | None, weight_rounding: Rounding | None) -> list[Tensor | None]:
+def tensors_of(x_rounding: Rounding | None, weight_rounding: Rounding | None) -> tuple[Tensor | None, ...]:
     """Return the step sizes of input and weight, then the offsets; None where there is none."""
-    both = x_rounding, weight_rounding
-    return [None if r is None else r.step_size for r in both] + [None if r is None else r.offset for r in both]
+    x_step = x_offset = weight_step = weight_offset = None
+    if x_rounding is not None:
+        x_step, x_offset = x_rounding.step_size, x_rounding.offset
+    if weight_rounding is not None:
+        weight_step, weight_offset = weight_rounding.step_size, weight_rounding.offset
+    return x_step, weight_step, x_offset, weight_offset
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -216,7 +220,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight, x_step, weight_step, x_offset, weight_offset)
         *roundings, ctx.convolution, ctx.dtype = how
         # Without their tensors, which autograd keeps: it may have moved them meanwhile.
-        ctx.roundings = [None if r is None else r._replace(step_size=None, offset=None) for r in roundings]
+        ctx.grids = [None if r is None else (r.grid, r.grad_scale, r.rule, r.kept) for r in roundings]
         return value(x, weight, bias, *how)
 
     @staticmethod
@@ -224,8 +228,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, *tensors = ctx.saved_tensors
         roundings = [
-            None if rounding is None else rounding._replace(step_size=step, offset=offset)
-            for rounding, step, offset in zip(ctx.roundings, tensors[:2], tensors[2:], strict=True)
+            None if how is None else Rounding(how[0], step, how[1], offset, *how[2:])
+            for how, step, offset in zip(ctx.grids, tensors[:2], tensors[2:], strict=True)
         ]
         wanted = ctx.needs_input_grad[:7]
         return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None, None, None, None
