@@ -200,12 +200,13 @@ def test_mixed_dtypes_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
-@pytest.mark.parametrize("activation", [None, {"bits": 8}, Dynamic.int8_token], ids=str)
-def test_on_a_gpu(activation, mode):
+@pytest.mark.parametrize("activation", [None, *INPUTS[1::2], Dynamic.int8_token], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_on_a_gpu(symmetric, activation, mode):
     """Fused kernels in place of the reference, eager, compiled and replayed from a CUDA graph: the same bits."""
     x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
     layer = nn.Linear(1024, 768, device="cuda", dtype=torch.bfloat16)
-    layer = prepared(layer, {"bits": 4, "group_size": 128}, activation, x)
+    layer = prepared(layer, {"bits": 4, "group_size": 128, "symmetric": symmetric}, activation, x)
     torch._dynamo.reset()
     run = layer if mode is None else torch.compile(layer, fullgraph=True, mode=mode)
     expected = results(layer, layer, x)
