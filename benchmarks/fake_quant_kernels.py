@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import qat
 from qat import QuantSpec
 from qat.numerics import arithmetic
-from qat.quantizers import dynamic
+from qat.quantizers import dynamic, lsq_plus
 from qat.spec import Dynamic
 
 SETS = 4  # of tensors, taken in turns, so that none is left in the 50 MB cache
@@ -56,6 +56,9 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
     unsigned, positive = QuantSpec(bits=4, granularity="tensor", signed=False), [x.relu() for x in xs]
     steps = 0.008 * (0.5 + torch.rand(shape[0], shape[1] // 128, device=device))
     step = torch.full((1, 1), 0.008, device=device)
+    shifted, offset = QuantSpec(bits=4, granularity="tensor", symmetric=False, signed=True), -5.3 * step
+    zeros = torch.randint(-8, 8, steps.shape, device=device, dtype=torch.int8)
+    zero_points = QuantSpec(bits=4, group_size=128, symmetric=False, signed=True)
     kernels = arithmetic(xs[0], step)
     rounding = dynamic.arithmetic(xs[0])
     token = Dynamic.int8_token
@@ -63,6 +66,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
         masked_share(kernels.fake_quantize_gradients(grads[0], xs[0], sizes, spec, 0.1)[0], grads[0])
         for spec, sizes in ((group, steps), (tensor, step))
     )
+    taken_by_offset = masked_share(lsq_plus.gradients(grads[0], xs[0], step, offset, shifted, 0.1)[0], grads[0])
     return {
         "copy": (lambda i: outs[i].copy_(xs[i]), 2),
         "group 128 forward": (lambda i: kernels.fake_quantized(xs[i], steps, group), 2),
@@ -70,6 +74,14 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
         "group 128 backward in place": (
             lambda i: kernels.requantize_(grads[i], xs[i], steps, group, 0.1, (True, True), None),
             2 + taken_by_group,
+        ),
+        "group 128 with zero points forward": (
+            lambda i: kernels.fake_quantized(xs[i], steps, zero_points, None, zeros),
+            2,
+        ),
+        "group 128 with zero points backward": (
+            lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], steps, zero_points, 0.1, (True, True), zeros),
+            3,
         ),
         "tensor forward": (lambda i: kernels.fake_quantized(xs[i], step, tensor), 2),
         "tensor backward": (lambda i: kernels.fake_quantize_gradients(grads[i], xs[i], step, tensor, 0.1), 3),
@@ -80,6 +92,12 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> d
         "tensor backward in place behind a ReLU, value again": (
             lambda i: kernels.requantize_(grads[i], positive[i], step, unsigned, 0.1, (True, True), dtype),
             4,
+        ),
+        "LSQ+ forward": (lambda i: lsq_plus.fake_quantized(xs[i], step, offset, shifted), 2),
+        "LSQ+ backward": (lambda i: lsq_plus.gradients(grads[i], xs[i], step, offset, shifted, 0.1), 3),
+        "LSQ+ backward in place, value again": (
+            lambda i: lsq_plus.requantize_(grads[i], xs[i], step, offset, shifted, 0.1, (True,) * 3, dtype),
+            3 + taken_by_offset,
         ),
         "int8_token forward": (lambda i: rounding.rounded(xs[i], token), 2),
         "int8_token backward in place, value again": (

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from .layers import quant_layers
-from .quantizers import WeightLSQ
+from .quantizers import LearnedWeight
 
 
-def weight_quantizers(model: nn.Module) -> list[WeightLSQ]:
+def weight_quantizers(model: nn.Module) -> list[LearnedWeight]:
     """Return a prepared model's weight quantizers with step sizes, each once."""
     quantizers = (layer.weight_quantizer for _, layer in quant_layers(model))
-    return list(dict.fromkeys(quantizer for quantizer in quantizers if isinstance(quantizer, WeightLSQ)))
+    return list(dict.fromkeys(quantizer for quantizer in quantizers if isinstance(quantizer, LearnedWeight)))
 
 
 @contextmanager

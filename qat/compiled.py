@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from . import codebook, numerics
-from .quantizers import asymmetric, dynamic, lsq_plus, minmax, pact
+from .quantizers import dynamic, lsq_plus, minmax, pact
 from .spec import Dynamic, QuantSpec
 
 
-def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
+def fake_quantize(
+    x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float, zero_point: Tensor | None
+) -> Tensor:
     """Do what ``numerics.fake_quantize`` does, inside a compiled graph."""
-    return _forward(x, step_size, spec.bits, spec.signed is not False, spec.scale_dtype.value, grad_scale)
+    return _forward(x, step_size, zero_point, *flat(spec), grad_scale)
+
+
+def flat(spec: QuantSpec) -> tuple[int, bool, str, str]:
+    """Return what ``grid`` takes."""
+    real = "" if spec.zero_point_dtype is None else spec.zero_point_dtype.value
+    return spec.bits, spec.signed is not False, spec.scale_dtype.value, real
 
 
 def grid(bits: int, signed: bool, scale_dtype: str, zero_point_dtype: str = "") -> QuantSpec:
@@ -29,28 +37,45 @@ def grid(bits: int, signed: bool, scale_dtype: str, zero_point_dtype: str = "") 
 
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())
-def _forward(x: Tensor, step_size: Tensor, bits: int, signed: bool, scale_dtype: str, grad_scale: float) -> Tensor:
-    return numerics.arithmetic(x, step_size).fake_quantized(x, step_size, grid(bits, signed, scale_dtype))
+def _forward(
+    x: Tensor,
+    step_size: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    signed: bool,
+    scale_dtype: str,
+    zero_point_dtype: str,
+    grad_scale: float,
+) -> Tensor:
+    spec = grid(bits, signed, scale_dtype, zero_point_dtype)
+    return numerics.arithmetic(x, step_size).fake_quantized(x, step_size, spec, x.dtype, zero_point)
 
 
 @torch.library.custom_op("qat::fake_quantize_backward", mutates_args=())
 def _backward(
-    grad_output: Tensor, x: Tensor, step_size: Tensor, bits: int, signed: bool, scale_dtype: str, grad_scale: float
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    signed: bool,
+    scale_dtype: str,
+    zero_point_dtype: str,
+    grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    spec = grid(bits, signed, scale_dtype)
-    gradients = numerics.arithmetic(x, step_size).fake_quantize_gradients
-    grad_x, grad_step = gradients(grad_output, x, step_size, spec, grad_scale)
+    how = grid(bits, signed, scale_dtype, zero_point_dtype), grad_scale, (True, True), zero_point
+    grad_x, grad_step = numerics.arithmetic(x, step_size).fake_quantize_gradients(grad_output, x, step_size, *how)
     layout = _layout(x, step_size)
     return grad_x if grad_x.stride() == layout.stride() else layout.copy_(grad_x), grad_step
 
 
 @_forward.register_fake
-def _(x, step_size, bits, signed, scale_dtype, grad_scale):
+def _(x, step_size, *how):
     return _layout(x, step_size)
 
 
 @_backward.register_fake
-def _(grad_output, x, step_size, bits, signed, scale_dtype, grad_scale):
+def _(grad_output, x, step_size, *how):
     return _layout(x, step_size), torch.empty_like(step_size)
 
 
@@ -60,13 +85,13 @@ def _layout(x: Tensor, step_size: Tensor) -> Tensor:
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, step_size, *ctx.grid = inputs
-    ctx.save_for_backward(x, step_size)
+    x, step_size, zero_point, *ctx.grid = inputs
+    ctx.save_for_backward(x, step_size, zero_point)
 
 
 def _gradients(ctx, grad_output: Tensor):
     grad_x, grad_step = _backward(grad_output, *ctx.saved_tensors, *ctx.grid)
-    return grad_x, grad_step, None, None, None, None
+    return grad_x, grad_step, *(None for _ in range(6))
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
@@ -131,9 +156,7 @@ def by_rule(
     rule: ModuleType, x: Tensor, step_size: Tensor, offset: Tensor | None, spec: QuantSpec, grad_scale: float
 ) -> Tensor:
     """Do what ``quantizers.rules.fake_quantize`` does, inside a compiled graph."""
-    real = "" if spec.zero_point_dtype is None else spec.zero_point_dtype.value
-    how = spec.bits, spec.signed is not False, spec.scale_dtype.value, real, grad_scale
-    return _by_rule(x, step_size, offset, rule.__name__, *how)
+    return _by_rule(x, step_size, offset, rule.__name__, *flat(spec)[:3], grad_scale)
 
 
 @torch.library.custom_op("qat::fake_quantize_by_rule", mutates_args=())
@@ -145,10 +168,9 @@ def _by_rule(
     bits: int,
     signed: bool,
     scale_dtype: str,
-    zero_point_dtype: str,
     grad_scale: float,
 ) -> Tensor:
-    y = _RULES[rule].fake_quantized(x, step_size, offset, grid(bits, signed, scale_dtype, zero_point_dtype))
+    y = RULES[rule].fake_quantized(x, step_size, offset, grid(bits, signed, scale_dtype))
     layout = _layout(x, step_size)
     return y if y.stride() == layout.stride() else layout.copy_(y)
 
@@ -163,11 +185,10 @@ def _by_rule_backward(
     bits: int,
     signed: bool,
     scale_dtype: str,
-    zero_point_dtype: str,
     grad_scale: float,
 ) -> list[Tensor]:
-    spec = grid(bits, signed, scale_dtype, zero_point_dtype)
-    grad_x, *others = _RULES[rule].gradients(grad_output, x, step_size, offset, spec, grad_scale)
+    spec = grid(bits, signed, scale_dtype)
+    grad_x, *others = RULES[rule].gradients(grad_output, x, step_size, offset, spec, grad_scale)
     layout = _layout(x, step_size)
     grad_x = grad_x if grad_x.stride() == layout.stride() else layout.copy_(grad_x)
     return [grad_x, *(grad for grad in others if grad is not None)]
@@ -192,11 +213,11 @@ def _keep_by_rule(ctx, inputs, output) -> None:
 
 def _by_rule_gradients(ctx, grad_output: Tensor):
     grads = _by_rule_backward(grad_output, *ctx.saved_tensors, ctx.rule, *ctx.how)
-    return *grads, *(None for _ in range(9 - len(grads)))
+    return *grads, *(None for _ in range(8 - len(grads)))
 
 
 _by_rule.register_autograd(_by_rule_gradients, setup_context=_keep_by_rule)
-_RULES = {rule.__name__: rule for rule in (asymmetric, lsq_plus, pact)}
+RULES = {rule.__name__: rule for rule in (lsq_plus, pact)}
 
 
 def minmax_fake_quantize(weight: Tensor, spec: QuantSpec) -> Tensor:

@@ -158,25 +158,28 @@ def quantize_tensor(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tenso
     return QuantizedTensor(codes, scale.detach(), replace(spec, signed=True), zero_point)
 
 
-def fake_quantize(x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float = 1.0) -> Tensor:
+def fake_quantize(
+    x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float = 1.0, zero_point: Tensor | None = None
+) -> Tensor:
     """Quantize and dequantize with LSQ's gradients (arXiv:1902.08153, eq. 3 and the straight-through estimator, eq. 5).
 
     Args:
         x: any float dtype and shape.
         step_size: (rows, groups) float32 (or float64), before rounding to the stored scale.
-        spec: symmetric; its bounds and scale dtype are used.
+        spec: its bounds and dtypes are used.
         grad_scale: LSQ's g, which multiplies the gradient of the step size.
+        zero_point: of the step size's shape, as stored; it has no gradient. None on a symmetric grid.
 
     Returns:
         ``dequantize(quantize(x))`` in the dtype of ``x``. The gradient of x is the incoming one where
-        ``-q_n < x / s < q_p`` strictly, else 0; the step size's passes through the rounding to the stored scale.
+        ``-q_n < x / s + z < q_p`` strictly, else 0; the step size's passes through the rounding to the stored scale.
     """
     # Not is_compiling(), which torch.export sets too; and is_exporting() is always true inside Dynamo in torch 2.11.
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # keeps Inductor's own rounding out
 
-        return compiled.fake_quantize(x, step_size, spec, grad_scale)
-    return _FakeQuantize.apply(x, step_size, spec, grad_scale)
+        return compiled.fake_quantize(x, step_size, spec, grad_scale, zero_point)
+    return _FakeQuantize.apply(x, step_size, zero_point, spec, grad_scale)
 
 
 def fake_quantized(
@@ -243,20 +246,20 @@ def requantize_(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves only its two inputs; the backward computes the ratio again."""
+    """Saves only its inputs; the backward computes the ratio again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, step_size: Tensor, spec: QuantSpec, grad_scale: float) -> Tensor:
-        ctx.save_for_backward(x, step_size)
+    def forward(ctx, x: Tensor, step_size: Tensor, zero_point: Tensor | None, spec: QuantSpec, grad_scale: float):
+        ctx.save_for_backward(x, step_size, zero_point)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        return arithmetic(x, step_size).fake_quantized(x, step_size, spec)
+        return arithmetic(x, step_size).fake_quantized(x, step_size, spec, x.dtype, zero_point)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        x, step_size = ctx.saved_tensors
-        gradients = arithmetic(x, step_size).fake_quantize_gradients
-        return *gradients(grad_output, x, step_size, ctx.spec, ctx.grad_scale, ctx.needs_input_grad), None, None
+        x, step_size, zero_point = ctx.saved_tensors
+        how = ctx.spec, ctx.grad_scale, ctx.needs_input_grad, zero_point
+        return *arithmetic(x, step_size).fake_quantize_gradients(grad_output, x, step_size, *how), None, None, None
 
 
 def arithmetic(x: Tensor, step_size: Tensor) -> ModuleType:

@@ -20,9 +20,12 @@ from .spec import Dynamic, QuantSpec
 
 
 def takes(x: Tensor, rounding: Rounding) -> bool:
-    """Return whether ``rounded`` does this rounding; Intel's GPUs may lack float64, which ``qat.exact`` needs."""
+    """Return whether ``rounded`` does this rounding, LSQ's or a runtime's.
+
+    Intel's GPUs may lack float64, which ``qat.exact`` needs.
+    """
     allowed = x.device.type == "cpu" or (x.device.type == "cuda" and backend.traced_rounding())
-    return allowed and rounding.grid is not Dynamic.q8_0
+    return allowed and rounding.rule is None and rounding.grid is not Dynamic.q8_0
 
 
 def rounded(x: Tensor, rounding: Rounding, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,8 @@ BATCHES = [torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) for
 def prepared():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
-    policy = QuantPolicy(weight={"bits": 4, "group_size": 8}, rules=[{"match": "2", "activation": {"bits": 8}}])
+    rules = [{"match": "2", "weight": {"symmetric": False}, "activation": {"bits": 8}}]
+    policy = QuantPolicy(weight={"bits": 4, "group_size": 8}, rules=rules)
     return qat.calibrate(qat.prepare(model, policy, verbose=False), BATCHES)
 
 
@@ -52,12 +53,14 @@ def test_each_weight_is_rounded_once(rounded):
     assert rounded.count((16, 32)) > 2
 
 
-@pytest.mark.parametrize("changed", ["0.weight", "0.weight_quantizer.step_size"])
+@pytest.mark.parametrize(
+    "changed", ["0.weight", "0.weight_quantizer.step_size", "2.weight", "2.weight_quantizer.zero_point"]
+)
 def test_what_changes_in_place_is_rounded_again(changed):
     model = prepared()
     with qat.kept_weights(model), torch.no_grad():
         before = model(BATCHES[0])
-        model.get_parameter(changed).mul_(1.5)
+        dict(model.named_parameters(), **dict(model.named_buffers()))[changed].mul_(2)
         after = model(BATCHES[0])
     assert not torch.equal(before, after)
     assert torch.equal(after, model(BATCHES[0]))

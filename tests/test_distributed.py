@@ -37,6 +37,7 @@ def prepared(how=""):
     rules = [
         {"match": "head", "weight": {"granularity": "tensor"}},
         {"match": "blocks.1.*", "weight": {"granularity": "channel"}},
+        {"match": "blocks.0.2", "activation": {"symmetric": False}},
     ]
     kind = {"activation_quantizer": "minmax" if "minmax" in how else "lsq"}
     policy = QuantPolicy(weight=QuantSpec(bits=4, group_size=8), activation={"bits": 8}, rules=rules, **kind)

@@ -1,6 +1,7 @@
 """Fused fake quantization on grids with zero points, fixed or made from LSQ+'s offset, as test_fake_quant.py has it."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from qat.kernels import fake_quant
 from test_fake_quant import DEVICE, DTYPES, GRIDS, SCALE_DTYPES, edge_ratios, same_bits
 
+import qat
 from qat import QuantSpec, backend, numerics
 from qat.numerics import scale_shape, stored_scale
 from qat.quantizers import ActivationLSQPlus, AsymmetricLSQ, lsq_plus
@@ -59,10 +61,11 @@ def inputs(shape, spec, dtype, step_size, zero_point, finite=False):
 
 
 def reference(grad, x, step_size, spec, grad_scale, zero_point=None, offset=None):
-    """Return (y, gradient of x) of the torch reference on the CPU."""
+    """Return (y, gradient of x) of the torch reference, on any device."""
     if offset is not None:
-        y = lsq_plus.fake_quantized(x, step_size, offset, spec)
-        return y, lsq_plus.gradients(grad, x, step_size, offset, spec, grad_scale)[0]
+        with mock.patch.object(backend, "fused", lambda *tensors: False):
+            y = lsq_plus.fake_quantized(x, step_size, offset, spec)
+            return y, lsq_plus.gradients(grad, x, step_size, offset, spec, grad_scale)[0]
     y = numerics.fake_quantized(x, step_size, spec, zero_point=zero_point)
     return y, numerics.fake_quantize_gradients(grad, x, step_size, spec, grad_scale, zero_point=zero_point)[0]
 
@@ -89,18 +92,18 @@ def assert_sums(grads, expected):
     """Compare with float64 sums within 1e-5 of their terms' magnitudes, and be NaN where they are."""
     for grad, (exact, magnitude) in zip(grads, expected, strict=False):
         assert grad.dtype == torch.float32 and grad.shape == exact.shape
-        assert torch.equal(grad.isnan().cpu(), exact.isnan())
-        error = (grad.cpu().double() - exact).abs()
+        assert torch.equal(grad.isnan(), exact.isnan())
+        error = (grad.double() - exact).abs()
         assert (error <= 1e-5 * magnitude)[~exact.isnan()].all()
 
 
 def assert_like_the_reference(grad, x, step_size, spec, grad_scale=0.37, **zero):
     """Compare values and masks bit for bit, and the sums with float64; ``zero`` is a zero point or an offset."""
+    grad, x, step_size = (tensor.to(DEVICE) for tensor in (grad, x, step_size))
+    zero = {name: tensor.to(DEVICE) for name, tensor in zero.items()}
     y, grad_x = reference(grad, x, step_size, spec, grad_scale, **zero)
     wide = reference(grad, x.float(), step_size, spec, grad_scale, **zero)[0]
     sums = exact_sums(grad, x, step_size, spec, grad_scale, **zero)
-    grad, x, step_size = (tensor.to(DEVICE) for tensor in (grad, x, step_size))
-    zero = {name: tensor.to(DEVICE) for name, tensor in zero.items()}
     assert same_bits(fake_quant.fake_quantized(x, step_size, spec, **zero), y)
     how = spec, grad_scale, WANTED
     got_x, *got = fake_quant.fake_quantize_gradients(grad, x, step_size, *how, **zero)
@@ -117,16 +120,18 @@ def assert_like_the_reference(grad, x, step_size, spec, grad_scale=0.37, **zero)
 
 
 def assert_fixed(shape, spec, dtype, finite=False):
-    step_size, zero_point = steps(shape, spec), zero_points(shape, spec)
-    x, grad = inputs(shape, spec, dtype, step_size, zero_point, finite)
+    with torch.device(DEVICE):
+        step_size, zero_point = steps(shape, spec), zero_points(shape, spec)
+        x, grad = inputs(shape, spec, dtype, step_size, zero_point, finite)
     assert_like_the_reference(grad, x, step_size, spec, zero_point=zero_point)
 
 
 def assert_learned(shape, spec, dtype, finite=True):
-    step_size = torch.rand(1, 1) * 0.2 + 0.01
-    scale = stored_scale(step_size, spec).float()
-    offset = offsets(shape, spec) * scale
-    x, grad = inputs(shape, spec, dtype, step_size, lsq_plus.zero_point(scale, offset, spec), finite)
+    with torch.device(DEVICE):
+        step_size = torch.rand(1, 1) * 0.2 + 0.01
+        scale = stored_scale(step_size, spec).float()
+        offset = offsets(shape, spec) * scale
+        x, grad = inputs(shape, spec, dtype, step_size, lsq_plus.zero_point(scale, offset, spec), finite)
     assert_like_the_reference(grad, x, step_size, spec, offset=offset)
 
 
@@ -178,9 +183,9 @@ def test_values_that_are_no_number(dtype):
     spec, step_size = asymmetric(granularity="tensor"), torch.tensor([[0.3]])
     for offset in (torch.tensor([[value]]) for value in (-1.0, 0.0, 5.0, math.inf, -math.inf, math.nan)):
         x, grad = inputs((4, 50), spec, dtype, step_size, torch.zeros(1, 1))
-        y, grad_x = reference(grad, x, step_size, spec, 1.0, offset=offset)
         tensors = [tensor.to(DEVICE) for tensor in (grad, x, step_size)]
         offset = offset.to(DEVICE)
+        y, grad_x = reference(*tensors, spec, 1.0, offset=offset)
         assert same_bits(fake_quant.fake_quantized(*tensors[1:], spec, offset=offset), y)
         assert same_bits(fake_quant.fake_quantize_gradients(*tensors, spec, 1.0, WANTED, offset=offset)[0], grad_x)
 
@@ -243,26 +248,41 @@ def activation_quantizer():
     return made, torch.randn(3, 5, 8)
 
 
+def layer(activation, weight):
+    made = torch.nn.Linear(32, 6)
+    x = torch.randn(3, 5, 32)
+    policy = qat.QuantPolicy(weight=weight, activation=activation)
+    return qat.calibrate(qat.prepare(made, policy, verbose=False), [x]), x
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    "make", [lambda: weight_quantizer(None), lambda: weight_quantizer("float16"), activation_quantizer]
+    "make",
+    [
+        lambda: weight_quantizer(None),
+        lambda: weight_quantizer("float16"),
+        activation_quantizer,
+        lambda: layer({"bits": 4, "symmetric": False}, {"group_size": 8, "symmetric": False}),
+        lambda: layer(None, {"granularity": "channel", "symmetric": False, "zero_point_dtype": "bfloat16"}),
+    ],
+    ids=["weight", "real", "activation", "layer", "layer with real zero points"],
 )
 def test_quantizers_run_in_the_kernels(monkeypatch, make, compiled):
-    """With the kernels in the reference's place, a quantizer gives the same values and gradients."""
+    """Eager or compiled, quantizers and layers give the values and gradients of the reference."""
     made, x = make()
     made, x = made.to(DEVICE), x.to(DEVICE)
-    upstream, results, calls = torch.randn_like(x), [], []
-    forward = fake_quant.fake_quantized
-    monkeypatch.setattr(fake_quant, "fake_quantized", lambda *args, **how: calls.append(1) or forward(*args, **how))
+    results, calls = [], []
+    launch = fake_quant.launch
+    monkeypatch.setattr(fake_quant, "launch", lambda *args, **how: calls.append(args[0]) or launch(*args, **how))
     for kernels in (False, True):
         monkeypatch.setattr(backend, "fused", lambda *tensors, kernels=kernels: kernels)
         torch._dynamo.reset()
-        run = torch.compile(made, backend="aot_eager", fullgraph=True) if compiled else made
+        run = torch.compile(made, backend="aot_eager", fullgraph=True) if compiled and kernels else made
         leaf = x.clone().requires_grad_()
         y = run(leaf)
-        learned = list(made.parameters())
-        results.append((y.detach(), *torch.autograd.grad(y, [leaf, *learned], upstream)))
-    assert len(calls) == 1
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        results.append((y.detach(), *torch.autograd.grad(y, [leaf, *made.parameters()], upstream)))
+        assert bool(calls) is kernels
     (y, grad_x, *expected), (other_y, other_grad_x, *others) = results
     assert torch.equal(y, other_y) and torch.equal(grad_x, other_grad_x)
     for one, other in zip(expected, others, strict=True):
@@ -284,7 +304,25 @@ def test_quantizers_run_in_the_kernels(monkeypatch, make, compiled):
     ids=str,
 )
 def test_grid_on_gpu(shape, grid, dtype):
-    for bits in (4, 8):
-        for real in (None, *REAL):
-            assert_fixed(shape, asymmetric(real, bits=bits, **grid), dtype)
+    for real in (None, *REAL):
+        assert_fixed(shape, asymmetric(real, **grid), dtype)
+    assert_fixed(shape, asymmetric(bits=8, **grid), dtype)
     assert_learned(shape, asymmetric(granularity="tensor"), dtype)
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_the_bits_of_a_cpu():
+    for real in (None, *REAL):
+        spec, shape = asymmetric(real, group_size=32), (512, 1024)
+        step_size, zero_point = steps(shape, spec), zero_points(shape, spec)
+        for dtype in DTYPES:
+            x, _ = inputs(shape, spec, dtype, step_size, zero_point)
+            y = fake_quant.fake_quantized(x.cuda(), step_size.cuda(), spec, zero_point=zero_point.cuda())
+            assert same_bits(y, numerics.fake_quantized(x, step_size, spec, zero_point=zero_point))
+    spec, step_size, offset = asymmetric(granularity="tensor"), torch.tensor([[0.3]]), torch.tensor([[-1.0]])
+    for dtype in DTYPES:
+        x, grad = inputs((512, 1024), spec, dtype, step_size, torch.tensor([[-5.0]]))
+        y, grad_x = reference(grad, x, step_size, spec, 1.0, offset=offset)
+        tensors = grad.cuda(), x.cuda(), step_size.cuda()
+        assert same_bits(lsq_plus.fake_quantized(*tensors[1:], offset.cuda(), spec), y)
+        assert same_bits(lsq_plus.gradients(*tensors, offset.cuda(), spec, 1.0)[0], grad_x)

@@ -185,8 +185,8 @@ MUTANTS = [
     Mutant(
         "a third tensor saved",
         NUMERICS,
-        ("ctx.save_for_backward(x, step_size)", "x, step_size = ctx.saved_tensors"),
-        ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, _ = ctx.saved_tensors"),
+        ("ctx.save_for_backward(x, step_size, zero_point)", "x, step_size, zero_point = ctx.saved_tensors"),
+        ("ctx.save_for_backward(x, step_size, x / 2)", "x, step_size, zero_point = *ctx.saved_tensors[:2], None"),
         gradients.check_saved_tensors,
     ),
     # Codebooks

@@ -194,15 +194,15 @@ MUTANTS = [
     Mutant(
         "the input is not quantized in training",
         LINEAR,
-        "x, x_rounding = (x, None) if activation is None else activation.enter(x)",
+        "x_rounding = None if activation is None else activation.rounding(x)",
         "x_rounding = None",
         layers.check_linear_forward,
     ),
     Mutant(
         "no bias in training",
         LINEAR,
-        "product(x, weight, self.bias,",
-        "product(x, weight, None,",
+        "product(input, weight, self.bias,",
+        "product(input, weight, None,",
         layers.check_linear_forward,
     ),
     Mutant(
@@ -229,15 +229,15 @@ MUTANTS = [
     Mutant(
         "conv: the input is not quantized in training",
         CONV,
-        "return product(x, weight, self.bias, x_rounding, ",
-        "return product(x, weight, self.bias, None, ",
+        "return product(input, weight, self.bias, x_rounding, ",
+        "return product(input, weight, self.bias, None, ",
         layers.check_conv_forward,
     ),
     Mutant(
         "conv: no bias in training",
         CONV,
-        "return product(x, weight, self.bias,",
-        "return product(x, weight, None,",
+        "return product(input, weight, self.bias,",
+        "return product(input, weight, None,",
         layers.check_conv_forward,
     ),
     Mutant(

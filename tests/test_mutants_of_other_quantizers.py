@@ -165,8 +165,8 @@ MUTANTS = [
     Mutant(
         "min-max: values without a zero point",
         MINMAX,
-        "asymmetric.fake_quantized(weight, step_size, zero_point, spec)",
-        "asymmetric.fake_quantized(weight, step_size, zero_point * 0, spec)",
+        "spec, weight.dtype, zero_point)",
+        "spec, weight.dtype, zero_point * 0)",
         others.check_asymmetric_minmax_weight,
     ),
     Mutant(

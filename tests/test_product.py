@@ -13,20 +13,31 @@ from qat.layers import product as products
 from qat.spec import Dynamic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WEIGHTS = [None, {"bits": 4, "group_size": 8}, {"bits": 3, "granularity": "channel"}, {"granularity": "tensor"}]
-INPUTS = [None, {"bits": 8}, {"bits": 4, "signed": False}]
+WEIGHTS = [
+    None,
+    {"bits": 4, "group_size": 8},
+    {"bits": 3, "granularity": "channel"},
+    {"granularity": "tensor"},
+    {"bits": 4, "group_size": 8, "symmetric": False},
+    {"granularity": "channel", "symmetric": False, "zero_point_dtype": "float16"},
+]
+INPUTS = [None, {"bits": 8}, {"bits": 4, "signed": False}, {"bits": 4, "symmetric": False}, "pact"]
+LEARNED = "step_size", "offset"
 LINEAR_INPUTS = [*INPUTS, *Dynamic]
 
 
 def prepared(layer, weight, activation, x):
     """Return the layer with step sizes off the stored grid."""
-    policy = QuantPolicy(weight=weight, activation=None if isinstance(activation, Dynamic) else activation)
     if isinstance(activation, Dynamic):
         policy = QuantPolicy(weight=weight, dynamic=activation.value)
+    elif activation == "pact":
+        policy = QuantPolicy(weight=weight, activation={"bits": 4}, activation_quantizer="pact")
+    else:
+        policy = QuantPolicy(weight=weight, activation=activation)
     qat.calibrate(qat.prepare(layer, policy, verbose=False), [x.float().to(layer.weight.dtype)])
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            if name.endswith("step_size"):
+            if name.endswith(LEARNED):
                 parameter.mul_(1.0123)
     return layer
 
@@ -55,7 +66,7 @@ def assert_like_the_composition(layer, x, autocast=False):
     mine, theirs = results(layer, layer, x, autocast), results(layer, lambda x: composed(layer, x), x, autocast)
     names = ["y", "x", *(name for name, _ in layer.named_parameters())]
     for name, one, other in zip(names, mine, theirs, strict=True):
-        if name.endswith("step_size") and DEVICE != "cpu":
+        if name.endswith(LEARNED) and DEVICE != "cpu":
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
         else:
             assert one.dtype == other.dtype and torch.equal(one, other), name
@@ -117,15 +128,18 @@ def kept_bytes(run, x):
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("weight", [{"group_size": 32}, {"group_size": 32, "symmetric": False}], ids=str)
 @pytest.mark.parametrize("activation", LINEAR_INPUTS, ids=str)
-def test_it_keeps_what_the_plain_layer_keeps(activation):
+def test_it_keeps_what_the_plain_layer_keeps(activation, weight):
     x = torch.randn(64, 64, device=DEVICE)
     plain = nn.Linear(64, 64, device=DEVICE)
     plain_bytes = kept_bytes(plain, x)
-    layer = prepared(plain, {"bits": 4, "group_size": 32}, activation, x)
-    steps = sum(p.numel() * 4 for name, p in layer.named_parameters() if name.endswith("step_size"))
-    assert kept_bytes(layer, x) == plain_bytes + steps
-    assert kept_bytes(lambda x: composed(layer, x), x) > plain_bytes + steps
+    layer = prepared(plain, weight, activation, x)
+    zero_points = layer.weight_quantizer.zero_points()
+    small = [p for name, p in layer.named_parameters() if name.endswith(LEARNED)]
+    small += [] if zero_points is None else [zero_points]
+    assert kept_bytes(layer, x) == plain_bytes + sum(p.numel() * p.element_size() for p in small)
+    assert kept_bytes(lambda x: composed(layer, x), x) > plain_bytes + x.numel() * 4
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "step_size", "x"])
@@ -145,13 +159,16 @@ def test_frozen_parameters(frozen):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled(autocast):
     """One graph, without a break, and the same bits as eager."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 8), nn.Linear(8, 4)).to(DEVICE)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+    ).to(DEVICE)
     policy = QuantPolicy(
         weight=QuantSpec(bits=4, group_size=8),
         activation={"bits": 8},
         rules=[
             {"match": "0", "weight": {"granularity": "channel"}},
-            {"match": "4", "activation": None},
+            {"match": "4", "weight": WEIGHTS[-1], "activation": None},
+            {"match": "5", "weight": WEIGHTS[-2], "activation": INPUTS[3]},
         ],
     )
     x = torch.randn(2, 3, 6, 6, device=DEVICE)
@@ -183,12 +200,13 @@ def test_mixed_dtypes_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
-@pytest.mark.parametrize("activation", [None, {"bits": 8}, Dynamic.int8_token], ids=str)
-def test_on_a_gpu(activation, mode):
+@pytest.mark.parametrize("activation", [None, *INPUTS[1::2], Dynamic.int8_token], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_on_a_gpu(symmetric, activation, mode):
     """Fused kernels in place of the reference, eager, compiled and replayed from a CUDA graph: the same bits."""
     x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
     layer = nn.Linear(1024, 768, device="cuda", dtype=torch.bfloat16)
-    layer = prepared(layer, {"bits": 4, "group_size": 128}, activation, x)
+    layer = prepared(layer, {"bits": 4, "group_size": 128, "symmetric": symmetric}, activation, x)
     torch._dynamo.reset()
     run = layer if mode is None else torch.compile(layer, fullgraph=True, mode=mode)
     expected = results(layer, layer, x)

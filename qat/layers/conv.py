@@ -27,12 +27,12 @@ class QuantConv:
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, input, self.weight)
-        batched = x.dim() == weight.dim()
+        x_rounding, weight, weight_rounding = roundings(self, input, self.weight)
+        batched = input.dim() == weight.dim()
         if batched and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
-            return product(x, weight, self.bias, x_rounding, weight_rounding, convolution)
-        x = x if x_rounding is None else x_rounding(x)
+            return product(input, weight, self.bias, x_rounding, weight_rounding, convolution)
+        x = input if x_rounding is None else x_rounding(input)
         weight = weight if weight_rounding is None else weight_rounding(weight)
         return self._conv_forward(x, weight, self.bias)
 

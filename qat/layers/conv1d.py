@@ -27,7 +27,7 @@ class QuantConv1D(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, x, self.weight.t())
+        x_rounding, weight, weight_rounding = roundings(self, x, self.weight.t())
         return product(x, weight, self.bias, x_rounding, weight_rounding)
 
 

@@ -29,8 +29,8 @@ class QuantConvTranspose:
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, input, other_side_first(self.weight, self.groups))
-        x = x if x_rounding is None else x_rounding(x)
+        x_rounding, weight, weight_rounding = roundings(self, input, other_side_first(self.weight, self.groups))
+        x = input if x_rounding is None else x_rounding(input)
         weight = weight if weight_rounding is None else weight_rounding(weight)
         return convolve(self, x, weight, self.bias, output_size)
 

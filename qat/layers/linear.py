@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quantizers import DynamicActivation, FrozenActivation, OfInput, OfWeight, WeightLSQ
+from ..quantizers import DynamicActivation, FrozenActivation, LearnedWeight, OfInput, OfWeight
 from ..quantizers.rounding import Rounding
 from . import cpu_int4, int8_product
 from .packed import Frozen, PackedWeight
@@ -32,8 +32,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
-        x, x_rounding, weight, weight_rounding = roundings(self, input, self.weight)
-        return product(x, weight, self.bias, x_rounding, weight_rounding)
+        x_rounding, weight, weight_rounding = roundings(self, input, self.weight)
+        return product(input, weight, self.bias, x_rounding, weight_rounding)
 
 
 class FrozenLinear(Frozen, nn.Linear):
@@ -97,18 +97,18 @@ class _FrozenProduct(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Rounding | None, Tensor, Rounding | None]:
-    """Return a fake-quant layer's input, what is done to it (None for nothing), its weight, and what is done to that.
+def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | None, Tensor, Rounding | None]:
+    """Return what is done to a fake-quant layer's input (None for nothing), its weight, and what is done to that.
 
-    Either comes back rounded where its quantizer has gradients of its own, as LSQ+ and a codebook have.
+    The weight comes back rounded where that takes no step sizes, as with a codebook.
     """
     activation, quantizer = layer.activation_quantizer, layer.weight_quantizer
-    x, x_rounding = (x, None) if activation is None else activation.enter(x)
+    x_rounding = None if activation is None else activation.rounding(x)
     if quantizer is None:
-        return x, x_rounding, weight, None
-    if isinstance(quantizer, WeightLSQ):
-        return x, x_rounding, weight, quantizer.rounding(weight)
-    return x, x_rounding, quantizer(weight), None
+        return x_rounding, weight, None
+    if isinstance(quantizer, LearnedWeight):
+        return x_rounding, weight, quantizer.rounding(weight)
+    return x_rounding, quantizer(weight), None
 
 
 def match_dtypes(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

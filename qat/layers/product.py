@@ -77,8 +77,18 @@ def product(
         x = x if x_rounding is None else x_rounding(x)
         weight = weight if weight_rounding is None else weight_rounding(weight)
         return multiply(x, weight, bias, convolution)
-    steps = [None if rounding is None else rounding.step_size for rounding in (x_rounding, weight_rounding)]
-    return _Product.apply(x, weight, bias, *steps, x_rounding, weight_rounding, convolution, dtype)
+    learned = tensors_of(x_rounding, weight_rounding)
+    return _Product.apply(x, weight, bias, *learned, x_rounding, weight_rounding, convolution, dtype)
+
+
+def tensors_of(x_rounding: Rounding | None, weight_rounding: Rounding | None) -> tuple[Tensor | None, ...]:
+    """Return the step sizes of input and weight, then the offsets; None where there is none."""
+    x_step = x_offset = weight_step = weight_offset = None
+    if x_rounding is not None:
+        x_step, x_offset = x_rounding.step_size, x_rounding.offset
+    if weight_rounding is not None:
+        weight_step, weight_offset = weight_rounding.step_size, weight_rounding.offset
+    return x_step, weight_step, x_offset, weight_offset
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -130,25 +140,26 @@ def gradients(
     dtype: torch.dtype,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias and both step sizes, computed in ``dtype``; None for one not wanted."""
-    x_wanted, weight_wanted, bias_wanted, x_step_wanted, weight_step_wanted = wanted
-    both_x, both_weight = (x_wanted, x_step_wanted), (weight_wanted, weight_step_wanted)
-    grad_x = grad_weight = grad_bias = grad_x_step = grad_weight_step = x_again = weight_again = None
+    """Return the gradients of x, weight, bias and ``tensors_of``, computed in ``dtype``; None for one not wanted."""
+    x_wanted, weight_wanted, bias_wanted = wanted[:3]
+    both_x, both_weight = (x_wanted, *wanted[3::2]), (weight_wanted, *wanted[4::2])
+    grad_x = grad_weight = grad_bias = x_again = weight_again = None
+    of_x, of_weight = [None, None], [None, None]  # gradients of step size and offset
 
     def weight_side(again: torch.dtype | None) -> None:
-        nonlocal grad_weight, grad_bias, grad_weight_step, weight_again
+        nonlocal grad_weight, grad_bias, of_weight, weight_again
         value = _rounded(x, x_rounding, dtype) if x_again is None else x_again
         grad_weight, grad_bias = _weight_gradients(grad, value, weight, convolution, bias_wanted)
         if weight_rounding is not None:
             made = weight_rounding.backward_(grad_weight, weight, both_weight, again)
-            weight_again, grad_weight, grad_weight_step = made
+            weight_again, grad_weight, *of_weight = made
 
     def input_side(again: torch.dtype | None) -> None:
-        nonlocal grad_x, grad_x_step, x_again
+        nonlocal grad_x, of_x, x_again
         value = _rounded(weight, weight_rounding, dtype) if weight_again is None else weight_again
         grad_x = _input_gradient(grad, x, value, convolution)
         if x_rounding is not None:
-            x_again, grad_x, grad_x_step = x_rounding.backward_(grad_x, x, both_x, again)
+            x_again, grad_x, *of_x = x_rounding.backward_(grad_x, x, both_x, again)
 
     # The side that comes first gets its rounded value for the other in the pass that makes its gradient; with a rounded
     # input, that is the input's, which is larger as a rule. A weight that is kept is there already.
@@ -167,7 +178,7 @@ def gradients(
         grad_bias = (
             grad.reshape(-1, grad.shape[-1]).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
         )
-    return grad_x, grad_weight, grad_bias, grad_x_step, grad_weight_step
+    return grad_x, grad_weight, grad_bias, of_x[0], of_weight[0], of_x[1], of_weight[1]
 
 
 def _rounded(tensor: Tensor, rounding: Rounding | None, dtype: torch.dtype) -> Tensor:
@@ -202,23 +213,23 @@ def _convolution_backward(grad, x, weight, convolution: Convolution, wanted: lis
 
 
 class _Product(torch.autograd.Function):
-    """Keeps x, the weight and the step sizes."""
+    """Keeps x, the weight, the step sizes and offsets."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, x_step, weight_step, *how) -> Tensor:
-        ctx.save_for_backward(x, weight, x_step, weight_step)
-        x_rounding, weight_rounding, ctx.convolution, ctx.dtype = how
-        # Without their step sizes, which autograd keeps: it may have moved them meanwhile.
-        ctx.grids = tuple(None if r is None else (r.grid, r.grad_scale, r.kept) for r in (x_rounding, weight_rounding))
+    def forward(ctx, x, weight, bias, x_step, weight_step, x_offset, weight_offset, *how) -> Tensor:
+        ctx.save_for_backward(x, weight, x_step, weight_step, x_offset, weight_offset)
+        *roundings, ctx.convolution, ctx.dtype = how
+        # Without their tensors, which autograd keeps: it may have moved them meanwhile.
+        ctx.grids = [None if r is None else (r.grid, r.grad_scale, r.rule, r.kept) for r in roundings]
         return value(x, weight, bias, *how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, *steps = ctx.saved_tensors
+        x, weight, *tensors = ctx.saved_tensors
         roundings = [
-            None if how is None else Rounding(how[0], step, *how[1:])
-            for how, step in zip(ctx.grids, steps, strict=True)
+            None if how is None else Rounding(how[0], step, how[1], offset, *how[2:])
+            for how, step, offset in zip(ctx.grids, tensors[:2], tensors[2:], strict=True)
         ]
-        wanted = ctx.needs_input_grad[:5]
+        wanted = ctx.needs_input_grad[:7]
         return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None, None, None, None

@@ -5,7 +5,7 @@ from .codebook import WeightCodebook
 from .dynamic import DynamicActivation
 from .fixed_dtype import FixedDtype
 from .frozen import FrozenActivation
-from .lsq import ActivationLSQ, LearnedActivation, LearnedStepSize, WeightLSQ
+from .lsq import ActivationLSQ, LearnedActivation, LearnedStepSize, LearnedWeight, WeightLSQ
 from .lsq_plus import ActivationLSQPlus
 from .minmax import ActivationMinMax, ActivationRange, WeightMinMax
 from .observer import ActivationStatistics
@@ -28,6 +28,7 @@ __all__ = [
     "FrozenActivation",
     "LearnedActivation",
     "LearnedStepSize",
+    "LearnedWeight",
     "OfInput",
     "OfWeight",
     "Quantizer",

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..numerics import (
-    QuantizedTensor,
-    arithmetic,
-    quantize_tensor,
-    scale_shape,
-    stored_zero_point,
-    zero_point_dtype,
-)
+from ..numerics import QuantizedTensor, quantize_tensor, scale_shape, stored_zero_point, zero_point_dtype
 from ..spec import Init, QuantSpec
-from . import rules
 from .half_quadratic import half_quadratic
-from .lsq import LearnedStepSize, gradient_scale
+from .lsq import LearnedWeight
 
 
-class AsymmetricLSQ(LearnedStepSize):
+class AsymmetricLSQ(LearnedWeight):
     """Fake-quantizes a weight per tensor, channel or group.
 
     It starts with the range of the weight's values, whatever the policy's init says of symmetric grids, but for HQQ,
@@ -32,8 +23,6 @@ class AsymmetricLSQ(LearnedStepSize):
     Attributes:
         zero_point: buffer (rows, groups) that does not learn: int8, in the range of the codes, or real.
     """
-
-    fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.minmax) -> None:
         spec = replace(spec, signed=True)
@@ -52,14 +41,9 @@ class AsymmetricLSQ(LearnedStepSize):
         self.zero_point.copy_(zero_point)
         self.set_step_size(step_size)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the fake-quantized weight in the weight's dtype."""
-        if not self.enabled:
-            return weight
-        self.require_initialised()
-        grad_scale = gradient_scale(weight.numel() // self.step_size.numel(), self.spec)
-        rule = sys.modules[__name__]
-        return rules.fake_quantize(rule, weight, self.step_size, self.zero_point, self.spec, grad_scale)
+    def zero_points(self) -> Tensor:
+        """Return the zero points."""
+        return self.zero_point
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
@@ -80,16 +64,3 @@ def range_of(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     if spec.zero_point_dtype is not None:
         return step_size, stored_zero_point(zero_point, spec).float()
     return step_size, zero_point.round().clamp(-spec.q_n, spec.q_p)
-
-
-def fake_quantized(x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the fake-quantized x in its own dtype, without gradients."""
-    return arithmetic(x, step_size).fake_quantized(x, step_size, spec, zero_point=zero_point)
-
-
-def gradients(
-    grad_output: Tensor, x: Tensor, step_size: Tensor, zero_point: Tensor, spec: QuantSpec, grad_scale: float
-) -> tuple[Tensor, Tensor, None]:
-    """Return the gradients of x and of the step size; the zero point has none."""
-    how = (spec, grad_scale, (True, True), zero_point)
-    return *arithmetic(x, step_size).fake_quantize_gradients(grad_output, x, step_size, *how), None

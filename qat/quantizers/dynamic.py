@@ -54,11 +54,11 @@ class DynamicActivation(nn.Module):
         """Return x (..., K) rounded, in its own dtype; the gradient passes straight through, except where it clips."""
         return round_dynamic(x, self.spec) if self.enabled else x
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
-        """Return x, and what its layer's product is to do to it; None if it passes through."""
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if it passes through."""
         from .rounding import Rounding
 
-        return x, Rounding(self.spec) if self.enabled else None
+        return Rounding(self.spec) if self.enabled else None
 
 
 def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:

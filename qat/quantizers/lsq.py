@@ -120,8 +120,8 @@ class LearnedStepSize(FixedDtype):
             self._read_buffers()
 
 
-class WeightLSQ(LearnedStepSize):
-    """Fake-quantizes a weight per tensor, channel or group; its step size waits for data if its init reads any.
+class LearnedWeight(LearnedStepSize):
+    """State shared by the quantizers of weights, per tensor, channel or group.
 
     Attributes:
         kept: rounded weights that ``qat.kept_weights`` keeps for several micro-batches; None keeps none.
@@ -132,14 +132,6 @@ class WeightLSQ(LearnedStepSize):
     stored_dtype: torch.dtype | None = None
 
     fix = "prepare the model with its weights in memory (not on the meta device), or load a trained checkpoint"
-
-    def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
-        spec = replace(spec, signed=True)
-        super().__init__(spec, scale_shape(weight.shape, spec), name, init, weight.device)
-        if init.reads_data:
-            self.fix = f"init={init.value} reads data: run qat.calibrate(model, batches) (the training command does it)"
-        elif not weight.is_meta:
-            self.set_step_size(weight_step_size(weight, spec, init))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight in the weight's dtype."""
@@ -153,16 +145,32 @@ class WeightLSQ(LearnedStepSize):
         self.require_initialised()
         if self.stored_dtype not in (None, weight.dtype):
             raise StateError(CAST.format(what="weight", name=self.name, dtype=weight.dtype))
-        return Rounding(self.spec, self.step_size, self.grad_scale(weight), self.kept)
+        return Rounding(self.spec, self.step_size, self.grad_scale(weight), self.zero_points(), kept=self.kept)
+
+    def zero_points(self) -> Tensor | None:
+        """Return the zero points, in the shape of the step size; None where they are 0."""
+        return None
+
+    def grad_scale(self, weight: Tensor) -> float:
+        """Return what LSQ multiplies the gradient of the step sizes by."""
+        return gradient_scale(weight.numel() // self.step_size.numel(), self.spec)
+
+
+class WeightLSQ(LearnedWeight):
+    """Fake-quantizes a weight; its step size waits for data if its init reads any."""
+
+    def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.lsq) -> None:
+        spec = replace(spec, signed=True)
+        super().__init__(spec, scale_shape(weight.shape, spec), name, init, weight.device)
+        if init.reads_data:
+            self.fix = f"init={init.value} reads data: run qat.calibrate(model, batches) (the training command does it)"
+        elif not weight.is_meta:
+            self.set_step_size(weight_step_size(weight, spec, init))
 
     @property
     def waits_for_data(self) -> bool:
         """Whether ``qat.calibrate`` is to set it, by an init that reads data."""
         return self.init.reads_data and not self.is_initialised
-
-    def grad_scale(self, weight: Tensor) -> float:
-        """Return what LSQ multiplies the gradient of the step sizes by."""
-        return gradient_scale(weight.numel() // self.step_size.numel(), self.spec)
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
@@ -188,6 +196,15 @@ class LearnedActivation(LearnedStepSize):
         super().__init__(spec, (1, 1), name, init, device)
         self.observer: ActivationStatistics | None = None
         self.register_buffer("signed", torch.tensor(spec.signed is not False, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+        rounding = self.rounding(x)
+        return x if rounding is None else rounding(x)
+
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
+        raise NotImplementedError
 
     def passes(self, x: Tensor) -> bool:
         """Return whether x passes through: observed during calibration, or before a delayed start."""
@@ -251,15 +268,6 @@ class LearnedActivation(LearnedStepSize):
 
 class ActivationLSQ(LearnedActivation):
     """Fake-quantizes an activation; its step size is learned."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
-        rounding = self.rounding(x)
-        return x if rounding is None else rounding(x)
-
-    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
-        """Return x, and what its layer's product is to do to it."""
-        return x, self.rounding(x)
 
     def rounding(self, x: Tensor) -> Rounding | None:
         """Return what ``forward`` does to x; None if x passes through, observed during calibration."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from .. import backend
 from ..numerics import dequantize, quantize, stored_scale
 from ..ranks import sum_over_ranks_
 from ..spec import Init, QuantSpec
-from . import rules
 from .least_error import CANDIDATES
 from .lsq import LearnedActivation, features
 from .observer import ActivationStatistics
@@ -36,16 +36,12 @@ class ActivationLSQPlus(LearnedActivation):
         self.offset = nn.Parameter(torch.zeros(1, 1, dtype=torch.float32, device=device))
         self._set_signed(True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
         if self.passes(x):
-            return x
+            return None
         grad_scale = 1 / math.sqrt(features(x) * (self.spec.q_n + self.spec.q_p))
-        return rules.fake_quantize(sys.modules[__name__], x, self.step_size, self.offset, self.spec, grad_scale)
-
-    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
-        """Return x rounded, which leaves nothing for its layer's product to do."""
-        return self(x), None
+        return Rounding(self.spec, self.step_size, grad_scale, self.offset, sys.modules[__name__])
 
     def zero_point(self) -> Tensor:
         """Return the code of 0, int8 (1, 1)."""
@@ -112,15 +108,15 @@ def zero_point(scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
     return (steps - spec.q_n).clamp(-spec.q_n, spec.q_p)
 
 
-def fake_quantized(x: Tensor, step_size: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the fake-quantized x in its own dtype, without gradients."""
+def fake_quantized(
+    x: Tensor, step_size: Tensor, offset: Tensor, spec: QuantSpec, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the fake-quantized x in ``dtype`` (its own), without gradients."""
     if backend.fused(x, step_size):
-        from qat.kernels import fake_quant  # loads Triton
-
-        return fake_quant.fake_quantized(x, step_size, spec, offset=offset)
+        return _kernels().fake_quantized(x, step_size, spec, dtype, offset=offset)
     scale = stored_scale(step_size, spec)
     zero = zero_point(scale, offset, spec)
-    return dequantize(quantize(x, scale, spec, zero), scale, x.dtype, zero)
+    return dequantize(quantize(x, scale, spec, zero), scale, dtype or x.dtype, zero)
 
 
 def gradients(
@@ -128,10 +124,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, step size and offset (equations 3, 5 and 6), with LSQ's strict masks."""
     if backend.fused(x, step_size):
-        from qat.kernels import fake_quant  # loads Triton
-
         how = spec, grad_scale, (True, True, True)
-        return fake_quant.fake_quantize_gradients(grad_output, x, step_size, *how, offset=offset)
+        return _kernels().fake_quantize_gradients(grad_output, x, step_size, *how, offset=offset)
     scale = stored_scale(step_size, spec)
     working = torch.promote_types(x.dtype, torch.float32)
     ratio = x.to(working) / scale.to(working).reshape(())
@@ -145,3 +139,26 @@ def gradients(
     grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
     shaped = [value.to(step_size.dtype).reshape(step_size.shape) for value in (grad_step, grad_offset)]
     return grad_x, *shaped
+
+
+def requantize_(
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    offset: Tensor,
+    spec: QuantSpec,
+    grad_scale: float,
+    wanted: tuple[bool, bool, bool],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """Return (fake-quantized x in ``dtype``, or None; the gradients): see ``qat.numerics.requantize_``."""
+    if backend.fused(x, step_size):
+        return _kernels().requantize_(grad_output, x, step_size, spec, grad_scale, wanted, dtype, offset=offset)
+    y = None if dtype is None else fake_quantized(x, step_size, offset, spec, dtype)
+    return y, *gradients(grad_output, x, step_size, offset, spec, grad_scale)
+
+
+def _kernels() -> ModuleType:
+    from qat.kernels import fake_quant  # loads Triton
+
+    return fake_quant

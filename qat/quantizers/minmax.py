@@ -13,7 +13,7 @@ from .. import numerics
 from ..numerics import QuantizedTensor, quantize_tensor, stored_scale
 from ..ranks import max_over_ranks_
 from ..spec import Init, QuantSpec
-from . import asymmetric, lsq_plus, rules
+from . import asymmetric, lsq_plus
 from .lsq import ActivationLSQ, minmax_step_size, weight_step_size
 from .lsq_plus import ActivationLSQPlus, step_of
 from .rounding import Rounding
@@ -67,9 +67,7 @@ def fake_quantize(weight: Tensor, spec: QuantSpec) -> Tensor:
 def fake_quantized(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Return the fake-quantized weight in its own dtype, without gradients."""
     step_size, zero_point = step_and_zero(weight, spec)
-    if zero_point is None:
-        return numerics.arithmetic(weight, step_size).fake_quantized(weight, step_size, spec)
-    return asymmetric.fake_quantized(weight, step_size, zero_point, spec)
+    return numerics.arithmetic(weight, step_size).fake_quantized(weight, step_size, spec, weight.dtype, zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -123,11 +121,11 @@ class ActivationMinMax(_Follows, ActivationLSQ):
 class ActivationRange(_Follows, ActivationLSQPlus):
     """Fake-quantizes an activation per tensor; step size and zero point follow the range."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
         if self.passes(x):
-            return x
-        return rules.fake_quantize(lsq_plus, x, self.step_size.clone(), self.offset.clone(), self.spec, 1.0)
+            return None
+        return Rounding(self.spec, self.step_size.clone(), offset=self.offset.clone(), rule=lsq_plus)
 
     @torch.no_grad()
     def follow(self, low: Tensor, high: Tensor) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from .. import numerics
 from ..numerics import stored_scale
 from ..spec import QuantSpec
-from . import rules
 from .lsq import LearnedActivation
 from .rounding import Rounding
 
@@ -24,20 +23,18 @@ from .rounding import Rounding
 class ActivationPACT(LearnedActivation):
     """Fake-quantizes an activation per tensor; its clipping bound is learned."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
+    def rounding(self, x: Tensor) -> Rounding | None:
+        """Return what ``forward`` does to x; None if x passes through, observed during calibration."""
         if self.passes(x):
-            return x
-        return rules.fake_quantize(sys.modules[__name__], x, self.step_size, None, self.spec, 1 / self.spec.q_p**2)
-
-    def enter(self, x: Tensor) -> tuple[Tensor, Rounding | None]:
-        """Return x rounded, which leaves nothing for its layer's product to do."""
-        return self(x), None
+            return None
+        return Rounding(self.spec, self.step_size, 1 / self.spec.q_p**2, rule=sys.modules[__name__])
 
 
-def fake_quantized(x: Tensor, step_size: Tensor, offset: None, spec: QuantSpec) -> Tensor:
-    """Return the fake-quantized x in its own dtype, without gradients."""
-    return numerics.arithmetic(x, step_size).fake_quantized(x, step_size, spec)
+def fake_quantized(
+    x: Tensor, step_size: Tensor, offset: None, spec: QuantSpec, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the fake-quantized x in ``dtype`` (its own), without gradients."""
+    return numerics.arithmetic(x, step_size).fake_quantized(x, step_size, spec, dtype)
 
 
 def gradients(
@@ -51,3 +48,18 @@ def gradients(
     grad_step = (grad_output.to(working) * slope).sum() * grad_scale
     grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
     return grad_x, grad_step.to(step_size.dtype).reshape(step_size.shape), None
+
+
+def requantize_(
+    grad_output: Tensor,
+    x: Tensor,
+    step_size: Tensor,
+    offset: None,
+    spec: QuantSpec,
+    grad_scale: float,
+    wanted: tuple[bool, bool, bool],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """Return (fake-quantized x in ``dtype``, or None; the gradients): see ``qat.numerics.requantize_``."""
+    y = None if dtype is None else fake_quantized(x, step_size, offset, spec, dtype)
+    return y, *gradients(grad_output, x, step_size, offset, spec, grad_scale)

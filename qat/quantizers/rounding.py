@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -9,39 +10,59 @@ from torch import Tensor
 
 from .. import numerics
 from ..spec import Dynamic, QuantSpec
-from . import dynamic
+from . import dynamic, rules
 
 
 class Rounding(NamedTuple):
-    """A grid and, where it is learned, its step size and LSQ's gradient scale; and where to keep the value, if so."""
+    """A grid and, where its step size is learned, what belongs to that.
+
+    Attributes:
+        grid: the grid.
+        step_size: None where it follows from the values.
+        grad_scale: of the gradients of step size and offset.
+        offset: the zero point, or what the rule makes of it; None where 0 is the code of 0.
+        rule: whose values and gradients they are (``quantizers.rules``); None for ``qat.numerics``.
+        kept: where to keep the value; None to make it each time.
+    """
 
     grid: QuantSpec | Dynamic
     step_size: Tensor | None = None
     grad_scale: float = 1.0
+    offset: Tensor | None = None
+    rule: ModuleType | None = None
     kept: dict | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x rounded, in its own dtype, with gradients."""
         if self.step_size is None:
             return dynamic.round_dynamic(x, self.grid)
-        return numerics.fake_quantize(x, self.step_size, self.grid, self.grad_scale)
+        if self.rule is None:
+            return numerics.fake_quantize(x, self.step_size, self.grid, self.grad_scale, self.offset)
+        return rules.fake_quantize(self.rule, x, self.step_size, self.offset, self.grid, self.grad_scale)
 
     def value(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x rounded, in ``dtype``, without gradients."""
         if self.step_size is None:
             return dynamic.arithmetic(x).rounded(x, self.grid, dtype)
+        if self.rule is not None:
+            return self.rule.fake_quantized(x, self.step_size, self.offset, self.grid, dtype)
         if self.kept is None:
-            return numerics.arithmetic(x, self.step_size).fake_quantized(x, self.step_size, self.grid, dtype)
-        state = x._version, self.step_size._version
+            arithmetic = numerics.arithmetic(x, self.step_size)
+            return arithmetic.fake_quantized(x, self.step_size, self.grid, dtype, self.offset)
+        state = [None if tensor is None else tensor._version for tensor in (x, self.step_size, self.offset)]
         if self.kept.get(dtype, (None,))[0] != state:
             self.kept[dtype] = state, self._replace(kept=None).value(x, dtype)
         return self.kept[dtype][1]
 
     def backward_(
-        self, grad: Tensor, x: Tensor, wanted: tuple[bool, bool], dtype: torch.dtype | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (the value again in ``dtype`` or None, gradient of x, of the step size); ``grad`` is used up."""
+        self, grad: Tensor, x: Tensor, wanted: tuple[bool, bool, bool], dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return (the value again in ``dtype`` or None, gradient of x, step size and offset); ``grad`` is used up."""
         if self.step_size is None:
-            return *dynamic.arithmetic(x).reround_(grad, x, self.grid, wanted[0], dtype), None
-        arithmetic = numerics.arithmetic(x, self.step_size)
-        return arithmetic.requantize_(grad, x, self.step_size, self.grid, self.grad_scale, wanted, dtype)
+            return *dynamic.arithmetic(x).reround_(grad, x, self.grid, wanted[0], dtype), None, None
+        how = self.grid, self.grad_scale, wanted, dtype
+        if self.rule is None:
+            arithmetic = numerics.arithmetic(x, self.step_size)
+            return *arithmetic.requantize_(grad, x, self.step_size, *how, self.offset), None
+        again, *grads = self.rule.requantize_(grad, x, self.step_size, self.offset, *how)
+        return again, *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))

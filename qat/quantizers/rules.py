@@ -1,9 +1,10 @@
 """Fake quantization whose gradients follow a rule of their own, in one place for autograd and for torch.compile.
 
-A rule is a module with two functions, which choose what they run on:
+A rule is a module with three functions, which choose what they run on:
 
-    fake_quantized(x, step_size, offset, spec) -> the rounded x in its own dtype
+    fake_quantized(x, step_size, offset, spec, dtype=None) -> the rounded x in ``dtype``, or its own
     gradients(grad_output, x, step_size, offset, spec, grad_scale) -> those of x, step size and offset (or None)
+    requantize_(grad_output, x, step_size, offset, spec, grad_scale, wanted, dtype) -> the rounded x and the gradients
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def fake_quantize(
         rule: see above.
         x: any float dtype and shape.
         step_size: float32 (rows, groups), before rounding to the stored scale.
-        offset: what the rule makes of it: a zero point, or an offset in the units of x.
+        offset: the rule's own, in the units of x; None where it has none.
         spec: the grid.
         grad_scale: what the gradients of step size and offset are multiplied by.
     """
