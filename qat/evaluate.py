@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import QATError
-from .training.command_line import TRACEBACK_WANTED, explain, fail, own_configs
+from .training.command_line import TRACEBACK_WANTED, as_it_stands, explain, fail, own_configs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     options = parser.parse_intermixed_args(argv)
+    options.overrides = [as_it_stands(word) for word in options.overrides]
     if not options.overrides and not options.tasks:
         parser.error("say what to measure on: data=NAME, or --tasks NAME")
     if options.json is not None and not options.json.absolute().parent.is_dir():

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -40,6 +41,7 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment Python's traceback comes instead.
     """
+    sys.argv[1:] = map(as_it_stands, sys.argv[1:])
     if TRACEBACK_WANTED:
         hydra_main()
         return
@@ -64,6 +66,26 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
         fail(f"{nulls[0]}: a group of files takes the name of one of them, as in logger=none or callbacks.NAME=null")
     finally:
         os.environ.pop(FULL_ERROR, None)
+
+
+def as_it_stands(word: str) -> str:
+    """Return an override in quotes of Hydra's grammar where its value is a plain text that Hydra would not take whole.
+
+    Hydra reads neither =, ~ nor ( in a value, nor letters beyond ASCII, and takes a comma for a sweep. The folders
+    of its own sweeps have = and commas in their names, as ``seed=0,width=4``.
+    """
+    key, _, value = word.partition("=")
+    if not re.match(r"[+~]{0,2}\w", key) or not value or value[0] in "\"'[{$":
+        return word
+    try:
+        whole = not OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        pass
+    else:
+        if whole or not os.path.exists(value):
+            return word
+    escaped = os.path.expanduser(value).replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
@@ -103,6 +125,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
         return text
     if isinstance(error, OSError) and error.errno in DISK:
         return f"the run's folder cannot be written: {text}; resume=auto goes on from its last checkpoint"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {first_line(error.message)}; a text goes in quotes, as in KEY='\"TEXT\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group}={name}{did_you_mean(name, error.options)}"

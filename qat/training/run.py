@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -270,6 +271,7 @@ def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], qu
     print(f"checkpoint  {checkpoint}")
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if quantized:
-        print(f"next        python -m qat.convert {checkpoint} --to native --out {run_dir / 'artifact'}{own_model}")
+        source, out = quote(str(checkpoint)), quote(str(run_dir / "artifact"))
+        print(f"next        python -m qat.convert {source} --to native --out {out}{own_model}")
     else:
-        print(f"next        python -m qat.train experiment=NAME init_from={checkpoint}")
+        print(f"next        python -m qat.train experiment=NAME {quote(f'init_from={checkpoint}')}")
