@@ -1,5 +1,7 @@
 """AWQ: what it clips, what it scales, and where it folds nothing."""
 
+import copy
+
 import pytest
 import torch
 from ptq_models import correlated_inputs, prepared
@@ -63,10 +65,7 @@ class Outliers(nn.Module):
 def test_awq_scales_what_it_can_fold_exactly():
     torch.manual_seed(0)
     original, x = Outliers(), [torch.randn(256, 32) for _ in range(2)]
-    nearest = prepared(Outliers(), "minmax")
-    nearest.load_state_dict(original.state_dict(), strict=False)
-    for _, layer in quant_layers(nearest):
-        layer.weight_quantizer.set_step_size(weight_step_size(layer.weight, layer.weight_quantizer.spec, Init.minmax))
+    nearest = prepared(copy.deepcopy(original), "minmax")
     scaled = Outliers()
     scaled.load_state_dict(original.state_dict())
     report = initialise(prepared(scaled, "awq"), x, lambda model, batch: model(batch))

@@ -100,8 +100,30 @@ def test_the_state_dict_of_a_plain_model_keeps_its_names():
     plain = Net()
     prepared = prepare(copy.deepcopy(plain))
     assert plain.state_dict().keys() <= prepared.state_dict().keys()
-    missing, unexpected = prepared.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected and all("quantizer" in key for key in missing)
+    assert all("quantizer" in key for key in prepared.state_dict().keys() - plain.state_dict().keys())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_weights_without_step_sizes_are_refused(strict, zero_points):
+    """Those of the weights that were there before would go on, which torch leaves to whoever asks what was missing."""
+    policy = {"weight": {"bits": 4, "symmetric": not zero_points}}
+    model, before = prepare(Net(), policy), prepare(nn.Linear(6, 4), policy)
+    for other, name in ((model, "conv"), (before, "")):
+        plain = {key: value + 1 for key, value in other.state_dict().items() if "quantizer" not in key}
+        with pytest.raises(StateError, match=f"'{name}' has step sizes that fit .* before qat.prepare"):
+            other.load_state_dict(plain, strict=strict)
+    model.load_state_dict({"fc.bias": torch.zeros_like(model.fc.bias)}, strict=False)  # no weight: nothing is wrong
+    assert not model.fc.bias.any()
+
+
+def test_inputs_step_sizes_do_not_go_on_with_other_weights():
+    model = prepare(Net(), {"activation": {"bits": 8}})
+    plain = Net().state_dict()
+    model.load_state_dict(plain, strict=False)  # waits for calibration
+    qat.calibrate(model, [torch.randn(2, 3, 6, 6)], verbose=False)
+    with pytest.raises(StateError, match="a weight without any"):
+        model.load_state_dict(plain, strict=False)
 
 
 def test_state_dict_round_trip_without_calibration():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..quantizers import FrozenActivation, OfInput, OfWeight
 from ..spec import Granularity
+from .fake_quant import FakeQuant
 from .linear import match_dtypes, roundings
 from .packed import Frozen
 from .product import Convolution, product
@@ -14,7 +15,7 @@ from .product import Convolution, product
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of an input
 
 
-class QuantConv:
+class QuantConv(FakeQuant):
     """A convolution whose weight, and input where asked for, pass through quantizers.
 
     Attributes:

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers import FrozenActivation, OfInput, OfWeight
+from .fake_quant import FakeQuant
 from .linear import match_dtypes, roundings
 from .packed import Frozen
 
 FUNCTIONS = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}  # by the weight's dimensions
 
 
-class QuantConvTranspose:
+class QuantConvTranspose(FakeQuant):
     """A transposed convolution whose weight, and input where asked for, pass through quantizers.
 
     Attributes:

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from ..numerics import fake_quantize
 from ..quantizers import WeightLSQ, WeightMinMax
+from .fake_quant import FakeQuant
 from .packed import Frozen
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(FakeQuant, nn.Embedding):
     """``nn.Embedding`` whose rows pass through a quantizer. Where the weight is tied, so is the quantizer.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..quantizers import DynamicActivation, FrozenActivation, LearnedWeight, OfInput, OfWeight
 from ..quantizers.rounding import Rounding
 from . import cpu_int4, int8_product
+from .fake_quant import FakeQuant
 from .packed import Frozen, PackedWeight
 from .product import autocast_dtype, in_a_graph, product, without_autocast
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..fusion import FusedProjections
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(FakeQuant, nn.Linear):
     """``nn.Linear`` whose weight, and input where asked for, pass through quantizers.
 
     Attributes:
