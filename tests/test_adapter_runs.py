@@ -67,6 +67,12 @@ def logits(model):
         return model.eval()(torch.arange(1, 17).view(1, 16)).logits
 
 
+def test_too_few_examples_for_a_batch_are_said_before_the_model_is_read(folder):
+    (folder / "train.jsonl").write_text("\n".join((folder / "train.jsonl").read_text().splitlines()[:2]))
+    with pytest.raises(DataError, match="fill 1 of the 2 rows of a batch"):
+        run("experiment=qlora", "model.name=nowhere", "data.tokenizer=model")
+
+
 def test_qlora_ships_an_artifact_with_its_adapter(folder, capsys):
     before = run("experiment=qlora", "model.name=model", "name=start", "trainer.max_epochs=0")
     after = run("experiment=qlora", "model.name=model")

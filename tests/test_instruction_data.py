@@ -111,6 +111,14 @@ def test_ignored_targets_do_not_count():
     assert metrics.compute()["loss"].item() == pytest.approx(-(log[0, 0, 1] + log[0, 2, 2]).item() / 2, rel=1e-5)
 
 
+def test_fewer_examples_than_a_training_batch_are_enough_to_measure_on(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = InstructionData(write(tmp_path / "x.jsonl", [CHAT, CHAT]), str(tmp_path / "tokenizer"), 64, batch_size=2)
+    assert len(list(data.test_loader("cpu"))) == 1
+    with pytest.raises(DataError, match="fill 1 of the 2 rows of a batch: give more"):
+        data.train_loader("cpu")
+
+
 def test_what_is_wrong_is_named(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tiny_tokenizer().save_pretrained(tokenizer)
@@ -124,8 +132,11 @@ def test_what_is_wrong_is_named(tmp_path):
         load({"question": "who"})
     with pytest.raises(DataError, match="last message is not the assistant's"):
         load({"messages": CHAT["messages"][:1]})
-    with pytest.raises(DataError, match="fill 0 rows"):
-        load(CHAT)
+    with pytest.raises(DataError, match="fill 0 of the 1 rows of a batch: give more"):
+        load(CHAT).train_loader("cpu")
+    (tmp_path / "latin.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a",\n\n "completion": "caf\xe9"}')
+    with pytest.raises(DataError, match=r"latin.jsonl:3 is no text in UTF-8"):
+        InstructionData(str(tmp_path / "latin.jsonl"), str(tokenizer), 8, 1)
     with pytest.raises(DataError, match="no JSONL file"):
         InstructionData(str(tmp_path / "none"), str(tokenizer), 8, 1)
     rewriting = tiny_tokenizer(
@@ -204,7 +215,7 @@ def test_validation_examples_alone(tmp_path):
     options = {"tokenizer": str(tmp_path / "tokenizer"), "seq_len": 16, "batch_size": 2}
     data = InstructionData(None, val=write(tmp_path / "x.jsonl", [PAIR]), **options)
     assert len(list(data.test_loader("cpu"))) == 1 and data.example()["high"] == WORDS.index("who")
-    with pytest.raises(DataError, match="no training examples"):
+    with pytest.raises(DataError, match="fill 0 of the 2 rows of a batch: give more in"):
         data.train_loader("cpu")
     with pytest.raises(DataError, match=r"needs data\.train or data\.val"):
         InstructionData(None, **options)

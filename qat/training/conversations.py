@@ -28,7 +28,8 @@ def read_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line} is no text in UTF-8 ({error.reason}): save it as UTF-8") from None
     if text.lstrip().startswith("["):
         for number, line in enumerate(_parse(text, path), 1):
             yield _object(line, f"{path}, item {number}")

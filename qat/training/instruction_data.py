@@ -63,7 +63,7 @@ class InstructionData(InMemoryData):
         seed: of the order of the rows.
 
     Raises:
-        DataError: a missing file or tokenizer, a line of another form, or fewer rows than one batch.
+        DataError: a missing file or tokenizer, a line of another form, or no example to validate on.
     """
 
     def __init__(
@@ -101,12 +101,8 @@ class InstructionData(InMemoryData):
         self.train_rows = pack_rows(examples, seq_len, pack)
         self.val_rows = pack_rows(held_out, seq_len, pack)
         self.largest = max((max(tokens, default=0) for tokens, _ in examples or held_out), default=0)
-        for name, rows, least in (
-            ("training", self.train_rows, 0 if train is None else batch_size),
-            ("validation", self.val_rows, 1),
-        ):
-            if len(rows[0]) < least:
-                raise DataError(f"the {name} examples fill {len(rows[0])} rows of data.seq_len={seq_len}, not {least}")
+        if not len(self.val_rows[0]):
+            raise DataError("there are no validation examples: give more, or a file as data.val")
 
     def example(self) -> dict[str, Any]:
         """Return shape (without batch), dtype and range of what the model takes."""
@@ -116,10 +112,14 @@ class InstructionData(InMemoryData):
         """Return shuffled batches of rows on a device.
 
         Raises:
-            DataError: there are none.
+            DataError: there are fewer rows than one batch.
         """
-        if not len(self.train_rows[0]):
-            raise DataError("there are no training examples: give data.train")
+        count, least = len(self.train_rows[0]), self.batch_size
+        if count < least:
+            raise DataError(
+                f"the training examples fill {count} of the {least} rows of a batch: give more in data.train, or lower "
+                f"data.batch_size or data.seq_len={self.seq_len}"
+            )
         rows = PackedRows(*self.train_rows, device)
         return Loader(rows, self.batch_size, EpochSampler(len(rows), self.seed, rank, world_size))
 

@@ -72,6 +72,8 @@ def train(config: DictConfig) -> dict[str, float]:
     _quiet()
     data = make(config.data)
     check_module(data)
+    if isinstance(data, InMemoryData):
+        data.train_loader("cpu")  # says what is missing before the model is read
     keep_position(data)
     model = _model(config.model)
     codes = None if config.init_from is None or resume is not None else _start(model, config.init_from)
