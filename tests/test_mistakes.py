@@ -23,7 +23,7 @@ W4 = "policy=conv_w4a4"
     [
         ("optim.lr=1e30 trainer.log_every_n_steps=1", "lower optim.lr"),
         ("data=cifar10 data.train=/no/such data.test=/no/such", "data.train=/no/such: there is nothing at that path"),
-        ("data=cifar10 data.test=x", "data.train=PATH"),
+        ("data=cifar10 data.test=x", "data.train is not given: add data.train=VALUE"),
         ("trainer.accelerator=cuda", "trainer.accelerator=cuda: PyTorch sees no GPU here"),
         ("init_from=nowhere.ckpt", "there is no checkpoint at nowhere.ckpt"),
         ("resume=nowhere.ckpt", "resume=auto finds the run's own"),
@@ -116,7 +116,8 @@ def test_a_model_that_other_keys_follow_has_to_be_named(fails):
         ("model.args.heads=3", "model.args.heads=3 does not divide model.args.width=8"),
         ("model.args.dropout=2", "model.args.dropout=2: give a number from 0 to 1"),
         ("model.args.context=4", "the model cannot run on these data, shape [16, 16]: index out of range"),
-        ("data=text data.train=bytes", "data.train=bytes is no text in UTF-8"),
+        ("data=text data.tokenizer=bytes data.train=bytes", "data.train=bytes is no text in UTF-8"),
+        ("data=text data.train=bytes", "data.tokenizer is not given"),  # bytes are no tokens of most models
     ],
 )
 def test_of_text_too(fails, tmp_path, overrides, said):
@@ -173,6 +174,7 @@ def test_the_progress_bar_can_be_switched_off(train, tmp_path):
         (["x", "data=digits", "data.sourc=x"], "did you mean 'data.source'?"),
         (["x", "data.source=x"], "data=<OPTION>"),
         (["run.ckpt", "data=topics"], "the model cannot run on these data, shape [64, 128]"),
+        (["run.ckpt", "data=instructions", "data.val=x"], "data.tokenizer is not given: add data.tokenizer=VALUE"),
         (["run.ckpt", "data=digits", "--device", "foo"], "--device foo: "),
         (["run.ckpt", "data=digits", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no folder "),
         (["run.ckpt", "data=digits", "--json", "runs"], "--json runs cannot be written: Is a directory"),

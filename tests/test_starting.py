@@ -162,7 +162,8 @@ def test_the_command_line_goes_on_from_a_folder(llama, tmp_path, monkeypatch, ca
 
     def train(name, *overrides):
         arguments = "model=codes init_from=gptq task=language data=text data.train=text.txt data.seq_len=16 "
-        arguments += "policy=lm_w4 policy.weight.scale_dtype=float16 optim=adamw trainer.accelerator=cpu threads=1"
+        arguments += "data.tokenizer=bytes policy=lm_w4 policy.weight.scale_dtype=float16 optim=adamw threads=1 "
+        arguments += "trainer.accelerator=cpu"
         monkeypatch.setattr(sys, "argv", ["train", *arguments.split(), f"name={name}", *overrides])
         train_command.main()
 

@@ -21,11 +21,14 @@ def make(node: DictConfig, **arguments: Any) -> Any:
     """Instantiate a ``_target_``.
 
     Raises:
-        QATError: as its own code raises it; a value of the wrong type or out of range; or a file or a name on the Hub
-            that cannot be read.
+        QATError: as its own code raises it; a value that is missing, of the wrong type or out of range; or a file or a
+            name on the Hub that cannot be read.
     """
     where = full_key(node)
     check_types(node)
+    for key in node:  # Hydra would leave it to the default of what is called
+        if OmegaConf.is_missing(node, key) and key not in arguments:
+            raise TrainingError(f"{where}.{key} is not given: add {where}.{key}=VALUE")
     try:
         return instantiate(node, _partial_=True)(**arguments)
     except QATError:
