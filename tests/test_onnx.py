@@ -43,6 +43,32 @@ def test_inputs_with_an_offset(tmp_path, bits):
     assert torch.equal(to_model(onnx.read(tmp_path), Net())(x), to_model(model, Net())(x))
 
 
+class Again(nn.Module):
+    """Calls a convolution and a linear layer several times, as detectors' heads and recurrent networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.linear, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(torch.relu(self.conv(torch.relu(self.first(x))))).mean((2, 3))
+        for _ in range(3):
+            x = torch.tanh(self.linear(x))
+        return self.head(x)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("activation_bits", [None, 3, 8])
+def test_layers_that_the_forward_calls_several_times(tmp_path, activation_bits):
+    activation = activation_bits and qat.QuantSpec(bits=activation_bits, **PER_TENSOR)
+    model = frozen(Again(), qat.QuantSpec(bits=4), activation)
+    _, rows = written(model, tmp_path, Again())
+    assert rows["onnxruntime, weights"].startswith("4 layers")
+    x = onnx.example_input(model, 5)
+    assert torch.equal(to_model(onnx.read(tmp_path), Again())(x), to_model(model, Again())(x))
+
+
 @pytest.mark.clients
 @pytest.mark.parametrize("builder", ["cnn", "resnet20"])
 def test_vision_models_with_trained_activations(tmp_path, builder):

@@ -13,6 +13,7 @@ In the place of one ``insert_quantized`` puts (opset 21; ``onnx_weights`` has th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -75,11 +76,13 @@ def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
     import onnx_ir
 
     reached = set()
+    uses: Counter[tuple[str, str]] = Counter()
     graph = ir_model.graph
     for node in [node for node in graph.all_nodes() if node.domain == "qat"]:
         name = node.attributes["layer"].as_string()
         reached.add((name, node.op_type == "activation"))
-        build = _Builder(graph, node, name, model)
+        uses[name, node.op_type] += 1
+        build = _Builder(graph, node, name, model, uses[name, node.op_type])
         value = getattr(build, node.op_type)()
         value.shape, value.dtype = node.outputs[0].shape, node.outputs[0].dtype
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
@@ -132,10 +135,11 @@ def strip_traces(ir_model: Any) -> None:
 
 
 class _Builder:
-    """Makes the nodes and initialisers of one placeholder."""
+    """Makes the nodes and initialisers of one placeholder: one use of a layer, which the forward may call again."""
 
-    def __init__(self, graph: Any, node: Any, name: str, model: QuantizedModel) -> None:
+    def __init__(self, graph: Any, node: Any, name: str, model: QuantizedModel, use: int) -> None:
         self.graph, self.node, self.name, self.model = graph, node, name, model
+        self.called = name if use == 1 else f"{name}#{use}"  # onnxruntime opens no file with two nodes of one name
         self.layer = model.layers[name]
         self.owner = self.layer.tied or name
 
@@ -208,7 +212,7 @@ class _Builder:
     def _node(self, kind: str, inputs: list[Any], domain: str = "", **attributes: int) -> Any:
         import onnx_ir
 
-        node = onnx_ir.node(kind, inputs, attributes, domain=domain, name=f"{self.name}/{self.node.op_type}/{kind}")
+        node = onnx_ir.node(kind, inputs, attributes, domain=domain, name=f"{self.called}/{self.node.op_type}/{kind}")
         self.node.graph.insert_before(self.node, node)
         node.outputs[0].name = f"{node.name}/{self.node.outputs[0].name}"
         return node.outputs[0]

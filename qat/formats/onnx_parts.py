@@ -46,10 +46,10 @@ class Parts:
         graph = onnx.load(file, load_external_data=False).graph
         self.file, self._folder = file, str(file.parent)
         self._held = {value.name: value for value in graph.initializer}
-        self._nodes: dict[str, dict[str, Any]] = {}  # of a module that is used twice, the first of each kind
+        self._nodes: dict[str, dict[str, Any]] = {}
         for node in graph.node:
             part, _, kind = node.name.rpartition("/")
-            self._nodes.setdefault(part, {}).setdefault(kind, node)
+            self._nodes.setdefault(part, {})[kind] = node
 
     def __contains__(self, part: str) -> bool:
         return part in self._nodes
