@@ -84,6 +84,21 @@ class Without(Pictures):  # has no loader, or one that gives no batch, where it 
     def val_dataloader(self):
         return self.loader("val")
 
+class Named(Pictures):  # its inputs are arguments of a forward that takes two
+    def collate(self, batch):
+        x, y = (torch.stack(part) for part in zip(*batch))
+        return {"image": x, "size": x.mean((1, 2, 3))[:, None]}, y
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self.tensors), 16, collate_fn=self.collate)
+    val_dataloader = train_dataloader
+
+class TwoInputs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.size, self.last = torch.nn.Linear(64, 16), torch.nn.Linear(1, 16), torch.nn.Linear(16, 10)
+    def forward(self, image, size):
+        return self.last(torch.relu(self.first(image.flatten(1)) + self.size(size)))
+
 def scripted():
     return torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
 
@@ -112,10 +127,22 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "their_data.py").write_text(MODULES)
     folder = tmp_path / "configs" / "data"
     folder.mkdir(parents=True)
-    for name in ("Pictures", "WithIndex", "Endless", "NoValidation", "Nowhere", "Odd", "Late", "Alone", "Without"):
+    for name in (
+        "Pictures",
+        "WithIndex",
+        "Endless",
+        "NoValidation",
+        "Nowhere",
+        "Odd",
+        "Late",
+        "Alone",
+        "Without",
+        "Named",
+    ):
         (folder / f"{name}.yaml").write_text(f"_target_: their_data.{name}\n")
     (tmp_path / "configs" / "model").mkdir()
     (tmp_path / "configs" / "model" / "outputs.yaml").write_text("_target_: their_data.Outputs\n")
+    (tmp_path / "configs" / "model" / "two_inputs.yaml").write_text("_target_: their_data.TwoInputs\n")
     (tmp_path / "configs" / "model" / "hollow.yaml").write_text("_target_: their_data.Hollow\n")
     (tmp_path / "configs" / "model" / "no_model.yaml").write_text("_target_: their_data.pictures\n")
     (tmp_path / "configs" / "model" / "scripted.yaml").write_text("_target_: their_data.scripted\n")
@@ -167,6 +194,11 @@ def test_a_subclass_of_ours_is_measured_where_no_validation_ended_the_run(own, t
         ("Late", "+data.where=train", "the data have a target 99, and the model has outputs for 0 to 9"),
         ("Late", "+data.where=val", "the data have a target 99, and the model has outputs for 0 to 9"),
         ("Late", "+data.where=val trainer.max_epochs=0", "the data have a target 99, and the model has outputs"),
+        (
+            "Named",
+            "",
+            "image [16, 1, 8, 8], size [16, 1]: ConvNet.forward() got an unexpected keyword argument 'image'",
+        ),
         ("Alone", "", "a training batch of one example is too small for batch norm"),
         ("Without", "+data.which=train +data.gives=none", "data=Without: train_dataloader gives None: give a loader"),
         ("Without", "+data.which=train +data.gives=list", "train_dataloader gives a list: give one loader"),
@@ -202,6 +234,17 @@ def test_a_model_with_an_empty_layer_trains_and_ships(own, train, tmp_path):
     run = tmp_path / "runs" / "run"
     command = [str(run / "last.ckpt"), "--model", "their_data:Hollow", "--out", str(run / "artifact"), "--verify"]
     assert convert_command.main(command) == 0
+
+
+def test_named_inputs_are_arguments_of_the_forward(own, train, tmp_path, capsys):
+    configs = " ".join(own("Named").split()[:3])
+    train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=4")
+    run = tmp_path / "runs" / "run"
+    assert json.loads((run / "result.json").read_text())["metrics"]["accuracy"] > 0.7
+    command = [str(run / "last.ckpt"), "--model", "their_data:TwoInputs", "--out", str(run / "artifact"), "--verify"]
+    assert convert_command.main(command) == 0
+    evaluate_command.main([str(run / "artifact"), "--model", "their_data:TwoInputs", *configs.split()])
+    assert "accuracy 0." in capsys.readouterr().out
 
 
 def test_an_endless_loader_ends_with_max_steps(own, train, tmp_path):

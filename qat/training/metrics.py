@@ -16,21 +16,17 @@ IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
 
 
 def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
-    """Return a model's output for a batch's inputs: one tensor, or named ones of a transformers model.
+    """Return a model's output for a batch's inputs: one tensor, or named ones, which are its forward's arguments.
 
-    Without its key-value cache: in its presence transformers does not keep packed examples apart, and each block would
-    be compiled anew, as it has a cache of its own.
+    A transformers model runs without its key-value cache: in its presence transformers does not keep packed examples
+    apart, and each block would be compiled anew, as it has a cache of its own.
     """
-    if isinstance(inputs, dict):
-        return model(**inputs, use_cache=False)
-    cached = getattr(getattr(model, "config", None), "use_cache", False)
-    if cached and any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in _parameters(model)):  # peft's takes any
-        return model(inputs, use_cache=False)
-    return model(inputs)
-
-
-def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(model.forward).parameters.values())
+    options = {}
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        parameters = inspect.signature(model.forward).parameters.values()
+        if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):  # peft's takes any
+            options = {"use_cache": False}
+    return model(**inputs, **options) if isinstance(inputs, dict) else model(inputs, **options)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -56,11 +52,14 @@ def first_logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor
     """
     try:
         return logits_of(run(model, inputs))
-    except (IndexError, RuntimeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, QATError | torch.OutOfMemoryError):
             raise
         shapes = inputs if isinstance(inputs, dict) else {"shape": inputs}
-        described = ", ".join(f"{name} {list(value.shape)}" for name, value in shapes.items())
+        described = ", ".join(
+            f"{name} {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+            for name, value in shapes.items()
+        )
         raise DataError(
             f"the model cannot run on these data, {described}: {str(error).splitlines()[0]} (HYDRA_FULL_ERROR=1 shows "
             "where); the model and the data have to fit each other"

@@ -277,9 +277,11 @@ class ImageClassification(Task):
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.model.to(memory_format=self.memory_format)
 
-    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+    def logits(self, model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
         """Return the logits of the network or a copy of it."""
-        return super().logits(model, inputs.to(memory_format=self.memory_format))
+        if isinstance(inputs, Tensor):
+            inputs = inputs.to(memory_format=self.memory_format)
+        return super().logits(model, inputs)
 
 
 class CausalLanguageModel(Task):
