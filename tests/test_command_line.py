@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from qat import compare as compare_command
 from qat import convert as convert_command
 from qat import evaluate as evaluate_command
+from qat.checkpoint import read_checkpoint
 from qat.training.command_line import as_it_stands
 
 SHORT = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=3 trainer.limit_val_batches=1"
@@ -75,3 +77,48 @@ def test_what_a_run_says_comes_next_can_be_copied(words, capsys, tmp_path):
 
 def test_a_list_that_hydra_does_not_read_is_named(fails):
     assert "teacher=[a=b]: no viable alternative at input" in fails(f"{SHORT} teacher=[a=b]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("lr=1", "did you mean 'optim.lr'?"),
+        ("epochs=1", "did you mean 'trainer.max_epochs'?"),
+        ("policy=conv_w4a4 policy.weight.bit=3", "did you mean 'policy.weight.bits'?"),
+        ("experiment=joint_lora model.name=x", "did you mean 'model.pretrained_model_name_or_path'?"),
+        ("data.qqqqqqq=1", "(known: 'data._target_', 'data.source', 'data.batch_size'"),  # and none of other groups
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_one_that_is_meant(fails, overrides, said):
+    line = fails(overrides)
+    assert said in line and "'optim.momentum'" not in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weight", "activation"),
+    [
+        ("policy.weight.bits=3", 3, None),
+        ("policy.weight={bits:3}", 3, None),
+        ("policy=conv_w4a4 policy.rules=[] policy.activation=null", 4, None),
+        ("policy=conv_w4a4 policy.activation.bits=6", 4, 6),
+        ("policy=lm_w4 policy.rules=[] policy.weight.group_size=null policy.activation.bits=8", 4, 8),
+        ("policy.activation.bits=5", None, 5),
+    ],
+)
+def test_fields_of_a_spec_hold_where_the_policy_has_none(train, tmp_path, overrides, weight, activation):
+    train(f"{SHORT} trainer.max_epochs=0 {overrides}")
+    policy = read_checkpoint(tmp_path / "runs" / "run" / "last.ckpt").policy
+    assert (policy.weight and policy.weight.bits, policy.activation and policy.activation.bits) == (weight, activation)
+
+
+def test_a_spec_that_a_policy_does_not_have_is_swept(train, tmp_path, capsys):
+    train(f"-m {SHORT} trainer.max_epochs=0 policy=none policy.weight.bits=2,4 policy.activation.bits=8 seed=0,1")
+    found = [read_checkpoint(path).policy for path in (tmp_path / "runs" / "run").rglob("last.ckpt")]
+    assert sorted((policy.weight.bits, policy.activation.bits) for policy in found) == [(2, 8), (2, 8), (4, 8), (4, 8)]
+    compare_command.main(["runs", "--over", "seed"])
+    assert "policy.weight.bits  accuracy" in capsys.readouterr().out
+
+
+def test_a_wrong_field_of_a_spec_that_a_policy_does_not_have_is_named(fails):
+    assert "did you mean 'policy.weight.bits'?" in fails(f"{SHORT} policy.weight.bit=3")
+    assert "bits=1: give a whole number" in fails(f"{SHORT} policy.activation.bits=1")

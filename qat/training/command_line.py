@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment Python's traceback comes instead.
     """
-    sys.argv[1:] = map(as_it_stands, sys.argv[1:])
+    sys.argv[1:] = open_specs([as_it_stands(word) for word in sys.argv[1:]], config_name)
     if TRACEBACK_WANTED:
         hydra_main()
         return
@@ -86,6 +87,21 @@ def as_it_stands(word: str) -> str:
             return word
     escaped = os.path.expanduser(value).replace('"', '\\"')
     return f'{key}="{escaped}"'
+
+
+def open_specs(words: list[str], config_name: str) -> list[str]:
+    """Return a command line in which ``policy.activation.bits=8`` also holds where that policy rounds no inputs.
+
+    OmegaConf 2.3 sets no field of a typed node that is null (an AssertionError), but merges into it one level above.
+    """
+    starts = {"weight": "weight:{}", "activation": "activation:{granularity:tensor}"}
+    asked = [part for part in starts if any(re.match(rf"policy\.{part}(\.|=\{{)", word) for word in words)]
+    config = _chosen(config_name, words) if asked else None
+    opened = [starts[part] for part in asked if config is not None and config.policy[part] is None]
+    if not opened:
+        return words
+    first = next(at for at, word in enumerate(words) if re.match(r"[\w.]+=", word))  # after flags
+    return [*words[:first], f"++policy={{{','.join(opened)}}}", *words[first:]]
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
@@ -143,7 +159,7 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
         known = known_keys(config_name, overrides, without=key) if config_name else []
         if key in known:  # its value holds a key of its own that is not there
             return f"{key}: {first_line(str(error.__cause__ or text))}; give the keys one by one, new ones with a +"
-        return f"unknown key {key!r}{did_you_mean(key, known) if known else ''}; +{key}=VALUE adds a new key"
+        return f"unknown key {key!r}{_nearest(key, known)}; +{key}=VALUE adds a new key"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and "is not a subclass of QuantSpec" in text + str(cause):
         return f"{cause.full_key} takes fields, such as {{bits: 8}}; a runtime's own rounding is policy.dynamic=q8_0"
@@ -152,19 +168,37 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     return " ".join(text.split())
 
 
+def _nearest(key: str, known: list[str]) -> str:
+    """Return the known key that is meant, by its last part: lr is optim.lr, and model.name the one with name in it."""
+    parent, _, last = key.rpartition(".")
+    holding = [other for other in known if last in other.rpartition(".")[2]]
+    if len(last) > 1 and holding:
+        holding.sort(key=lambda other: (other.rpartition(".")[0] != parent, len(other)))
+        return f" (did you mean {holding[0]!r}?)"
+    return did_you_mean(key, known, near=parent)
+
+
 def known_keys(config_name: str, overrides: Sequence[str], without: str) -> list[str]:
     """Return every key of the config whose groups are chosen by the words of a command line, also in own folders."""
-    chosen = [word for word in overrides if re.match(r"\w+=", word) and not word.startswith(f"{without}=")]
+    overrides = [word for word in overrides if not word.startswith(f"{without}=")]
+    config = _chosen(config_name, overrides) or _chosen(config_name, [])
+    return [] if config is None else list(_keys(config))
+
+
+def _chosen(config_name: str, overrides: Sequence[str]) -> DictConfig | None:
+    """Return the config whose groups are chosen by the words of a command line; None where that cannot be composed.
+
+    Of a sweep it is the first job's.
+    """
+    chosen = [match[1] for word in overrides if (match := re.match(r"(\w+=[^,]*)(,[^\]})]*)?$", word))]
+    chosen += [word for word in overrides if word.startswith("++policy=")]  # of open_specs
     places = [word for word in overrides if word.startswith("hydra.searchpath=")] or own_configs(_own_folder(overrides))
     GlobalHydra.instance().clear()
     with initialize_config_module("qat.conf", version_base="1.3"):
-        for choice in ([*places, *chosen], []):
-            try:
-                config = compose(config_name, overrides=choice)
-            except (HydraException, OmegaConfBaseException):
-                continue
-            return list(_keys(config))
-    return []
+        try:
+            return compose(config_name, overrides=[*places, *chosen])
+        except (HydraException, OmegaConfBaseException):
+            return None
 
 
 def own_configs(folder: Path | None) -> list[str]:
@@ -173,7 +207,7 @@ def own_configs(folder: Path | None) -> list[str]:
 
 
 def _own_folder(words: Sequence[str]) -> Path | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, _, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
             return Path(value or following)
