@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from .errors import PolicyError, did_you_mean
+from .errors import PolicyError, QATError, did_you_mean
 from .spec import ActivationQuantizer, Dynamic, Init, QuantSpec, WeightQuantizer, as_member
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ class QuantPolicy:
             self.specs_of(None)
         for rule in self.rules:
             _check_rule(rule)
-            self.specs_of(rule)
+            try:
+                self.specs_of(rule)
+            except QATError as error:
+                raise type(error)(f"the rule with match={str(rule['match'])!r}: {error}") from None
 
     def specs_of(self, rule: dict[str, Any] | None) -> tuple[QuantSpec | None, QuantSpec | Dynamic | None]:
         """Return the (weight, activation) specs that a layer gets from a rule, or from the policy if None.

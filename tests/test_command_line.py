@@ -119,6 +119,13 @@ def test_a_spec_that_a_policy_does_not_have_is_swept(train, tmp_path, capsys):
     assert "policy.weight.bits  accuracy" in capsys.readouterr().out
 
 
+def test_a_field_holds_in_each_policy_of_a_sweep(train, tmp_path):
+    train(f"-m {SHORT} trainer.max_epochs=0 policy=conv_w4a4,none policy.activation.bits=6")
+    found = [read_checkpoint(path).policy for path in (tmp_path / "runs" / "run").rglob("last.ckpt")]
+    assert {policy.weight and policy.weight.bits for policy in found} == {4, None}
+    assert {policy.activation.bits for policy in found} == {6}
+
+
 def test_a_wrong_field_of_a_spec_that_a_policy_does_not_have_is_named(fails):
     assert "did you mean 'policy.weight.bits'?" in fails(f"{SHORT} policy.weight.bit=3")
     assert "bits=1: give a whole number" in fails(f"{SHORT} policy.activation.bits=1")

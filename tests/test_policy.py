@@ -6,7 +6,7 @@ import pytest
 
 import qat.policy
 from qat import QuantPolicy, QuantSpec
-from qat.errors import PolicyError, SpecError
+from qat.errors import PolicyError, QATError, SpecError
 
 W4 = QuantSpec(bits=4, group_size=64)
 A8 = QuantSpec(bits=8, granularity="tensor")
@@ -202,3 +202,18 @@ def test_a_file_that_is_no_yaml(tmp_path):
     path.write_text("weight: {bits: 4\n")
     with pytest.raises(PolicyError, match=r"bad\.yaml is no YAML: .*line 1"):
         QuantPolicy.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"weight": {"bits": 8}}, "codebook='nf4' has 4 bits, not 8"),
+        ({"activation": {"bits": 1}}, "bits=1: give a whole number"),
+        ({"activation": {"granularity": "channel"}}, "activations take granularity='tensor'"),
+        ({"weight": {"bist": 8}}, "unknown key 'bist'"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_named(rule, said):
+    """As where it takes a field of the policy's own spec that does not go with its bits."""
+    with pytest.raises(QATError, match=r"the rule with match='@first': .*" + said):
+        QuantPolicy(weight={"codebook": "nf4", "bits": 4}, rules=[{"match": "@first", **rule}])

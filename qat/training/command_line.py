@@ -97,7 +97,8 @@ def open_specs(words: list[str], config_name: str) -> list[str]:
     starts = {"weight": "weight:{}", "activation": "activation:{granularity:tensor}"}
     asked = [part for part in starts if any(re.match(rf"policy\.{part}(\.|=\{{)", word) for word in words)]
     config = _chosen(config_name, words) if asked else None
-    opened = [starts[part] for part in asked if config is not None and config.policy[part] is None]
+    swept = any(re.match("policy=.*,", word) for word in words)  # some may have none, and in others nothing changes
+    opened = [starts[part] for part in asked if swept or (config is not None and config.policy[part] is None)]
     if not opened:
         return words
     first = next(at for at, word in enumerate(words) if re.match(r"[\w.]+=", word))  # after flags
