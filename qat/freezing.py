@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from . import adapters
@@ -12,7 +13,7 @@ from .errors import LayerError, PolicyError, StateError
 from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix, quant_layers
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
-from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, WeightCodebook
+from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, OfWeight, WeightCodebook
 from .spec import QuantSpec
 from .surgery import prepare
 from .wrappers import MAKE_PARAMETERS, computed_weights
@@ -26,7 +27,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Raises:
         StateError: the model is not prepared, a step size was never initialised, or an adapter is merged.
-        LayerError: a weight or scale holds NaN or infinity, or a weight is computed at each forward, as by pruning.
+        LayerError: a weight or scale holds NaN or infinity, a weight is computed at each forward, as by pruning, or a
+            weight quantizer of the user's own trains with other weights than it would ship.
     """
     layers = list(quant_layers(model))
     if not layers and is_frozen(model):
@@ -104,7 +106,18 @@ def quantized_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 
 def _quantize(name: str, layer: nn.Module) -> QuantizedTensor:
+    quantizer, weight = layer.weight_quantizer, matrix(layer)
     try:
-        return layer.weight_quantizer.quantize(matrix(layer))
+        tensor = quantizer.quantize(weight)
     except LayerError as error:
         raise LayerError(f"{name!r}: {error}") from None
+    if not isinstance(quantizer, OfWeight):  # one of the user's own, whose two methods nobody has compared
+        with torch.no_grad():
+            off = (quantizer(weight) != tensor.dequantize(weight.dtype)).sum().item()
+        if off:
+            raise LayerError(
+                f"{name!r}: {type(quantizer).__name__} would ship other weights than it trains with: {off} of "
+                f"{weight.numel()} differ between forward(w) and quantize(w).dequantize(w.dtype). Return the latter "
+                "from forward, plus w - w.detach() for its gradient; in bfloat16, w + (q - w).detach() is not always q"
+            )
+    return tensor

@@ -13,6 +13,7 @@ import qat.freezing
 from qat import QuantPolicy, QuantSpec
 from qat.errors import LayerError, StateError
 from qat.layers import FrozenConv2d, FrozenLinear, QuantLinear
+from qat.numerics import quantize_tensor, stored_scale
 
 POLICY = QuantPolicy(
     weight=QuantSpec(bits=3),
@@ -207,3 +208,56 @@ def test_gradients_flow_through_a_frozen_model():
     model(x).sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
     assert model.b.bias.grad is not None
+
+
+class Own(nn.Module):
+    """A weight quantizer from outside the package: a fifth of the range of each row."""
+
+    def __init__(self, spec, way):
+        super().__init__()
+        self.spec, self.way = spec, way
+
+    def step(self, weight):
+        return weight.detach().float().abs().amax(1, keepdim=True) / (5 * self.spec.q_p)
+
+    def quantize(self, weight):
+        return quantize_tensor(weight, stored_scale(self.step(weight), self.spec), self.spec)
+
+    def forward(self, weight):
+        q = self.quantize(weight)
+        rounded = q.dequantize(weight.dtype)
+        if self.way == "straight":  # as straight-through estimators are often written
+            return weight + (rounded - weight).detach()
+        if self.way == "unrounded":  # the scale is not the one that is stored
+            rounded = (q.codes * self.step(weight)).to(weight.dtype)
+        return rounded + (weight - weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "same"),
+    [
+        ("exact", torch.float32, True),
+        ("exact", torch.bfloat16, True),
+        ("straight", torch.bfloat16, False),
+        ("unrounded", torch.float32, False),
+    ],
+)
+def test_a_quantizer_of_the_users_own_ships_what_it_trains_with_or_is_refused(tmp_path, way, dtype, same):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).to(dtype)
+    x = torch.randn(8, 64, dtype=dtype)
+    qat.prepare(model, {"weight": {"bits": 3}}, verbose=False)
+    model[0].weight_quantizer = Own(model[0].weight_quantizer.spec, way)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x).square().mean().backward()
+    assert model[0].weight.grad.any()
+    optimizer.step()
+    trained = model(x)
+    if same:
+        qat.save(qat.freeze(model), tmp_path)
+        fresh = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+        assert torch.equal(qat.load(tmp_path, model=fresh)(x), trained)
+        return
+    with pytest.raises(LayerError, match=r"'0': Own would ship other weights than it trains with: \d+ of 2048 differ"):
+        qat.freeze(model)
+    assert torch.equal(model(x), trained)  # as it was

@@ -176,10 +176,10 @@ MUTANTS = [
     Mutant(
         "frozen from the unrounded step size",
         FREEZING,
-        ("import QuantizedTensor\n", "return layer.weight_quantizer.quantize(matrix(layer))"),
+        ("import QuantizedTensor\n", "tensor = quantizer.quantize(weight)"),
         (
             "import QuantizedTensor, quantize_tensor\n",
-            "q = layer.weight_quantizer\n        return quantize_tensor(layer.weight, q.step_size, q.spec)",
+            "tensor = quantize_tensor(weight, quantizer.step_size, quantizer.spec)",
         ),
         freezing.check_same_integers_and_output,
     ),
