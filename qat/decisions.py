@@ -11,7 +11,7 @@ from .adapters import own_modules
 from .errors import LayerError, PolicyError
 from .layers import FAKE_QUANT, matrix, plain_type
 from .numerics import scale_shape
-from .policy import Decision, QuantPolicy, match_rules
+from .policy import FIRST, LAST, Decision, QuantPolicy, match_rules
 from .quantizers.dynamic import BLOCK
 from .spec import Codebook, Dynamic, Init, QuantSpec
 from .table import holds_matrix
@@ -26,6 +26,7 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
 
     Raises:
         PolicyError: a rule matches nothing, or asks to quantize a layer that cannot be.
+        LayerError: a rule asks for the first or last layer of a model in which none can be quantized.
     """
     layers = [(name, layer) for name, layer in unwrapped(model).named_modules() if holds_matrix(layer)]
     adapters = own_modules(model)
@@ -37,6 +38,8 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     try:
         winners = match_rules(policy.rules, described)
     except PolicyError as error:
+        if {FIRST, LAST} & {str(rule["match"]) for rule in policy.rules} and not any(can for _, _, can in described):
+            _refuse_all(model, [layer for _, layer in layers])
         raise PolicyError(f"{error}{_of_computed(model)}") from None
     decisions = []
     for (name, layer), rule in zip(layers, winners, strict=True):
@@ -57,12 +60,18 @@ def decide(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
             decisions.append(Decision(name, layer, weight, activation, said if nothing else ""))
         elif _asks(rule):
             raise PolicyError(
-                f"the rule with match={rule['match']!r} asks to quantize {name!r}, a {type(layer).__name__}: "
+                f"the rule with match={rule['match']!r} asks to quantize {name!r}, a {_kind(layer)}: "
                 f"only {_names(FAKE_QUANT)} can be; let the rule match less, or set its weight and activation to null"
             )
         else:
-            decisions.append(Decision(name, layer, None, None, f"{type(layer).__name__} stays in full precision"))
+            decisions.append(Decision(name, layer, None, None, f"{_kind(layer)} stays in full precision"))
     return decisions
+
+
+def _kind(layer: nn.Module) -> str:
+    """Return the name of a layer's type, and of the plain type that it extends, whose forward may not be its own."""
+    plain = next((plain.__name__ for plain in FAKE_QUANT if isinstance(layer, plain)), None)
+    return type(layer).__name__ + (f" (a subclass of {plain})" if plain else "")
 
 
 def _holds_any(layer: nn.Module) -> bool:
@@ -101,7 +110,12 @@ def require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision]
     default = set(FAKE_QUANT) - ON_REQUEST
     if any(plain_type(d.layer) in default or d.weight is not None or d.activation is not None for d in decisions):
         return
-    kinds = sorted({type(decision.layer).__name__ for decision in decisions})
+    _refuse_all(model, [decision.layer for decision in decisions])
+
+
+def _refuse_all(model: nn.Module, layers: list[nn.Module]) -> NoReturn:
+    default = set(FAKE_QUANT) - ON_REQUEST
+    kinds = sorted({_kind(layer) for layer in layers})
     raise LayerError(
         f"{type(unwrapped(model)).__name__} has no layer that can be quantized ({_names(default)}; with a rule that "
         f"matches them {_names(ON_REQUEST)}); its layers with weights are {', '.join(kinds) or 'none'}"

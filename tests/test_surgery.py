@@ -317,3 +317,20 @@ def test_a_layer_without_a_single_weight_is_left_alone_and_said_to_be(sizes, spe
     loaded = qat.load(tmp_path / "out", model=net())
     assert torch.equal(loaded["full"](x), expected)
     assert torch.equal(loaded["empty"](nothing), net()["empty"](nothing))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_is_left_alone_and_said_to_be_one(capsys):
+    """Its forward may be its own; a policy with a rule for the first layer says so as well."""
+    said = r"its layers with weights are Scaled \(a subclass of Linear\)"
+    for policy in (POLICY, QuantPolicy(weight=W4, rules=[{"match": "@first", "weight": {"bits": 8}}])):
+        with pytest.raises(LayerError, match=f"Sequential has no layer that can be quantized .*{said}"):
+            prepare(nn.Sequential(Scaled(4, 4), nn.ReLU()), policy)
+    with pytest.raises(PolicyError, match=r"'0', a Scaled \(a subclass of Linear\): only"):
+        prepare(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)), {"rules": [{"match": "0", "weight": {"bits": 4}}]})
+    qat.prepare(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)), {"weight": {"bits": 4}})
+    assert row_of(capsys.readouterr().out, "0")[-1] == "Scaled (a subclass of Linear) stays in full precision"

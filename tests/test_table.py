@@ -61,7 +61,10 @@ def test_a_subclass_of_linear_is_listed_as_left_alone(capsys):
     """Whoever holds such a layer may read its weight without calling it."""
     model = nn.ModuleList([nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8), nn.Linear(8, 8)])
     qat.prepare(model, POLICY)
-    assert row_of(capsys.readouterr().out, "0")[-1] == "NonDynamicallyQuantizableLinear stays in full precision"
+    assert (
+        row_of(capsys.readouterr().out, "0")[-1]
+        == "NonDynamicallyQuantizableLinear (a subclass of Linear) stays in full precision"
+    )
     assert bits_of(model).keys() == {"1"}
 
 
