@@ -54,9 +54,9 @@ class QATConfig(QuantizationConfigMixin):
         stored: the rest of a checkpoint's own quantization config, which ``qat.formats`` reads from the file.
     """
 
-    def __init__(self, policy: QuantPolicy | dict[str, Any] | None = None, **stored: Any) -> None:
+    def __init__(self, policy: QuantPolicy | dict[str, Any] | str | Path | None = None, **stored: Any) -> None:
         self.quant_method = native.METHOD
-        self.policy = QuantPolicy.from_dict(policy) if isinstance(policy, dict) else policy
+        self.policy = None if policy is None else QuantPolicy.of(policy)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -153,7 +153,7 @@ class QATQuantizer(HfQuantizer):
 
 def from_pretrained(
     name: str | Path,
-    policy: QuantPolicy | dict[str, Any] | None = None,
+    policy: QuantPolicy | dict[str, Any] | str | Path | None = None,
     auto_class: type = AutoModelForCausalLM,
     **options: Any,
 ) -> PreTrainedModel:
@@ -163,7 +163,7 @@ def from_pretrained(
 
     Args:
         name: a folder, or a name on the Hub.
-        policy: of a model in full precision, which is quantized tensor by tensor while it is loaded.
+        policy: as for ``prepare``, of a model in full precision, which is quantized tensor by tensor as it is loaded.
         auto_class: AutoModelForCausalLM or another of transformers' classes.
         options: of its ``from_pretrained``.
 

@@ -289,3 +289,11 @@ def test_several_shards_are_quantized_while_loading(tmp_path):
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 3
     policy = {"weight": {"group_size": 64}, "rules": HEAD, "init": "minmax"}
     assert_same(qat.hf.from_pretrained(tmp_path / "m", policy=policy), qat.freeze(prepared(model=plain)))
+
+
+def test_a_policy_that_ships_is_taken_by_its_name(tmp_path):
+    llama().save_pretrained(tmp_path)
+    opened = qat.hf.from_pretrained(tmp_path, policy="lm_w4")
+    assert_same(opened, qat.freeze(qat.prepare(llama(), "lm_w4", verbose=False)))
+    with pytest.raises(PolicyError, match="did you mean 'lm_w4'"):
+        qat.hf.from_pretrained(tmp_path, policy="lm_w5")
