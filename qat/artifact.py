@@ -10,25 +10,36 @@ from torch import nn
 
 from .ahead import compiled_ahead
 from .atomic import atomic_folder
+from .checkpoint import example_like
+from .errors import StateError
 from .formats import native
 from .frozen_model import from_model, to_model
 from .unchanged import unchanged_on_error
 
 
-def save(model: nn.Module, out: str | Path, companions: str | Path | None = None) -> None:
+def save(
+    model: nn.Module, out: str | Path, companions: str | Path | None = None, example: torch.Tensor | None = None
+) -> None:
     """Write a frozen model as an artifact folder; an artifact that stands there is replaced in one step.
 
     Args:
         model: frozen; an adapter of peft's on it goes into a folder of its own, ``adapter``.
         out: the folder.
         companions: a folder whose tokenizer and generation config go along.
+        example: a batch of inputs, whose shape, dtype and range are kept: what ``python -m qat.convert out --to onnx
+            --model package.module:function`` traces a network of the user's own with.
 
     Raises:
-        StateError: the model is not frozen.
+        StateError: the model is not frozen, or the example is no batch.
         ArtifactError: ``out`` is no artifact and not empty, the model's state dict holds what no artifact does, or the
             disk is full or read-only; nothing is changed then.
     """
     quantized = from_model(model)
+    if example is not None:
+        if not isinstance(example, torch.Tensor) or example.dim() < 2 or not example.numel():
+            what = list(example.shape) if isinstance(example, torch.Tensor) else type(example).__name__
+            raise StateError(f"example={what}: give a batch of inputs, one tensor such as torch.randn(1, 3, 32, 32)")
+        quantized.example = example_like(example)
     quantized.files = None if companions is None else Path(companions)
     with atomic_folder(out, native.is_artifact) as folder:
         native.write(quantized, folder)

@@ -69,6 +69,12 @@ class Checkpoint:
         return None if self.example is None else random_input(self.example, batch, seed)
 
 
+def example_like(inputs: Tensor) -> dict[str, Any]:
+    """Return shape (without batch), dtype and range of a batch of inputs."""
+    dtype = "float32" if inputs.is_floating_point() else "int64"
+    return {"shape": list(inputs.shape[1:]), "dtype": dtype, "low": inputs.min().item(), "high": inputs.max().item()}
+
+
 def random_input(example: dict[str, Any], batch: int = 2, seed: int = 0) -> Tensor:
     """Return random inputs in an example's shape, dtype and range."""
     generator = torch.Generator().manual_seed(seed)

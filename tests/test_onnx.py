@@ -8,8 +8,10 @@ from onnx_models import IMAGES, PER_TENSOR, TOKENS, Net, clients, frozen, net, r
 from torch import nn
 
 import qat
+from qat.convert import main as convert
 from qat.errors import ArtifactError
 from qat.formats import onnx, onnx_parts
+from qat.formats.onnx_parts import session
 from qat.frozen_model import from_model, to_model
 from qat.models import build
 
@@ -287,3 +289,18 @@ def test_zero_points_and_grouped_convolutions(tmp_path, grid, bits):
 def _fitting(spec, layer):
     inputs = torch.Size(layer.shape[1:]).numel()
     return spec if spec.group_size is None or inputs % spec.group_size == 0 else replace(spec, group_size=9)
+
+
+@pytest.mark.clients
+def test_from_a_loop_of_the_users_own_to_onnx(tmp_path):
+    """As README has it: no checkpoint of ours, a network of nobody's, and one batch to trace it with."""
+    clients()
+    torch.manual_seed(0)
+    model, images = Again(), torch.randn(8, 3, 16, 16)
+    qat.prepare(model, "conv_w4a4", verbose=False)
+    qat.calibrate(model, [images])
+    qat.save(qat.freeze(model), tmp_path / "out", example=images)
+    command = [str(tmp_path / "out"), "--to", "onnx", "--out", str(tmp_path / "onnx"), "--model", "test_onnx:Again"]
+    assert convert([*command, "--verify"]) == 0
+    found = session(tmp_path / "onnx" / "model.onnx").run(None, {"input": images.numpy()})[0]
+    assert torch.allclose(torch.from_numpy(found), model(images), rtol=0, atol=0.05 * model(images).abs().max().item())

@@ -72,7 +72,7 @@ def test_operands_keep_every_code(bits, symmetric, group, rows, multiple, seed):
 def test_without_an_example_input_the_fix_is_said(tmp_path):
     model = net()
     model.example = None
-    with pytest.raises(ArtifactError, match="does not say what its inputs look like"):
+    with pytest.raises(ArtifactError, match=r"does not say what its inputs look like: give qat\.save a batch"):
         onnx.example_input(model)
     model.architecture = {"transformers": {"vocab_size": 9}}
     assert onnx.example_input(model).max() < 9

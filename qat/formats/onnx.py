@@ -165,9 +165,9 @@ def example_input(model: QuantizedModel, batch: int = 2) -> Tensor:
         example = {"shape": [16], "dtype": "int64", "low": 0, "high": config["vocab_size"] - 1}
     if example is None:
         raise ArtifactError(
-            f"{model.source} does not say what its inputs look like, one tensor: convert a checkpoint of "
-            "python -m qat.train on such data, or set example="
-            '{"shape": [3, 32, 32], "dtype": "float32", "low": 0, "high": 1}'
+            f"{model.source} does not say what its inputs look like: give qat.save a batch of them, one tensor, as in "
+            "qat.save(model, out, example=torch.randn(1, 3, 32, 32)), or convert a checkpoint of python -m qat.train "
+            "whose data give one"
         )
     return random_input(example, batch)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from ..checkpoint import example_like
 from ..errors import DataError
 from .in_memory_data import InMemoryData
 from .metrics import pair
@@ -68,10 +69,7 @@ def test_batches(data: LightningDataModule, device: torch.device | str) -> Itera
 def example_of(data: LightningDataModule) -> dict[str, Any] | None:
     """Return shape (without batch), dtype and range of an input of the user's own data; None where it is no tensor."""
     inputs, _ = next(iter(test_batches(data, "cpu")), (None, None))
-    if not isinstance(inputs, Tensor):
-        return None
-    dtype = "float32" if inputs.is_floating_point() else "int64"
-    return {"shape": list(inputs.shape[1:]), "dtype": dtype, "low": inputs.min().item(), "high": inputs.max().item()}
+    return example_like(inputs) if isinstance(inputs, Tensor) else None
 
 
 def _on_device(loader: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
