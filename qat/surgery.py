@@ -54,8 +54,13 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
             layer; every such layer is listed with its fix.
     """
     policy = QuantPolicy.of(policy)
-    if is_prepared(model) or is_frozen(model):
+    if is_prepared(model):
         raise StateError("this model is prepared already: prepare a fresh one, or continue with it as it is")
+    if is_frozen(model):
+        raise StateError(
+            "this model is frozen: qat.start_from(DIR, policy) trains on from the codes that it was saved with; of a "
+            "network of your own, give it model=MyNet()"
+        )
     require_materialised(model)
     undo = split_attentions_(model)
     try:

@@ -105,7 +105,7 @@ MUTANTS = [
         "activation_quantizer(Decision(decision.name, decision.layer, None, policy.activation), policy.init,",
         surgery.check_rules,
     ),
-    Mutant("prepared twice", SURGERY, "if is_prepared(model) or", "if", surgery.check_prepared_twice),
+    Mutant("prepared twice", SURGERY, "if is_prepared(model):", "if False:", surgery.check_prepared_twice),
     Mutant(
         "layers left alone are not printed",
         DECISIONS,

@@ -77,7 +77,7 @@ def test_prepared_twice():
 
 
 def test_frozen_models_cannot_be_prepared():
-    with pytest.raises(StateError, match="prepared already"):
+    with pytest.raises(StateError, match=r"this model is frozen: qat\.start_from"):
         prepare(qat.freeze(prepare(Net())))
 
 
