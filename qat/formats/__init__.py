@@ -56,6 +56,8 @@ def read(path: Path):
     if name is None:
         if not path.exists():
             raise ArtifactError(f"there is nothing at {path}")
-        run = next((f": of a run's folder, give {path / part}" for part in OF_A_RUN if (path / part).exists()), "")
-        raise ArtifactError(f"{path} is no model in a format that can be read, {', '.join(FORMATS)}{run}")
+        fix = next((f": of a run's folder, give {path / part}" for part in OF_A_RUN if (path / part).exists()), "")
+        if (path / "config.json").is_file():
+            fix = f"; where it is in full precision, qat.hf.from_pretrained({str(path)!r}, policy='lm_w4') quantizes it"
+        raise ArtifactError(f"{path} is no model in a format that can be read, {', '.join(FORMATS)}{fix}")
     return module(name).read(path)
