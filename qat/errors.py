@@ -48,17 +48,10 @@ class TrainingError(QATError, RuntimeError):
     """A training run that cannot go on."""
 
 
-def did_you_mean(word: str, known: Iterable[str], near: str = "") -> str:
-    """Return `` (did you mean 'x'?)`` for the closest known word; where none is close, all known words.
-
-    Args:
-        word: what was given.
-        known: what there is.
-        near: the start of dotted keys, so that of hundreds those beside a word are listed.
-    """
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known word, or all known words where none is close."""
     known = list(dict.fromkeys(known))
     close = get_close_matches(word, known, n=1)
     if close:
         return f" (did you mean {close[0]!r}?)"
-    beside = [key for key in known if key.startswith(f"{near}.")] if near else []
-    return f" (known: {', '.join(map(repr, beside or known))})" if known else ""
+    return f" (known: {', '.join(map(repr, known))})" if known else ""

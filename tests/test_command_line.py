@@ -86,6 +86,11 @@ def test_a_list_that_hydra_does_not_read_is_named(fails):
         ("epochs=1", "did you mean 'trainer.max_epochs'?"),
         ("policy=conv_w4a4 policy.weight.bit=3", "did you mean 'policy.weight.bits'?"),
         ("experiment=joint_lora model.name=x", "did you mean 'model.pretrained_model_name_or_path'?"),
+        (
+            "experiment=qa_lora model.pretrained_model_name_or_path=x adapter.r=4",
+            "'adapter.rank', 'adapter.alpha'",
+        ),
+        ("sead=1", "did you mean 'seed'?"),
         ("data.qqqqqqq=1", "(known: 'data._target_', 'data.source', 'data.batch_size'"),  # and none of other groups
     ],
 )

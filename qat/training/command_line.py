@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -170,13 +171,19 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Return the known key that is meant, by its last part: lr is optim.lr, and model.name the one with name in it."""
+    """Return the known key that is meant, by its last part: lr is optim.lr, and model.name the one with name in it.
+
+    Where none is, those beside it.
+    """
     parent, _, last = key.rpartition(".")
     holding = [other for other in known if last in other.rpartition(".")[2]]
     if len(last) > 1 and holding:
         holding.sort(key=lambda other: (other.rpartition(".")[0] != parent, len(other)))
         return f" (did you mean {holding[0]!r}?)"
-    return did_you_mean(key, known, near=parent)
+    beside = [other for other in known if other.rpartition(".")[0] == parent] or known
+    start = f"{parent}." if parent else ""
+    near = get_close_matches(last, [other.removeprefix(start) for other in beside], n=1)
+    return f" (did you mean {start + near[0]!r}?)" if near else f" (known: {', '.join(map(repr, beside))})"
 
 
 def known_keys(config_name: str, overrides: Sequence[str], without: str) -> list[str]:
