@@ -236,6 +236,23 @@ def test_a_model_with_an_empty_layer_trains_and_ships(own, train, tmp_path):
     assert convert_command.main(command) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_network_of_the_users_own_teaches_another(own, train, fails, tmp_path):
+    """Its checkpoint names no architecture: it is built as the one that trains."""
+    configs = f"{' '.join(own('Named').split()[:3])} trainer.accelerator=cpu trainer.max_epochs=1"
+    train(f"{configs} model=two_inputs name=teacher trainer.max_epochs=4")
+    teacher = tmp_path / "runs" / "teacher" / "last.ckpt"
+    losses = []
+    for more in ("", f"teacher={teacher}"):
+        train(f"{configs} model=two_inputs policy=conv_w4a4 init_from={teacher} name=w4{len(losses)} {more}")
+        losses.append(
+            json.loads((tmp_path / "runs" / f"w4{len(losses)}" / "result.json").read_text())["metrics"]["loss"]
+        )
+    assert losses[0] != losses[1]
+    said = fails(f"{configs} model=hollow data=Pictures name=other teacher={teacher}")
+    assert f"{teacher} does not fit Hollow: missing more.bias" in said
+
+
 def test_named_inputs_are_arguments_of_the_forward(own, train, tmp_path, capsys):
     configs = " ".join(own("Named").split()[:3])
     train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=4")

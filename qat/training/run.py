@@ -88,7 +88,7 @@ def train(config: DictConfig) -> dict[str, float]:
         model=model,
         policy=policy,
         optimizer=instantiate(config.optim),
-        teacher=_teachers(config.teacher),
+        teacher=_teachers(config.teacher, config.model),
         example=data.example() if isinstance(data, InMemoryData) else None,
         compile_mode=config.compile_mode if config.compile else None,
         adapter=bool(config.adapter),
@@ -212,18 +212,19 @@ def _model(node: DictConfig) -> nn.Module:
     return build(OmegaConf.to_container(node, resolve=True))
 
 
-def _teachers(paths: str | ListConfig | None) -> list[nn.Module]:
+def _teachers(paths: str | ListConfig | None, model: DictConfig) -> list[nn.Module]:
     listed = list(paths) if isinstance(paths, ListConfig) else [] if paths is None else [paths]
     if not all(isinstance(path, str) for path in listed):
         raise TrainingError(f"teacher={paths}: give a checkpoint's path, or a list of paths")
-    return [_teacher(path) for path in listed]
+    return [_teacher(path, model) for path in listed]
 
 
-def _teacher(path: str) -> nn.Module:
+def _teacher(path: str, model: DictConfig) -> nn.Module:
+    """Read a teacher; where its checkpoint names no architecture, it is a network like the one that trains."""
     checkpoint = read_checkpoint(path)
     if not checkpoint.policy.quantizes_nothing():
         raise CheckpointError(f"teacher={path} is quantized: give a full-precision checkpoint")
-    return checkpoint.build().requires_grad_(False)
+    return checkpoint.build(None if checkpoint.architecture else _model(model)).requires_grad_(False)
 
 
 def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
