@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qat
-from qat.numerics import dequantize, quantize, stored_scale
-from qat.quantizers import WeightLSQ
+from qat.numerics import dequantize, quantize, scale_shape, stored_scale
+from qat.quantizers import WeightLSQ, least_error
 from qat.spec import Init, QuantSpec
 
 
@@ -66,3 +66,18 @@ def test_the_search_uses_the_stored_scale():
 def test_an_all_zero_weight_is_fine():
     quantizer = WeightLSQ(QuantSpec(), torch.zeros(2, 4), "layer", Init.mse)
     assert torch.equal(quantizer(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (5, 4, 2, 3), (1, 24)])
+@pytest.mark.parametrize("grid", [{"group_size": 8}, {}, {"granularity": "tensor"}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_at_a_time_have_the_errors_of_the_whole(monkeypatch, shape, grid, weighted):
+    weight, spec = torch.randn(shape), QuantSpec(bits=4, signed=True, **grid)
+    weights = torch.rand(shape[-1]) if weighted else None  # of inputs: it broadcasts
+    largest = weight.abs().reshape(*scale_shape(weight.shape, spec), -1).amax(-1) / spec.q_p
+    found = []
+    for elements in (1, 2 * weight[0].numel(), 2**18):
+        monkeypatch.setattr(least_error, "ELEMENTS", elements)
+        found.append(least_error.squared_errors(weight, largest, spec, weights))
+    assert found[0].shape == (100, *largest.shape)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -13,6 +13,9 @@ from ..numerics import dequantize, quantize, stored_scale
 from ..spec import QuantSpec
 
 CANDIDATES = 100  # shares of the step size that clips nothing
+# Of a weight at a time on a CPU, which its caches hold: 2048 x 2048 in groups of 32 takes 0.8 s, and 1.9 s at once;
+# with a scale a row 0.6 and 2.1 s (2026-11-30, one of two shared cores).
+ELEMENTS = 2**18
 
 
 def squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Tensor:
@@ -27,7 +30,19 @@ def squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec, weights: Tensor 
     Returns:
         (CANDIDATES, rows, groups) float64; candidate i is ``largest * (i + 1) / CANDIDATES``.
     """
-    x, errors = x.detach().float(), []
+    x = x.detach().float()
+    if x.device.type != "cpu" or len(x) != len(largest):  # of one scale for all rows, the sum is one
+        return _squared_errors(x, largest, spec, weights)
+    rows = max(1, ELEMENTS * len(x) // max(1, x.numel()))
+    parts = zip(x.split(rows), largest.split(rows), strict=True)
+    if weights is None:
+        return torch.cat([_squared_errors(part, most, spec, None) for part, most in parts], 1)
+    parts = zip(parts, weights.expand(x.shape).split(rows), strict=True)
+    return torch.cat([_squared_errors(part, most, spec, weight) for (part, most), weight in parts], 1)
+
+
+def _squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec, weights: Tensor | None) -> Tensor:
+    errors = []
     for candidate in range(1, CANDIDATES + 1):
         scale = stored_scale(largest * (candidate / CANDIDATES), spec)
         difference = dequantize(quantize(x, scale, spec), scale, torch.float32) - x
