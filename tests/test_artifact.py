@@ -280,3 +280,14 @@ def test_an_example_of_the_inputs_is_kept(tmp_path):
             qat.save(model, tmp_path / "out", example=wrong)
     qat.save(model, tmp_path / "out")
     assert native.read(tmp_path / "out").example is None
+
+
+def test_the_folder_of_a_run_is_told_where_its_artifact_is(tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(
+        ArtifactError, match=r"it is a run's folder: give .*/artifact, which .*/last.ckpt --out .* makes"
+    ):
+        qat.load(tmp_path)
+    (tmp_path / "artifact").mkdir()
+    with pytest.raises(ArtifactError, match=r"it is a run's folder: give .*/artifact$"):
+        qat.load(tmp_path)

@@ -46,7 +46,10 @@ def read_text(path: Path) -> str:
     try:
         return (path / CONFIG).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is no artifact: it has no {CONFIG}") from None
+        fix = f"; it is a run's folder: give {path / 'artifact'}" if (path / "last.ckpt").exists() else ""
+        if fix and not (path / "artifact").exists():
+            fix += f", which python -m qat.convert {path / 'last.ckpt'} --out {path / 'artifact'} makes"
+        raise ArtifactError(f"{path} is no artifact: it has no {CONFIG}{fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path / CONFIG} cannot be read: {error}; convert the checkpoint again") from None
 
