@@ -134,3 +134,17 @@ def test_a_field_holds_in_each_policy_of_a_sweep(train, tmp_path):
 def test_a_wrong_field_of_a_spec_that_a_policy_does_not_have_is_named(fails):
     assert "did you mean 'policy.weight.bits'?" in fails(f"{SHORT} policy.weight.bit=3")
     assert "bits=1: give a whole number" in fails(f"{SHORT} policy.activation.bits=1")
+
+
+def test_a_policy_file_of_ones_own(train, fails, tmp_path):
+    """With or without Hydra's schema; a field of its specs that is not in the file can be given, too."""
+    folder = tmp_path / "configs" / "policy"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("weight:\n  bits: 3\nrules:\n  - {match: '@last', weight: {bits: 8}}\n")
+    (folder / "typed.yaml").write_text("defaults: [schema]\nweight: {bits: 3}\n")
+    for name in ("mine", "typed"):
+        more = f"policy={name} name={name} policy.weight.symmetric=false policy.activation.bits=6"
+        train(f"--config-dir {folder.parent} {SHORT} trainer.max_epochs=0 {more}")
+        policy = read_checkpoint(tmp_path / "runs" / name / "last.ckpt").policy
+        assert (policy.weight.bits, policy.weight.symmetric, policy.activation.bits) == (3, False, 6)
+    assert "policy.weight.bits" in fails(f"--config-dir {folder.parent} {SHORT} policy=mine policy.weight.bits=four")
