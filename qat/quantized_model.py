@@ -52,7 +52,13 @@ class QuantizedLayer:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizedLayer:
-        """Undo ``to_dict``."""
+        """Undo ``to_dict``.
+
+        Raises:
+            ValueError: the shape is none.
+        """
+        if not all(type(size) is int and size >= 0 for size in values["shape"]):
+            raise ValueError(f"a shape of {values['shape']!r}")
         weight, activation = values["weight"], values["activation"]
         if activation is not None:
             word = isinstance(activation, str)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, QATError
 
 FORMATS = {
     "native": "native",
@@ -23,6 +25,8 @@ FORMATS = {
 }
 OF_A_RUN = ("artifact", "last.ckpt")  # what python -m qat.train and our commands put into its folder
 SUFFIXES = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
+# What reading ends in where keys, kinds or shapes are others than a format's.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 METHODS = {"qat": "native"} | {name: name for name in ("compressed-tensors", "gptq", "awq", "bitsandbytes", "torchao")}
 
 
@@ -39,7 +43,8 @@ def format_of(path: Path) -> str | None:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         method = config.get("quantization_config", {}).get("quant_method")
-        return METHODS.get(method) or ("mlx" if "quantization" in config else None)
+        known = METHODS.get(method) if isinstance(method, str) else None
+        return known or ("mlx" if "quantization" in config else None)
     except (OSError, ValueError, AttributeError):
         from .native import is_artifact  # a damaged artifact is still one
 
@@ -60,4 +65,29 @@ def read(path: Path):
         if (path / "config.json").is_file():
             fix = f"; where it is in full precision, qat.hf.from_pretrained({str(path)!r}, policy='lm_w4') quantizes it"
         raise ArtifactError(f"{path} is no model in a format that can be read, {', '.join(FORMATS)}{fix}")
-    return module(name).read(path)
+    with _blamed_on(f"{path} is no {name} model as its writers make them"):
+        model = module(name).read(path)
+    for kind in ("quantized", "activation_scale", "activation_zero_point"):
+        setattr(model, kind, _blaming(getattr(model, kind), path))
+    return model
+
+
+def _blaming(read_tensor: Callable, path: Path) -> Callable:
+    """Return the function, of a layer's name, with errors that name the layer."""
+
+    def named(layer: str):
+        with _blamed_on(f"{path}: layer {layer!r} cannot be read"):
+            return read_tensor(layer)
+
+    return named
+
+
+@contextmanager
+def _blamed_on(what: str) -> Iterator[None]:
+    """Raise ArtifactError in the place of what files that were damaged, or changed by hand, end in."""
+    try:
+        yield
+    except QATError:
+        raise
+    except MALFORMED as error:
+        raise ArtifactError(f"{what} ({error!r}): it was changed or damaged; copy it again or convert again") from error
