@@ -94,6 +94,30 @@ def test_vision_models_with_trained_activations(tmp_path, builder):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+class Named(nn.Module):
+    """Has a layer under two names; torch's exporter keeps the later one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.head = nn.Conv2d(3, 3, 3), nn.Linear(3, 3), nn.Linear(3, 5)
+        self.again = self.linear
+
+    def forward(self, x):
+        return self.head(torch.relu(self.again(torch.relu(self.linear(self.conv(x).mean((2, 3)))))))
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("activation_bits", [None, 3])
+def test_a_layer_with_two_names(tmp_path, activation_bits):
+    activation = activation_bits and qat.QuantSpec(bits=activation_bits, **PER_TENSOR)
+    model = frozen(Named(), qat.QuantSpec(bits=4), activation)
+    assert list(model.layers) == ["conv", "linear", "head"] and model.tied == {"again.bias": "linear.bias"}
+    _, rows = written(model, tmp_path, Named())
+    assert rows["onnxruntime, weights"].startswith("3 layers")
+    x = onnx.example_input(model, 5)
+    assert torch.equal(to_model(onnx.read(tmp_path), Named())(x), to_model(model, Named())(x))
+
+
 class Mobile(nn.Module):
     """An inverted residual with squeeze and excitation, as MobileNetV3 and EfficientNet have."""
 

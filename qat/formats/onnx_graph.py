@@ -23,7 +23,6 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedModel
-from .onnx_trace import NETWORK
 from .onnx_weights import (
     DEQUANTIZE_PARTS,
     MATMUL_PARTS,
@@ -51,11 +50,11 @@ def fill(ir_model: Any, values: dict[str, Any], model: QuantizedModel) -> tuple[
         shared[owner].append(name)
     names, scalars, lost = {}, {}, []
     for name, others in shared.items():
-        inside = {_exported_name(other, model): other for other in others}
-        found = next((other for other in inside if other in values), None)
+        found = next((other for other in others if other in values), None)
         if found is not None:
-            names[name] = NETWORK + found
-            _fill(ir_model.graph, values.pop(found), lambda name=name: model.dense[name])
+            value = values.pop(found)
+            names[name] = value.name
+            _fill(ir_model.graph, value, lambda name=name: model.dense[name])
         elif (tensor := model.dense[name]).dim() == 0:
             scalars[name] = tensor.item()
         else:
@@ -94,12 +93,6 @@ def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
         raise ArtifactError(f"the forward does not reach {names}: remove these layers, or leave them in full precision")
     graph.opset_imports.pop("qat", None)
     graph.opset_imports["com.microsoft"] = 1
-
-
-def _exported_name(name: str, model: QuantizedModel) -> str:
-    """Return the name of a tensor in the network whose frozen layers are ``Exported``."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.layer.{leaf}" if module in model.layers else name
 
 
 def _fill(graph: Any, value: Any, make: Callable[[], Tensor]) -> None:

@@ -93,9 +93,11 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     for name, layer in frozen_layers(network):
         entry = model.layers[name]
         exported[layer] = Exported(layer, name, entry, not qdq and in_blocks(entry))
+    inside = {}  # what stands inside an exported layer -> where it stood; a layer may have several names
     for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
         if layer in exported:
             wrapped.set_submodule(name, exported[layer])
+            inside.update({f"{name}.layer.{leaf}": f"{name}.{leaf}" for leaf in layer.state_dict()})
     if hf.fused_experts(model):
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     fake_(wrapped)
@@ -123,7 +125,8 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
         graph.inputs.append(value)
     program.optimize()
     del graph.inputs[1:]
-    return program.model, {name.removeprefix(NETWORK): value for name, value in unfilled.items() if value.uses()}
+    used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
+    return program.model, {name.removeprefix(NETWORK): value for name, value in used.items()}
 
 
 def _is_fake(tensor: Any) -> bool:
