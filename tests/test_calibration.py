@@ -247,3 +247,18 @@ def test_a_dict_that_the_model_does_not_take_is_said_with_how_to_give_it():
     with pytest.raises(StateError, match=r"does not take a dict .*forward=lambda model, batch: model\(\*\*batch\)"):
         qat.calibrate(model, [{"input": torch.randn(4, 8)}])
     qat.calibrate(model, [{"input": torch.randn(4, 8)}], forward=lambda model, batch: model(**batch))
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
+def test_a_half_precision_model_under_autocast_of_another_dtype(quantizer):
+    """As an fp16 checkpoint in a bf16-mixed run: torch.stack takes no fp16 under bf16 autocast on a CPU."""
+    policy = QuantPolicy(weight=QuantSpec(), activation={"bits": 4}, activation_quantizer=quantizer)
+    model, x = qat.prepare(nn.Sequential(nn.Linear(6, 4).half()), policy, verbose=False), torch.randn(8, 6).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        qat.calibrate(model, [x])
+        y = model.train()(x)
+    y.sum().backward()
+    largest = x.abs().max().float() / 7
+    expected = largest if quantizer == "minmax" else 2 * x.double().abs().mean() / math.sqrt(7)
+    torch.testing.assert_close(model[0].activation_quantizer.step_size.item(), expected.item(), rtol=1e-6, atol=0)
+    assert y.dtype == torch.bfloat16 and model[0].weight.grad.isfinite().all()

@@ -139,6 +139,6 @@ def seen_range(x: Tensor) -> tuple[Tensor, Tensor]:
     ends = torch.zeros(2, device=x.device)
     if x.numel():
         low, high = x.detach().aminmax()
-        ends = torch.maximum(ends, torch.stack([-low, high]).float())
+        ends = torch.maximum(ends, torch.stack([-low.float(), high.float()]))
     max_over_ranks_(ends)
     return -ends[0], ends[1]

@@ -31,7 +31,7 @@ class ActivationStatistics:
             return
         x = x.detach()
         self.sums += torch.stack([x.abs().sum(dtype=torch.float64), self.sums.new_tensor(x.numel())])
-        self.extremes = self.extremes.maximum(torch.stack([-x.min(), x.max()]).double())
+        self.extremes = self.extremes.maximum(torch.stack([-x.min().double(), x.max().double()]))
         if self.keep_sample:
             self.sample.append(x.flatten()[:: -(-x.numel() // SAMPLE)].float())
 
