@@ -11,6 +11,7 @@ from . import adapters
 from .decisions import decide
 from .errors import LayerError, PolicyError, StateError
 from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix, quant_layers
+from .layers.qa_lora import ZeroPointLora
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, OfWeight, WeightCodebook
@@ -111,7 +112,7 @@ def _quantize(name: str, layer: nn.Module) -> QuantizedTensor:
         tensor = quantizer.quantize(weight)
     except LayerError as error:
         raise LayerError(f"{name!r}: {error}") from None
-    if not isinstance(quantizer, OfWeight):  # one of the user's own, whose two methods nobody has compared
+    if not isinstance(quantizer, OfWeight | ZeroPointLora):  # the user's own, whose two methods nobody has compared
         with torch.no_grad():
             off = (quantizer(weight) != tensor.dequantize(weight.dtype)).sum().item()
         if off:

@@ -12,21 +12,46 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from .double_quantization import PARTS, NestedScale
-from .numerics import QuantizedTensor
-from .packing import pack, unpack
+from .codebook import stored_shape
+from .double_quantization import BLOCK, PARTS, NestedScale
+from .numerics import QuantizedTensor, scale_dtype, scale_shape, zero_point_dtype
+from .packing import pack, packed_row_bytes, unpack
 from .spec import Codebook, QuantSpec
 
 NESTED = tuple(f"scale_{part}" for part in PARTS)
 NAMES = ("packed", "scale", *NESTED, "zero_point", "levels")
 
 
-def part_names(spec: QuantSpec) -> list[str]:
-    """Return the names of the parts that a weight on this grid has."""
-    names = ["packed", *(NESTED if spec.codebook is Codebook.nf4_double else ["scale"])]
-    return names + ["zero_point"] * (not spec.symmetric) + ["levels"] * (spec.codebook is Codebook.custom)
+def layouts(spec: QuantSpec, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype, by name, of the parts that a weight of that logical shape has on this grid."""
+    scales, columns = scale_shape(shape, spec), math.prod(shape[1:])
+    parts = {"packed": ((shape[0], packed_row_bytes(columns, spec.bits)), torch.uint8)}
+    if spec.codebook is Codebook.nf4_double:
+        sizes = scales, (-(-math.prod(scales) // BLOCK),), (), (256,)
+        dtypes = torch.uint8, torch.float32, torch.float32, torch.float32
+        parts |= dict(zip(NESTED, zip(sizes, dtypes, strict=True), strict=True))
+    else:
+        parts["scale"] = scales, scale_dtype(spec)
+    if not spec.symmetric:
+        parts["zero_point"] = scales, zero_point_dtype(spec)
+    if spec.codebook is Codebook.custom:
+        parts["levels"] = stored_shape(shape, spec), torch.float32
+    return parts
+
+
+def misfit(parts: Mapping[str, Tensor], spec: QuantSpec, shape: Sequence[int], dtypes: bool = True) -> str | None:
+    """Return what is wrong with the shapes of a weight's parts, and with their dtypes; None where they fit."""
+    for name, (size, dtype) in layouts(spec, shape).items():
+        if tuple(parts[name].shape) != tuple(size):
+            what = "codes" if name == "packed" else name
+            where = f"of {tuple(shape)} in {spec.bits} bits, {spec.granularity.value}"
+            return f"{what} {where}, are stored as {tuple(size)}, not as {tuple(parts[name].shape)}"
+        if dtypes and parts[name].dtype != dtype:
+            return f"{name} is {parts[name].dtype}, not {dtype}"
+    return None
 
 
 def parts_of(tensor: QuantizedTensor) -> dict[str, Tensor]:

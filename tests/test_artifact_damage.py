@@ -117,14 +117,29 @@ def test_a_given_model_is_as_it_was_after_an_error(tmp_path, wrong):
         assert_same(qat.quantized_tensors(qat.load(tmp_path / "out", model=given)), qat.quantized_tensors(model))
 
 
-def test_codes_of_another_shape_are_refused(tmp_path):
-    saved(tmp_path / "out")
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"bits": 2}, r"codes of \(12, 128\) in 2 bits, group, are stored as \(12, 32\), not as \(12, 64\)"),
+        ({"group_size": 16}, r"scale of .* as \(12, 8\), not as \(12, 4\)"),
+        ({"group_size": 128}, r"scale of .* as \(12, 1\), not as \(12, 4\)"),
+        ({"granularity": "tensor", "group_size": None}, r"scale of .* as \(1, 1\), not as \(12, 4\)"),
+        ({"scale_dtype": "float16"}, r"scale is torch.bfloat16, not torch.float16"),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_fit_the_grid_are_refused(tmp_path, edit, problem):
+    """With a true checksum: a kernel would read past the end of scales that are not there."""
+    grouped = qat.QuantSpec(bits=4, group_size=32)
+    saved(tmp_path / "out", rules=[{"match": "fc", "weight": grouped.to_dict()}])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["quantization_config"]["layers"]["fc"]["weight"]["bits"] = 2
+    config["quantization_config"]["layers"]["fc"]["weight"].update(edit)
     config["quantization_config"]["checksum"] = checksum(config)
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match=r"damaged in the layer 'fc': codes of \(12, 128\) in 2 bits"):
+    with pytest.raises(ArtifactError, match=f"damaged in the layer 'fc': {problem}"):
         qat.load(tmp_path / "out", model=Net())
+    with pytest.raises(ArtifactError, match=f"damaged in the layer 'fc': {problem}"):
+        native.read(tmp_path / "out").quantized("fc")
 
 
 @given(where=st.floats(0, 0.999), bit=st.integers(0, 7), name=st.sampled_from(["config.json", "model.safetensors"]))

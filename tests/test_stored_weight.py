@@ -58,7 +58,9 @@ def check_parts(stored_weight):
         tensor = quantized(spec)
         parts = stored_weight.parts_of(tensor)
         assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == expected
-        assert list(parts) == stored_weight.part_names(spec) and set(parts) <= set(stored_weight.NAMES)
+        assert list(parts) == list(stored_weight.layouts(spec, tensor.codes.shape)) and set(parts) <= set(
+            stored_weight.NAMES
+        )
         first = parts["packed"][:, 0].int() % 2**spec.bits
         assert torch.equal(first, tensor.codes[:, 0].int() + spec.q_n)
 

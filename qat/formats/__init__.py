@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from ..errors import ArtifactError, QATError
 
 FORMATS = {
@@ -87,7 +89,7 @@ def _blamed_on(what: str) -> Iterator[None]:
     """Raise ArtifactError in the place of what files that were damaged, or changed by hand, end in."""
     try:
         yield
-    except QATError:
+    except (QATError, torch.OutOfMemoryError):
         raise
     except MALFORMED as error:
         raise ArtifactError(f"{what} ({error!r}): it was changed or damaged; copy it again or convert again") from error

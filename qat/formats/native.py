@@ -24,7 +24,7 @@ from .. import __version__
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
-from ..stored_weight import NAMES, part_names, parts_of, tensor_of
+from ..stored_weight import NAMES, layouts, misfit, parts_of, tensor_of
 from .companions import copy_companions
 from .digests import Digests, sha256
 from .native_config import CONFIG, METHOD, VERSION, architecture_in, checksum, entries_of, parse, read_text
@@ -183,7 +183,11 @@ def _described(
         return tensors[name]
 
     def stored(name: str) -> dict[str, Tensor]:
-        return {part: tensor(f"{name}.packed_weight.{part}") for part in part_names(layers[name].weight)}
+        spec, shape = layers[name].weight, layers[name].shape
+        parts = {part: tensor(f"{name}.packed_weight.{part}") for part in layouts(spec, shape)}
+        if (problem := misfit(parts, spec, shape)) is not None:
+            raise ArtifactError(f"{path} is damaged in the layer {name!r}: {problem}")
+        return parts
 
     def quantized(name: str) -> QuantizedTensor:
         parts = {part: value.to(device) for part, value in stored(name).items()}

@@ -17,7 +17,7 @@ from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, ze
 from ..packing import packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
-from ..stored_weight import NESTED, parts_of
+from ..stored_weight import NESTED, misfit, parts_of
 
 if TYPE_CHECKING:
     from qat.kernels.int4_layout import Int4Weight
@@ -102,14 +102,12 @@ class PackedWeight(FixedDtype):
         """Take the tensors of ``qat.stored_weight``, by name, as they are. On a GPU, they stay so until ``lay_out``.
 
         Raises:
-            StateError: ``packed`` does not hold a weight of this shape.
+            StateError: they are not those of a weight of this shape.
         """
         with torch.device("meta"):
             weight = cls(spec, shape)
-        packed = parts["packed"]
-        if packed.shape != weight.packed.shape:
-            wanted, found = tuple(weight.packed.shape), tuple(packed.shape)
-            raise StateError(f"codes of {tuple(shape)} in {spec.bits} bits are packed as {wanted}, not as {found}")
+        if (problem := misfit(parts, spec, shape, dtypes=False)) is not None:  # in memory a scale may be wider
+            raise StateError(problem)
         weight.as_stored = True
         for name, part in parts.items():
             setattr(weight, name, part)
