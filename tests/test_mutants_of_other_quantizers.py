@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "min-max: the range without 0",
         MINMAX,
-        "ends = torch.maximum(ends, torch.stack([-low, high]).float())",
-        "ends = torch.stack([-low, high]).float()",
+        "ends = torch.maximum(ends, torch.stack([-low.float(), high.float()]))",
+        "ends = torch.stack([-low.float(), high.float()])",
         others.check_minmax_input_with_an_offset,
     ),
     Mutant(
