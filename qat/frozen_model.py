@@ -191,12 +191,9 @@ def _with_codes(quantized: QuantizedModel, name: str, stored: Iterator[dict[str,
     """Return a layer's weight as it is stored: ``PackedWeight.lay_out`` is for when all of the model is filled."""
     if stored is None:
         return PackedWeight.from_tensor(quantized.quantized(name), lay_out=False)
-    entry, parts = quantized.layers[name], next(stored)
-    try:
-        parts = {part: tensor.to(quantized.device) for part, tensor in parts.items()}
-        return PackedWeight.from_parts(replace(entry.weight), entry.shape, parts)
-    except StateError as error:
-        raise ArtifactError(f"{quantized.source} is damaged in the layer {name!r}: {error}") from None
+    entry = quantized.layers[name]
+    parts = {part: tensor.to(quantized.device) for part, tensor in next(stored).items()}
+    return PackedWeight.from_parts(replace(entry.weight), entry.shape, parts)
 
 
 def _without_codes(entry: QuantizedLayer) -> PackedWeight:

@@ -42,14 +42,14 @@ def layouts(spec: QuantSpec, shape: Sequence[int]) -> dict[str, tuple[tuple[int,
     return parts
 
 
-def misfit(parts: Mapping[str, Tensor], spec: QuantSpec, shape: Sequence[int], dtypes: bool = True) -> str | None:
-    """Return what is wrong with the shapes of a weight's parts, and with their dtypes; None where they fit."""
+def misfit(parts: Mapping[str, Tensor], spec: QuantSpec, shape: Sequence[int]) -> str | None:
+    """Return what is wrong with the shape or dtype of a weight's parts; None where they fit."""
     for name, (size, dtype) in layouts(spec, shape).items():
         if tuple(parts[name].shape) != tuple(size):
             what = "codes" if name == "packed" else name
             where = f"of {tuple(shape)} in {spec.bits} bits, {spec.granularity.value}"
             return f"{what} {where}, are stored as {tuple(size)}, not as {tuple(parts[name].shape)}"
-        if dtypes and parts[name].dtype != dtype:
+        if parts[name].dtype != dtype:
             return f"{name} is {parts[name].dtype}, not {dtype}"
     return None
 

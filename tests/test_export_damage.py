@@ -92,3 +92,14 @@ def test_a_tensor_that_is_missing_when_it_is_asked_for_names_the_layer(tmp_path)
     (folder / "config.json").write_text(json.dumps(change(config, path, False)))
     with pytest.raises(ArtifactError, match=rf"layer '{LAYER}' cannot be read \(KeyError\('{LAYER}.weight_zero_point"):
         formats.read(folder).quantized(LAYER)
+
+
+def test_memory_that_is_short_is_no_damage(tmp_path, monkeypatch):
+    folder, _ = written(tmp_path, "gptq")
+
+    def short(path):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(formats.module("gptq"), "read", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        formats.read(folder)

@@ -17,7 +17,7 @@ from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, ze
 from ..packing import packed_row_bytes, unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
-from ..stored_weight import NESTED, misfit, parts_of
+from ..stored_weight import NESTED, parts_of
 
 if TYPE_CHECKING:
     from qat.kernels.int4_layout import Int4Weight
@@ -99,15 +99,9 @@ class PackedWeight(FixedDtype):
 
     @classmethod
     def from_parts(cls, spec: QuantSpec, shape: torch.Size | tuple[int, ...], parts: dict[str, Tensor]) -> PackedWeight:
-        """Take the tensors of ``qat.stored_weight``, by name, as they are. On a GPU, they stay so until ``lay_out``.
-
-        Raises:
-            StateError: they are not those of a weight of this shape.
-        """
+        """Take the tensors of ``qat.stored_weight``, by name, as they are. On a GPU, they stay so until ``lay_out``."""
         with torch.device("meta"):
             weight = cls(spec, shape)
-        if (problem := misfit(parts, spec, shape, dtypes=False)) is not None:  # in memory a scale may be wider
-            raise StateError(problem)
         weight.as_stored = True
         for name, part in parts.items():
             setattr(weight, name, part)
