@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .. import codebook
 from ..backend import has_triton
-from ..double_quantization import BLOCK, NestedScale
+from ..double_quantization import NestedScale
 from ..errors import StateError
-from ..numerics import QuantizedTensor, dequantize, scale_dtype, scale_shape, zero_point_dtype
-from ..packing import packed_row_bytes, unpack
+from ..numerics import QuantizedTensor, dequantize, scale_shape
+from ..packing import unpack
 from ..quantizers import FixedDtype
 from ..spec import Codebook, QuantSpec
-from ..stored_weight import NESTED, parts_of
+from ..stored_weight import NESTED, layouts, parts_of
 
 if TYPE_CHECKING:
     from qat.kernels.int4_layout import Int4Weight
@@ -67,17 +67,10 @@ class PackedWeight(FixedDtype):
         super().__init__()
         self.spec, self.shape = spec, torch.Size(shape)
         self.columns = math.prod(self.shape[1:])
-        row_bytes = packed_row_bytes(self.columns, spec.bits)
-        self.register_buffer("packed", torch.empty(self.shape[0], row_bytes, dtype=torch.uint8))
-        self.double, scales = spec.codebook is Codebook.nf4_double, scale_shape(shape, spec)
-        self.register_buffer("scale", None if self.double else torch.empty(scales, dtype=scale_dtype(spec)))
-        if self.double:
-            self.register_buffer("scale_codes", torch.empty(scales, dtype=torch.uint8))
-            self.register_buffer("scale_factor", torch.empty(-(-math.prod(scales) // BLOCK)))
-            self.register_buffer("scale_offset", torch.empty(()))
-            self.register_buffer("scale_levels", torch.empty(256))
-        zero_point = None if spec.symmetric else torch.empty(scales, dtype=zero_point_dtype(spec))
-        self.register_buffer("zero_point", zero_point)
+        self.double, parts = spec.codebook is Codebook.nf4_double, layouts(spec, shape)
+        for name in ("packed", "scale", *(NESTED if self.double else ()), "zero_point"):
+            size, dtype = parts.get(name, (None, None))
+            self.register_buffer(name, None if size is None else torch.empty(size, dtype=dtype))
         own = codebook.stored_shape(shape, spec)
         levels = None
         if spec.codebook is not None:
