@@ -15,6 +15,14 @@ from qat.numerics import fake_quantize_gradients, fake_quantized, scale_shape
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SCALE_DTYPES = ["bfloat16", "float16", "float32"]
+GPU_GRIDS = [
+    ((4096, 4096), {"group_size": 128}),
+    ((2112, 704), {"group_size": 32}),
+    ((4097, 1001), {"granularity": "channel"}),
+    ((64, 30000), {"granularity": "channel"}),
+    ((2048, 8192), {"granularity": "tensor"}),
+    ((32, 64, 56, 56), {"granularity": "tensor"}),
+]
 
 
 def same_bits(one, other):
@@ -213,18 +221,7 @@ def trained_weights(run, weight, step_size, spec, grad):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "grid"),
-    [
-        ((4096, 4096), {"group_size": 128}),
-        ((2112, 704), {"group_size": 32}),
-        ((4097, 1001), {"granularity": "channel"}),
-        ((64, 30000), {"granularity": "channel"}),
-        ((2048, 8192), {"granularity": "tensor"}),
-        ((32, 64, 56, 56), {"granularity": "tensor"}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "grid"), GPU_GRIDS, ids=str)
 def test_grid_on_gpu(shape, grid, dtype):
     for bits, signed in ((4, True), (8, True), (4, False)):
         spec = QuantSpec(bits=bits, signed=signed, **grid)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qat.kernels import fake_quant
-from test_fake_quant import DEVICE, DTYPES, GRIDS, SCALE_DTYPES, edge_ratios, same_bits
+from test_fake_quant import DEVICE, DTYPES, GPU_GRIDS, GRIDS, SCALE_DTYPES, edge_ratios, same_bits
 
 import qat
 from qat import QuantSpec, backend, numerics
@@ -291,18 +291,7 @@ def test_quantizers_run_in_the_kernels(monkeypatch, make, compiled):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "grid"),
-    [
-        ((4096, 4096), {"group_size": 128}),
-        ((2112, 704), {"group_size": 32}),
-        ((4097, 1001), {"granularity": "channel"}),
-        ((64, 30000), {"granularity": "channel"}),
-        ((2048, 8192), {"granularity": "tensor"}),
-        ((32, 64, 56, 56), {"granularity": "tensor"}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "grid"), GPU_GRIDS, ids=str)
 def test_grid_on_gpu(shape, grid, dtype):
     for real in (None, *REAL):
         assert_fixed(shape, asymmetric(real, **grid), dtype)
