@@ -17,11 +17,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .int4_registers import (
     barrier,
     dequantized,
+    factors,
     let_next_kernel_start,
     level_of_lane,
-    spread,
+    raised,
+    spread_factors,
     wait_for_previous_kernel,
-    zero_magic,
 )
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -196,15 +197,11 @@ def batch_kernel(
             pairs = gl.join(pairs, pairs).reshape([16 * BLOCKS, 16])
             pairs = gl.convert_layout(pairs, left, assert_trivial=True)
             for h in gl.static_range(HALVES):
-                scale = scales[d * HALVES + h]
-                if HAS_LEVELS:
-                    scale = scale.to(gl.float32)
-                scale = spread(scale, pairs, 1)
-                zero = scale
-                if HAS_ZERO:
-                    zero = spread(zero_magic(zeros[d * HALVES + h], dtype), pairs, 1)
+                zero = zeros[d * HALVES + h] if HAS_ZERO else 0
+                of_rows = factors(scales[d * HALVES + h], zero, dtype, HAS_ZERO, HAS_LEVELS)
+                by = spread_factors(of_rows, pairs, 1)
                 for plane in gl.static_range(4 // HALVES * h, 4 // HALVES * (h + 1)):
-                    weights = dequantized(pairs, scale, zero, level, dtype, plane, HAS_ZERO, HAS_LEVELS)
+                    weights = dequantized(pairs, by, level, dtype, plane, HAS_ZERO, HAS_LEVELS)
                     x = x_tile.slice(plane * 16, 16, 1).permute([1, 0])
                     acc = warpgroup_mma(weights, x, acc, is_async=True)
                     if plane < 3:
@@ -224,7 +221,7 @@ def batch_kernel(
         zeros = next_zeros
     if EARLY == 2:
         let_next_kernel_start()
-    y = warpgroup_mma_wait(0, deps=[acc])
+    y = raised(warpgroup_mma_wait(0, deps=[acc]), dtype, HAS_ZERO, HAS_LEVELS)
     if OWN:
         for slot in gl.static_range(STAGES * STEP):
             mbarrier.invalidate(tile_ready[slot])

@@ -7,11 +7,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from .int4_registers import (
     barrier,
     dequantized,
+    factors,
     let_next_kernel_start,
     level_of_lane,
-    spread,
+    raised,
+    spread_factors,
     wait_for_previous_kernel,
-    zero_magic,
 )
 
 
@@ -135,13 +136,9 @@ def decode_kernel(
             pairs = gl.join(pairs, pairs).reshape([WARPS, 16 * BLOCKS, 16])
             pairs = gl.convert_layout(pairs, left, assert_trivial=True)
             for h in gl.static_range(HALVES):
-                scale = scales[d * HALVES + h]
-                if HAS_LEVELS:
-                    scale = scale.to(gl.float32)
-                scale = spread(scale, pairs, 2)
-                zero = scale
-                if HAS_ZERO:
-                    zero = spread(zero_magic(zeros[d * HALVES + h], dtype), pairs, 2)
+                zero = zeros[d * HALVES + h] if HAS_ZERO else 0
+                of_rows = factors(scales[d * HALVES + h], zero, dtype, HAS_ZERO, HAS_LEVELS)
+                by = spread_factors(of_rows, pairs, 2)
                 for plane in gl.static_range(4 // HALVES * h, 4 // HALVES * (h + 1)):
                     if STAGES > 0:
                         x_tile = x_shared.index(first // TILES % STAGES * TILES + d)
@@ -152,7 +149,7 @@ def decode_kernel(
                             x = gl.load(x_ptrs + k, mask=x_inside & (x_k + k < K), other=0.0)
                         else:
                             x = gl.load(x_ptrs + k, mask=x_inside, other=0.0)
-                    acc = mma_v2(dequantized(pairs, scale, zero, level, dtype, plane, HAS_ZERO, HAS_LEVELS), x, acc)
+                    acc = mma_v2(dequantized(pairs, by, level, dtype, plane, HAS_ZERO, HAS_LEVELS), x, acc)
             tile = (first + d + TILES) * WARPS
             inside = (tile + warp < tiles)[:, None, None] & word_inside
             loaded = gl.load(word_ptrs + tile * 128, mask=inside, other=0, eviction_policy="evict_first")
@@ -171,7 +168,7 @@ def decode_kernel(
     if STAGES > 0:
         async_copy.wait_group(0)
 
-    y = gl.sum(acc, 0)
+    y = raised(gl.sum(acc, 0), dtype, HAS_ZERO, HAS_LEVELS)
     n = block * 16 + gl.arange(0, 16 * BLOCKS, gl.SliceLayout(1, gl.SliceLayout(0, mma)))
     m_out = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
     if HAS_BIAS:

@@ -14,7 +14,7 @@ from qat.packing import pack
 
 pytest.importorskip("triton")
 from qat.kernels.int4_layout import prepack
-from qat.kernels.int4_registers import dequantize_asm, gl, look_up_asm
+from qat.kernels.int4_registers import RAISED, dequantize_asm, gl, look_up_asm, times_asm
 from qat.kernels.int8_batch import unpack_asm
 
 LANES, LOW = 32, 0xFFFFFFFF
@@ -55,6 +55,8 @@ def follow(asm, operands):
             value = a
         elif name == "shr.u32":
             value = a >> b
+        elif name == "and.b32":
+            value = a & b
         elif name == "shl.b32":
             value = a << b & LOW
         elif name == "sub.u32":
@@ -93,24 +95,34 @@ def twice(values, dtype):
     return bits | bits << 16
 
 
+def factors(scale, zero, plane, dtype):
+    """Return the last operands of a plane's instructions, as the kernels' ``factors`` makes them."""
+    scale = twice(scale, dtype)
+    if dtype == torch.float16:
+        return [scale] if zero is None else [scale, twice(-1032 - zero.float(), dtype)]
+    if zero is not None:
+        return [follow(times_asm(6, 1), [scale]), twice((-8 - zero.float()) / 64, dtype)]
+    raised = RAISED.value
+    even_or_odd = follow(times_asm((129 if plane % 2 else 133) - raised, 1), [scale])
+    return [even_or_odd, follow(times_asm(3 - raised, -1), [scale])]
+
+
 @pytest.mark.parametrize("dtype", GL, ids=str)
 @pytest.mark.parametrize("with_zero", [False, True])
 @pytest.mark.parametrize("plane", range(4))
 def test_even_grid(plane, with_zero, dtype):
-    for exponent in range(-12, 6):
+    exponents = range(-12, 6) if dtype == torch.float16 else (-78, -40, *range(-17, 6), 16, 41)
+    for exponent in exponents:
         word = torch.randint(0, 2**32, (LANES,))
         scale = ((1 + torch.rand(LANES)) * 2.0**exponent).bfloat16()
         zero = torch.randint(-8, 8, (LANES,), dtype=torch.int8) if with_zero else None
-        magic = 1032 if dtype == torch.float16 else 136
-        operands = [word, word, twice(scale, dtype)]
-        if with_zero:
-            operands.append(twice(-magic - zero.float(), dtype))
-        made = follow(dequantize_asm(GL[dtype], plane, with_zero), operands)
+        made = follow(dequantize_asm(GL[dtype], plane, with_zero), [word, word, *factors(scale, zero, plane, dtype)])
         codes = (codes_of(word, plane) - 8).to(torch.int8)
         expected = numerics.dequantize(
             codes.T.contiguous(), scale[:, None], dtype, None if zero is None else zero[:, None]
         )
-        assert torch.equal(halves(made, dtype), expected.T.double())
+        is_raised = dtype == torch.bfloat16 and not with_zero
+        assert torch.equal(halves(made, dtype) * 2.0 ** (RAISED.value * is_raised), expected.T.double())
 
 
 @pytest.mark.parametrize("dtype", GL, ids=str)
