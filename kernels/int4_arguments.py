@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import int4_batch, int4_decode, int4_portable
+from . import int4_batch, int4_decode, int4_portable, int4_stream
 from .int4_layout import INPUTS, Int4Weight
-from .int4_plans import Batch, Decode
+from .int4_plans import Batch, Decode, Stream
 
 
 class Prepared(NamedTuple):
@@ -38,6 +38,17 @@ def decode_launch(plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor |
     constants = mask_k, plan.warps, plan.blocks, plan.block_m, plan.tiles, plan.stages, plan.early
     grid = -(-weight.words.shape[0] // plan.blocks), 1, 1
     return Prepared(int4_decode.decode_kernel, key, grid, (*sizes, *_constants(weight, bias), *constants))
+
+
+def stream_launch(plan: Stream, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Prepared:
+    """Return the product of one token (1, K) with a weight, by one program a multiprocessor."""
+    sizes, span = sizes_of(weight, x_MK), plan.warps * plan.tiles
+    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
+    row_blocks, tiles, _ = weight.words.shape
+    steps = tiles % span == 0, -(-tiles // span)
+    constants = *steps, plan.warps, plan.tiles, plan.stages, plan.early
+    grid = min(plan.programs, row_blocks), 1, 1
+    return Prepared(int4_stream.stream_kernel, key, grid, (*sizes, *_constants(weight, bias), *constants))
 
 
 def batch_launches(

@@ -2,8 +2,9 @@
 
 There is no search at run time. ``python -m benchmarks.tune`` measures the candidates below on the GPU at hand and
 writes a table to ``cache_path()``, which goes before the one that ships in ``int4_plans.json``. A table is found by
-the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M; what was timed
-with fp16 or int8 codes has that behind the name, "NxK float16", and fp16 takes what bf16 has where it has nothing.
+the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M, one token by
+itself alone; what was timed with fp16 or int8 codes has that behind the name, "NxK float16", and fp16 takes what bf16
+has where it has nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,22 @@ class Decode(NamedTuple):
     tiles: int
     stages: int
     early: int
+
+
+class Stream(NamedTuple):
+    """Constants of ``int4_stream.stream_kernel``, and how many programs run, at most one a multiprocessor."""
+
+    warps: int
+    tiles: int
+    stages: int
+    programs: int
+    early: int
+
+    def shared_bytes(self, tiles: int) -> int:
+        """Return the shared memory of a program, for rows of so many K tiles, with a 16-bit scale for each tile."""
+        span = self.warps * self.tiles
+        ring = self.stages * span * (ROWS * INPUTS // 2 + ROWS * 2)
+        return ring + -(-tiles // span) * span * INPUTS * 2 + self.warps * ROWS * 4
 
 
 class Batch(NamedTuple):
@@ -60,11 +77,15 @@ class Int8(NamedTuple):
     early: int
 
 
-Plan = Decode | Batch | Dequantize
-_KINDS = {"decode": Decode, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
+Plan = Decode | Stream | Batch | Dequantize
+_KINDS = {"decode": Decode, "stream": Stream, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
 
 # For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
 ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
+
+# Shared memory of a program that leaves room for one of the next kernel, on Hopper.
+RESIDENT_BYTES = 113 * 1024
+MOST_STAGES = 4
 
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
 MANY_TOKENS = 4096
@@ -105,16 +126,21 @@ def plan_name(outputs: int, inputs: int, kind: str = "bfloat16") -> str:
 def _listed(device_name: str, name: str, tokens: int) -> Plan | Int8 | None:
     for table in (_user_table(), _shipped_table()):
         by_tokens = table.get(device_name, {}).get(name, {})
-        fitting = sorted(int(bound) for bound in by_tokens if int(bound) >= tokens)
+        # One token has a kernel of its own, so that what is listed for more says nothing about it.
+        fitting = sorted(int(bound) for bound in by_tokens if int(bound) >= tokens and (tokens > 1 or bound == "1"))
         if fitting:
             return plan_from_json(by_tokens[str(fitting[0])])
     return None
 
 
 def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> Plan:
-    """Return a plan from the shape alone, after what was measured on an H100 (benchmarks/NOTES.md)."""
+    """Return a plan from the shape alone, after what was measured on an H100 and an H200 (benchmarks/NOTES.md)."""
     blocks, tiles = -(-outputs // ROWS), -(-inputs // INPUTS)
     hopper = capability == 90
+    if tokens == 1 and hopper:
+        plan = _stream(blocks, tiles, multiprocessors)
+        if plan is not None:
+            return plan
     if tokens <= 8 or (tokens <= 16 and not hopper):
         return _decode(8 if tokens <= 8 else 16, blocks, tiles, capability, multiprocessors)
     if not hopper or tokens > MANY_TOKENS:
@@ -122,12 +148,12 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
     if tokens > 64:
         return _large_batch(tokens, blocks, tiles, multiprocessors)
     block_m, programs = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 8)
-    if programs > 1.5 * multiprocessors and block_m < 64:
+    if programs > 1.5 * multiprocessors and block_m == 64:
         return Batch(4, 8, block_m, 8, 2, 4, 2, 1, 2)
     # A split costs its sum; the more tokens a program holds, and the fewer tiles it has, the fewer parts pay.
     wanted = {16: 1.9, 32: 1.4, 64: 0.95 if tiles <= 64 else 1.9}[block_m] * multiprocessors
     split = next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
-    return Batch(8, 8, block_m, 4, 2, 4, 4, split, 2)
+    return Batch(8, 8, block_m, 8, 2, 4, 4, split, 2, 1)
 
 
 def _decode(block_m: int, blocks: int, tiles: int, capability: int, multiprocessors: int) -> Decode:
@@ -159,16 +185,38 @@ def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> 
         options += [(cost(block_m, split), block_m, split) for split in splits]
     _, block_m, split = min(options)
     if block_m == 256:
-        return Batch(8, 8, 256, 4, 1, 4, 2, split, 2)
-    if programs(128) > 1.5 * multiprocessors:
-        return Batch(4, 8, 128, 2, 1, 4, 1, 1, 2)
-    return Batch(8, 8, 128, 4, 2, 4, 2, split, 2)
+        return Batch(8, 8, 256, 4, 1, 4, 2, split, 2, 1)
+    return Batch(8, 8, 128, 8, 2, 4, 2, split, 2, 1)
+
+
+def _stream(row_blocks: int, tiles: int, multiprocessors: int) -> Stream | None:
+    """Return the plan for one token; None where x and a ring are too large for it."""
+    ahead = next((ahead for ahead in (1, 2, 4, 8) if 8 * ahead >= tiles), 4)
+    plan = _deepest(Stream(8, ahead, 0, multiprocessors, 1), tiles)
+    if plan is None:
+        return None
+    steps = -(-row_blocks // multiprocessors) * -(-tiles // (8 * ahead))
+    # A ring that holds all of it is full when x comes, and the next kernel's would only delay x.
+    return plan._replace(stages=max(2, min(plan.stages, steps)), early=3 if steps <= plan.stages else 1)
+
+
+def _deepest(plan: Stream, tiles: int) -> Stream | None:
+    """Return the plan with as many stages as leave room for a second program; None if they are too few."""
+    none = plan._replace(stages=0).shared_bytes(tiles)
+    stages = min(MOST_STAGES, (RESIDENT_BYTES - none) // (plan._replace(stages=1).shared_bytes(tiles) - none))
+    return plan._replace(stages=stages) if stages >= 2 else None
 
 
 def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:
     """Return the plans worth timing."""
     early = 2 if capability >= 90 else 0
     plans: list[Plan] = []
+    if tokens == 1 and capability == 90:
+        k_tiles = -(-inputs // INPUTS)
+        for tiles, start in ((8, 1), (8, 2), (8, 3), (4, 1), (4, 2), (4, 3)):
+            plan = _deepest(Stream(8, tiles, 0, multiprocessors, start), k_tiles)
+            if plan is not None:
+                plans += [plan._replace(stages=stages) for stages in {plan.stages, max(2, plan.stages - 1)}]
     if tokens <= 8:
         for warps, blocks, ahead in ((8, 1, 4), (16, 1, 4), (8, 2, 4), (4, 4, 2), (4, 2, 4), (4, 1, 8)):
             plans += [Decode(warps, blocks, 8, ahead, stages, early) for stages in (0, 2)]

@@ -15,9 +15,17 @@ from torch import Tensor
 from qat import backend
 
 from . import int4_batch, int4_portable, int4_recipe
-from .int4_arguments import Prepared, batch_launches, decode_launch, dequantize_launch, operands_of, sizes_of
+from .int4_arguments import (
+    Prepared,
+    batch_launches,
+    decode_launch,
+    dequantize_launch,
+    operands_of,
+    sizes_of,
+    stream_launch,
+)
 from .int4_layout import ROWS, Int4Weight
-from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Batch, Decode, Dequantize, choose
+from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Batch, Decode, Dequantize, Stream, choose
 from .nested_scale import nested_scale
 from .rounding import INTERPRETED
 
@@ -58,8 +66,8 @@ def _recipe(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, shape: 
     if weight.nest is not None or isinstance(plan, Dequantize):
         rows = tuple(x_MK.shape)  # and not x, which a recipe would keep alive
         return lambda x, weight, bias, _: run_plan(plan, x.view(rows), _plain(weight), bias).view(shape)
-    if isinstance(plan, Decode):
-        return int4_recipe.decode(_again(decode_launch(plan, x_MK, weight, bias)), shape)
+    if isinstance(plan, Decode | Stream):
+        return int4_recipe.decode(_again(_few(plan, x_MK, weight, bias)), shape)
     product, sum_parts = batch_launches(plan, x_MK, weight, bias)
     sum_parts = None if sum_parts is None else _again(sum_parts)
     return int4_recipe.batch(_again(product), sum_parts, shape, x_MK.shape[1], plan.split)
@@ -139,7 +147,7 @@ def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Ten
         with torch.autocast(x_MK.device.type, enabled=False):
             return F.linear(x_MK, matrix, bias)
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
-    run = _decode if isinstance(plan, Decode) else _batch
+    run = _decode if isinstance(plan, Decode | Stream) else _batch
     if x_MK.device.index == torch.cuda.current_device():
         run(plan, x_MK, weight, bias, y_MN)
     else:
@@ -176,15 +184,24 @@ def compile_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) ->
         grid, arguments = dequantize_launch(weight, matrix)
         kernels.append(int4_portable.dequantize_kernel.warmup(*arguments, grid=grid, num_warps=4))
     else:
-        run = _decode if isinstance(plan, Decode) else _batch
+        run = _decode if isinstance(plan, Decode | Stream) else _batch
         run(plan, x_MK, weight, bias, x_MK.new_empty(x_MK.shape[0], weight.out_features), compile)
     return kernels
 
 
+def _few(plan: Decode | Stream, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Prepared:
+    return (decode_launch if isinstance(plan, Decode) else stream_launch)(plan, x_MK, weight, bias)
+
+
 def _decode(
-    plan: Decode, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
+    plan: Decode | Stream,
+    x_MK: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None,
+    y_MN: Tensor,
+    launch: Callable = launch,
 ) -> None:
-    kernel, key, grid, tail = decode_launch(plan, x_MK, weight, bias)
+    kernel, key, grid, tail = _few(plan, x_MK, weight, bias)
     arguments = x_MK, *operands_of(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
     launch(kernel, key, grid, arguments, plan.warps, plan.early)
 

@@ -1,7 +1,16 @@
 """Stand-ins for a Hopper GPU and the int4 kernels that run there: what they would be launched with is kept."""
 
 import torch
-from qat.kernels import bare_launch, int4_batch, int4_decode, int4_portable, int4_recipe, int4_run, int8_run
+from qat.kernels import (
+    bare_launch,
+    int4_batch,
+    int4_decode,
+    int4_portable,
+    int4_recipe,
+    int4_run,
+    int4_stream,
+    int8_run,
+)
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
 
@@ -9,6 +18,7 @@ from qat import codebook
 from qat.packing import pack
 
 NAMES = int4_decode.decode_kernel.arg_names
+STREAM_NAMES = int4_stream.stream_kernel.arg_names
 INT8_NAMES = int8_run.int8_batch.int8_batch_kernel.arg_names
 BATCH_NAMES = int4_batch.batch_kernel.arg_names
 SUM_NAMES = int4_portable.sum_parts_kernel.arg_names
@@ -47,6 +57,7 @@ def pass_for_a_gpu(monkeypatch):
     monkeypatch.setattr(int4_run, "_suits_nvidia", lambda x, weight: True)
     monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
     monkeypatch.setattr(int4_decode, "decode_kernel", decode)
+    monkeypatch.setattr(int4_stream, "stream_kernel", decode)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(int4_recipe, "current_device", lambda: -1)  # what a tensor on a CPU says
     monkeypatch.setattr(bare_launch, "current_stream", lambda device: "stream")

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
-from qat.kernels import int4_ahead, int4_batch, int4_decode, int4_portable, int4_run
+from qat.kernels import int4_ahead, int4_batch, int4_decode, int4_portable, int4_run, int4_stream
 from qat.kernels.int4_ahead import Product, compile_ahead, meta_weight
-from qat.kernels.int4_plans import Batch, Decode, Dequantize
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Stream
 
 import qat
 from qat.ahead import compiled_ahead, products
@@ -17,6 +17,7 @@ from qat.formats import native
 
 PLANS = [
     Decode(4, 2, 8, 4, 3, 1),
+    Stream(8, 1, 3, 132, 3),
     Batch(8, 8, 64, 4, 2, 4, 3, 1, 2, 0),
     Batch(8, 8, 64, 4, 2, 4, 3, 2, 2, 0),
     Dequantize(),
@@ -50,6 +51,7 @@ def kernels(monkeypatch):
     found = {}
     owners = {
         "decode_kernel": int4_decode,
+        "stream_kernel": int4_stream,
         "batch_kernel": int4_batch,
         "sum_parts_kernel": int4_portable,
         "dequantize_kernel": int4_portable,
@@ -77,12 +79,13 @@ def test_the_kernels_that_a_call_launches(kernels, monkeypatch, scheme, inputs, 
     scale = torch.float32 if table else torch.bfloat16
     product = Product(96, inputs, inputs, scale, zero_point, table, bias, torch.bfloat16)
     wanted = 2 if isinstance(plan, Batch) and plan.split > 1 else 1
-    assert compile_ahead([product], [70], None) == wanted
+    tokens = 1 if isinstance(plan, Stream) else 70
+    assert compile_ahead([product], [tokens], None) == wanted
     weight = meta_weight(product)
     weight = weight._replace(
         **{n: torch.zeros_like(t, device="cpu") for n, t in weight._asdict().items() if isinstance(t, torch.Tensor)}
     )
-    x = torch.zeros(70, -(-inputs // 16) * 16).bfloat16()
+    x = torch.zeros(tokens, -(-inputs // 16) * 16).bfloat16()
     int4_run.run_plan(plan, x, weight, torch.zeros(96).bfloat16() if bias else None)
     launched = {name: kernel.cold for name, kernel in kernels.items() if kernel.cold}
     assert len(launched) == wanted
@@ -91,10 +94,10 @@ def test_the_kernels_that_a_call_launches(kernels, monkeypatch, scheme, inputs, 
 
 
 def test_one_kernel_for_each_product_and_number_of_tokens(kernels, monkeypatch):
-    monkeypatch.setattr(int4_run, "choose", lambda tokens, *shape: PLANS[0] if tokens < 9 else PLANS[2])
+    monkeypatch.setattr(int4_run, "choose", lambda tokens, *shape: PLANS[0] if tokens < 9 else PLANS[3])
     fits = Product(96, 128, 32, torch.bfloat16, None, False, False, torch.bfloat16)
     compile_ahead([fits, fits._replace(out_features=32), fits._replace(scale=torch.float32)], [1, 70], None)
-    assert [len(kernel.warm) for kernel in kernels.values()] == [2, 2, 2, 0]  # a float32 scale is for another kernel
+    assert [len(kernel.warm) for kernel in kernels.values()] == [2, 0, 2, 2, 0]  # a float32 scale is for another kernel
 
 
 SPECS = [

@@ -9,7 +9,7 @@ from int4_problems import DEVICE, DTYPES, assert_accurate, int4_linear, int4_lin
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_linear import backend, int4_dequantize
-from qat.kernels.int4_plans import Batch, Decode
+from qat.kernels.int4_plans import Batch, Decode, Stream
 from qat.kernels.int4_run import run_plan
 
 from qat.backend import set_batch_invariant
@@ -222,6 +222,8 @@ def test_grid_on_gpu(n, k, group, dtype):
 
 
 PLANS = [
+    (1, Stream(8, 8, 2, 7, 3)),
+    (1, Stream(8, 4, 3, 132, 1)),
     (4, Decode(8, 1, 8, 4, 0, 2)),
     (8, Decode(4, 4, 8, 2, 2, 2)),
     (16, Decode(8, 2, 16, 2, 3, 0)),

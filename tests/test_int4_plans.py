@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from qat.kernels import int4_plans
-from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8, Stream
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (704, 2112), (151936, 896), (1, 16), (33, 80)]
@@ -18,12 +18,14 @@ def assert_runs(plan, tokens, capability):
     """Check what the kernels rely on, and what a multiprocessor has room for."""
     if isinstance(plan, Dequantize):
         return
-    assert plan.early in ((0, 1, 2) if capability >= 90 else (0,))
+    assert plan.early in ((0, 1, 2, 3) if isinstance(plan, Stream) else (0, 1, 2) if capability >= 90 else (0,))
     if isinstance(plan, Decode):
         assert plan.block_m >= tokens
         x = plan.stages * plan.tiles * plan.warps * plan.block_m * 64 * 2
         sums = plan.warps * plan.blocks * 16 * plan.block_m * 4
         assert plan.stages != 1 and max(x, sums) <= SHARED_MEMORY[capability]
+    elif isinstance(plan, Stream):
+        assert tokens == 1 and capability == 90 and plan.warps == 8 and plan.tiles in (1, 2, 4, 8) and plan.stages >= 2
     else:
         assert isinstance(plan, Batch) and capability == 90
         assert plan.warps in (4, 8) and plan.blocks in (plan.warps, 2 * plan.warps)  # one or two wgmma rows a warpgroup
@@ -64,6 +66,22 @@ def test_every_candidate_runs(shape, capability):
         for plan in plans:
             if capability == 90:
                 assert_runs(plan, tokens, capability)
+
+
+@given(row_blocks=st.integers(1, 10000), tiles=st.integers(1, 1000), multiprocessors=st.integers(20, 200))
+def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multiprocessors):
+    plan = int4_plans.heuristic(1, 16 * row_blocks, 64 * tiles, 90, multiprocessors)
+    if not isinstance(plan, Stream):
+        assert tiles > 512  # x of so many inputs takes more than half of a program's shared memory
+        return
+    span = plan.warps * plan.tiles
+    steps = -(-tiles // span)
+    # A ring of words of 512 bytes a tile and 16 scales of two, x, and 16 sums of each warp.
+    shared = plan.stages * span * (512 + 32) + steps * span * 128 + plan.warps * 64
+    assert shared == plan.shared_bytes(tiles) and 2 * (shared + 1024) <= 228 * 1024
+    everything = -(-row_blocks // multiprocessors) * steps
+    assert (plan.early == 3) == (everything <= plan.stages) or plan.stages == 2
+    assert plan.programs == multiprocessors
 
 
 def assert_int8_runs(plan):
@@ -117,7 +135,10 @@ def test_the_tuned_table_goes_before_the_shipped_one_and_that_before_the_heurist
     one, other = Decode(4, 1, 8, 1, 2, 0), Batch(4, 8, 64, 4, 2, 4, 1, 1, 0)
     assert choose(3) == int4_plans.heuristic(3, 64, 128, 90, 132)
     tables.shipped = {"a GPU": {"64x128": {"8": int4_plans.plan_to_json(one), "64": int4_plans.plan_to_json(other)}}}
-    assert [choose(m) for m in (1, 8, 9, 64)] == [one, one, other, other]
+    assert [choose(m) for m in (2, 8, 9, 64)] == [one, one, other, other]
+    assert choose(1) == int4_plans.heuristic(1, 64, 128, 90, 132)  # a kernel of its own: by itself or not at all
+    tables.shipped["a GPU"]["64x128"]["1"] = ["dequantize"]
+    assert choose(1) == Dequantize() and choose(2) == one
     assert choose(65) == int4_plans.heuristic(65, 64, 128, 90, 132)
     tables.shipped["a GPU"]["64x128 float16"] = {"3": ["dequantize"]}
     in_fp16 = [int4_plans.choose(m, 64, 128, "a GPU", 90, 132, "float16") for m in (3, 4)]
@@ -138,7 +159,14 @@ def test_the_tuned_table_is_read_from_where_it_is_written(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "plan", [Decode(1, 2, 3, 4, 5, 6), Batch(1, 2, 3, 4, 5, 6, 7, 8, 9), Dequantize(), Int8(1, 2, 3, 4, 5, 6)]
+    "plan",
+    [
+        Decode(1, 2, 3, 4, 5, 6),
+        Stream(1, 2, 3, 4, 5),
+        Batch(1, 2, 3, 4, 5, 6, 7, 8, 9),
+        Dequantize(),
+        Int8(1, 2, 3, 4, 5, 6),
+    ],
 )
 def test_plans_as_json(plan):
     again = int4_plans.plan_from_json(json.loads(json.dumps(int4_plans.plan_to_json(plan))))

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from qat.kernels import int4_batch, int4_portable, int4_recipe, int4_run, int8_run
+from qat.kernels import int4_batch, int4_portable, int4_recipe, int4_run, int4_stream, int8_run
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
-from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8, Stream
 from qat.kernels.int8_codes import int8_codes
-from stand_in_kernels import BATCH_NAMES, INT8_NAMES, NAMES, Kernel, pass_for_a_gpu, weight
+from stand_in_kernels import BATCH_NAMES, INT8_NAMES, NAMES, STREAM_NAMES, Kernel, pass_for_a_gpu, weight
 
 from qat import codebook
 from qat.packing import pack
@@ -38,7 +38,7 @@ def check_arguments(names, launch, w, x, bias, plan):
     _, arguments, options, _ = launch
     named = dict(zip(names, arguments, strict=True))
     for name, value in plan._asdict().items():
-        assert named[name.upper()] == value, name
+        assert name == "programs" or named[name.upper()] == value, name
     assert options == {"num_warps": plan.warps, "launch_pdl": plan.early > 0}
     assert (named["M"], named["N"], named["K"]) == (x.shape[0], w.out_features, w.in_features)
     assert (named["row_blocks"], named["tiles"], named["groups"]) == (*w.words.shape[:2], w.scale.shape[1])
@@ -65,6 +65,20 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     check_arguments(NAMES, kernel.launches[0], w, x, bias, plan)
     assert kernel.launches[0][0] == (3, 1, 1)
     assert dict(zip(NAMES, kernel.launches[0][1], strict=True))["MASK_K"]  # 2 tiles are not 4 warps' 4 each
+
+    stream, names = Kernel(), STREAM_NAMES
+    monkeypatch.setattr(int4_stream, "stream_kernel", stream)
+    for tiles, programs, whole, steps in ((1, 5, False, 1), (2, 132, False, 1)):
+        plan = Stream(8, tiles, 3, programs, 3)
+        int4_run.run_plan(plan, x[:1], w, bias)
+        check_arguments(names, stream.launches[-1], w, x[:1], bias, plan)
+        named = dict(zip(names, stream.launches[-1][1], strict=True))
+        assert stream.launches[-1][0] == (min(programs, 6), 1, 1)
+        assert (named["WHOLE"], named["STEPS"]) == (whole, steps)  # of 2 tiles
+    wide = weight(k=64 * 32, group=group, levels=w.levels)
+    int4_run.run_plan(Stream(8, 2, 3, 132, 3), torch.randn(1, 64 * 32).bfloat16(), wide, None)
+    named = dict(zip(names, stream.launches[-1][1], strict=True))
+    assert (named["WHOLE"], named["STEPS"]) == (True, 2)
 
     batch, sums = Kernel(), Kernel()
     monkeypatch.setattr(int4_batch, "batch_kernel", batch)
