@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from qat.kernels.decode_step import add_rms_norm, attend_cached, gated_silu
+from qat.kernels.int4_after_norm import norm_gated, norm_linear
+from qat.kernels.int4_layout import Int4Weight
 from torch import Tensor, nn
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -84,10 +86,34 @@ class Block(nn.Module):
             at: (1,) int64.
             keys, values: (B, kv_heads, C, width).
         """
-        x, y = add_rms_norm(x, update, self.norm1.weight, self.norm1.eps)
-        y = self.o(attend_cached(self.qkv(y), *turns, at, keys, values))
-        x, y = add_rms_norm(x, y, self.norm2.weight, self.norm2.eps)
-        return x, self.down(gated_silu(self.gate_up(y)))
+        x, qkv = after_norm(self.qkv, self.norm1, x, update)
+        x, gated = gated_after_norm(self.gate_up, self.norm2, x, self.o(attend_cached(qkv, *turns, at, keys, values)))
+        return x, self.down(gated)
+
+
+def after_norm(layer: nn.Module, norm: nn.RMSNorm, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + update (B, K), and the layer's output for its norm: in one kernel where the layer is int4."""
+    weight = int4_weight(layer, x.dtype)
+    if weight is not None:
+        return norm_linear(x, update, norm.weight, norm.eps, weight, layer.bias)
+    x, y = add_rms_norm(x, update, norm.weight, norm.eps)
+    return x, layer(y)
+
+
+def gated_after_norm(layer: nn.Module, norm: nn.RMSNorm, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + update, and silu(gate) * up of the layer's output for its norm: in one kernel likewise."""
+    weight = int4_weight(layer, x.dtype)
+    if weight is not None:
+        return norm_gated(x, update, norm.weight, norm.eps, weight, layer.bias)
+    x, y = add_rms_norm(x, update, norm.weight, norm.eps)
+    return x, gated_silu(layer(y))
+
+
+def int4_weight(layer: nn.Module, dtype: torch.dtype) -> Int4Weight | None:
+    """Return a frozen layer's weight as the int4 kernels read it; None if they do not, or if the input is rounded."""
+    packed = getattr(layer, "packed_weight", None)
+    rounded = getattr(layer, "activation_quantizer", None) is not None
+    return None if packed is None or rounded else packed.gpu_operands.get(dtype)
 
 
 class CachedDecoder(nn.Module):
@@ -133,7 +159,7 @@ class CachedDecoder(nn.Module):
             x, update = x[:, 0], None
             for block, (keys, values) in zip(self.blocks, caches, strict=True):
                 x, update = block.step(x, update, turns, at, keys, values)
-            return self.lm_head(add_rms_norm(x, update, self.norm.weight, self.norm.eps)[1])
+            return after_norm(self.lm_head, self.norm, x, update)[1]
         for block, (keys, values) in zip(self.blocks, caches, strict=True):
             x = block(x, turn, at, keys, values)
         return self.lm_head(self.norm(x[:, -1]))

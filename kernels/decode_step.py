@@ -102,6 +102,12 @@ if triton is not None:
         return tl.dot(a, b, acc, input_precision="ieee")
 
     @triton.jit
+    def _to_l2(pointers):
+        """Have the cache of the GPU ask for what the pointers point to, which others may still write."""
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1)
+
+    @triton.jit
     def _attend_cached_kernel(
         qkv_ptr,  # (B, heads + 2 kv_heads, D): queries, keys, values
         cosine_ptr,  # (C, D)
@@ -130,6 +136,12 @@ if triton is not None:
         c2 = tl.load(cosine_ptr + at * D + half + first).to(tl.float32)
         s1 = tl.load(sine_ptr + at * D + first).to(tl.float32)
         s2 = tl.load(sine_ptr + at * D + half + first).to(tl.float32)
+        cache = tl.program_id(0).to(tl.int64) * C * D
+        if EARLY:
+            lines = cache + tl.arange(0, KEYS)[:, None] * D + tl.arange(0, D // 32)[None, :] * 32
+            for start in range(0, at, KEYS):
+                _to_l2(keys_ptr + lines + start * D)
+                _to_l2(values_ptr + lines + start * D)
         take_turns(EARLY)
         row = qkv_ptr + batch.to(tl.int64) * (heads + 2 * kv_heads) * D
         inside = (query < group)[:, None]
@@ -141,7 +153,6 @@ if triton is not None:
         v = tl.load(row + (heads + kv_heads + head) * D + d)
         q1, q2 = round_to(q1 * c1 - q2 * s1, dtype), round_to(q2 * c2 + q1 * s2, dtype)
         k1, k2 = round_to(k1 * c1 - k2 * s1, dtype), round_to(k2 * c2 + k1 * s2, dtype)
-        cache = tl.program_id(0).to(tl.int64) * C * D
         tl.store(keys_ptr + cache + at * D + first, k1)
         tl.store(keys_ptr + cache + at * D + half + first, k2)
         tl.store(values_ptr + cache + at * D + d, v)

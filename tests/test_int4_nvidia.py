@@ -12,13 +12,18 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+from qat.kernels.int4_plans import heuristic
 
 SCRIPT = """
-import json, sys
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
 import triton
+import triton.backends.nvidia
 from qat.kernels.int4_batch import SWIZZLED, batch_kernel
+from qat.kernels.int4_after_norm import norm_stream_kernel
 from qat.kernels.int4_decode import decode_kernel
-from qat.kernels.int4_plans import Batch, Decode, int8_candidates
+from qat.kernels.int4_plans import Batch, Decode, Stream, heuristic, int8_candidates
+from qat.kernels.int4_stream import stream_kernel
 from qat.kernels.int8_batch import SWIZZLED as SWIZZLED_8, int8_batch_kernel
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -28,11 +33,19 @@ def compile(kernel, pointers, constants, warps, capability):
     signature = dict(pointers) | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     at = {name: (kernel.arg_names.index(name),) for name in signature}
-    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "x_desc", "codes_desc")]
+    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "x_desc", "codes_desc", "eps")]
     attributes = {at[name]: [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
+    registers = None
+    if kernel in (stream_kernel, norm_stream_kernel):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers = int(re.search(r"REG:(\d+) STACK:0 ", usage).group(1))  # nothing spills
+    return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared, "registers": registers}
 
 def int4_case(kind, capability, dtype, has_zero, has_levels):
     common = {"GROUP": 32 if has_zero else 64, "HALVES": 2 if has_zero else 1, "HAS_BIAS": True}
@@ -53,6 +66,23 @@ def int4_case(kind, capability, dtype, has_zero, has_levels):
         found = compile(batch_kernel, pointers, constants, plan.warps, capability)
     return found
 
+def stream_case(kind, inputs, dtype, has_zero, has_levels):
+    tiles, plan = inputs // 64, heuristic(1, 28672, inputs, 90, 132)
+    assert isinstance(plan, Stream)
+    span = plan.warps * plan.tiles
+    constants = {"GROUP": 32 if has_zero else 128, "HALVES": 2 if has_zero else 1, "HAS_ZERO": has_zero}
+    constants |= {"HAS_LEVELS": has_levels, "HAS_BIAS": True, "WHOLE": tiles % span == 0, "STEPS": -(-tiles // span)}
+    constants |= {"WARPS": plan.warps, "TILES": plan.tiles, "STAGES": plan.stages, "EARLY": plan.early}
+    pointers = {"words_ptr": "*i32", "zero_ptr": "*i8", "levels_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("scale_ptr", "bias_ptr", "y_ptr", "x_ptr"), "*" + dtype)
+    if has_levels:
+        pointers["scale_ptr"] = "*fp32"
+    if kind == "stream":
+        return compile(stream_kernel, pointers, constants, plan.warps, 90)
+    pointers |= dict.fromkeys(("update_ptr", "norm_ptr", "h_ptr"), "*" + dtype) | {"eps": "fp32"}
+    constants |= {"HAS_UPDATE": True, "PARTS": 2 if kind == "gated" else 1}
+    return compile(norm_stream_kernel, pointers, constants, plan.warps, 90)
+
 def int8_case(plan, dtype, part, has_zero):
     constants = {"GROUP": 64 * part, "PART": part, "HAS_ZERO": has_zero, "HAS_BIAS": True}
     constants |= {name.upper(): value for name, value in plan._asdict().items()}
@@ -62,6 +92,8 @@ def int8_case(plan, dtype, part, has_zero):
     return compile(int8_batch_kernel, pointers, constants, plan.warps, 90)
 
 def case(kind, *arguments):
+    if kind in ("stream", "norm", "gated"):
+        return stream_case(kind, *arguments)
     if kind == "int8":
         return int8_case(int8_candidates(1024)[arguments[0]], *arguments[1:])
     return int4_case(kind, *arguments)
@@ -80,6 +112,14 @@ CASES = [
     ("own", 90, "bf16", False, False),
 ]
 # The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
+# The inputs, the dtype, and whether there are zero points or a codebook.
+STREAM_CASES = [
+    ("stream", 4096, "bf16", False, False),
+    ("stream", 14336, "fp16", True, False),
+    ("stream", 4096, "bf16", False, True),
+    ("norm", 4096, "bf16", False, False),
+    ("gated", 4096, "fp16", False, False),
+]
 INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int8", 5, "bf16", 1, False)]
 
 
@@ -87,14 +127,14 @@ INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int
 def compiled():
     """Compile all cases in one process, which does not interpret."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES + INT8_CASES)],
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES + STREAM_CASES + INT8_CASES)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(CASES + INT8_CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(CASES + STREAM_CASES + INT8_CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -111,6 +151,26 @@ def test_compiles(compiled, case):
     if kind == "own":  # one barrier for each two tiles of four multiplications
         multiplications = [match.start() for match in re.finditer("wgmma.mma_async", ptx)]
         assert ptx[multiplications[7] : multiplications[-1]].count("bar.sync") == len(multiplications) // 8 - 1
+
+
+@pytest.mark.parametrize("case", STREAM_CASES, ids=str)
+def test_one_token_compiles(compiled, case):
+    _, inputs, dtype, has_zero, has_levels = case
+    found = compiled[case]
+    ptx = found["ptx"]
+    # Weights come 16 bytes at a time past the registers, and one pair in bf16 takes one fma where the grid is even.
+    assert "cp.async.cg.shared.global [ %r" in ptx.replace("+", " ") and "mma.sync" in ptx
+    pairs = 16 * ptx.count("mma.sync") // 4
+    if dtype == "bf16" and not has_zero and not has_levels:
+        assert ptx.count("fma.rn.bf16x2") == pairs + 3 * pairs // 16
+        assert ptx.count("shr.u32 t") == pairs
+    # x is waited for after the first weights are under way, and the next kernel starts after its loads, or at once.
+    wait, go = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
+    assert ptx.index("cp.async.commit_group") < wait
+    assert (wait < go) == (heuristic(1, 28672, inputs, 90, 132).early == 3)
+    # A second program has room beside one: in 64 K registers, and, but for wide scales, in 228 KB.
+    assert 2 * 256 * -(-found["registers"] // 8) * 8 <= 65536
+    assert has_zero or has_levels or 2 * (found["shared"] + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize("case", INT8_CASES, ids=str)
