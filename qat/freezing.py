@@ -14,7 +14,14 @@ from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix
 from .layers.qa_lora import ZeroPointLora
 from .numerics import QuantizedTensor
 from .policy import QuantPolicy
-from .quantizers import DynamicActivation, FrozenActivation, LearnedStepSize, OfWeight, WeightCodebook
+from .quantizers import (
+    DynamicActivation,
+    FrozenActivation,
+    LearnedActivation,
+    LearnedStepSize,
+    OfWeight,
+    WeightCodebook,
+)
 from .spec import QuantSpec
 from .surgery import prepare
 from .wrappers import MAKE_PARAMETERS, computed_weights
@@ -56,7 +63,7 @@ def freeze(model: nn.Module) -> nn.Module:
         activation = layer.activation_quantizer
         if isinstance(activation, DynamicActivation):
             activation = DynamicActivation(activation.spec)
-        elif activation is not None:
+        elif isinstance(activation, LearnedActivation):  # zero points' adapters leave an input's scale frozen as it was
             activation = FrozenActivation(replace(activation.spec), activation.scale(), activation.zero_point())
             if not activation.scale.isfinite().all():
                 raise LayerError(f"{name!r}: the scale of its input holds NaN or infinity")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import StateError
 from .layers import FrozenLinear, is_frozen
 from .layers.int8_product import int8_linear
+from .layers.product import widened
 from .quantizers import DynamicActivation
 from .spec import Codebook, Dynamic
 
@@ -76,9 +77,9 @@ class FusedProjections:
     def rounded(self, layer: FrozenLinear, x: Tensor) -> Tensor:
         """Return x as its runtime rounds it: for the first layer anew, for the others what it made of this x."""
         if not self.together or not layer.packed_weight.gpu_operands:
-            return layer.activation_quantizer(x)
+            return layer.activation_quantizer(widened(x))
         if layer is self.layers[0] or self.unrounded is not x:
-            self.unrounded, self.rounding = x, layer.activation_quantizer(x)
+            self.unrounded, self.rounding = x, layer.activation_quantizer(widened(x))
         return self.rounding
 
     def __call__(self, layer: FrozenLinear, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ..spec import Granularity
 from .fake_quant import FakeQuant
 from .linear import match_dtypes, roundings
 from .packed import Frozen
-from .product import Convolution, product
+from .product import Convolution, product, widened
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of an input
 
@@ -33,8 +33,8 @@ class QuantConv(FakeQuant):
         if batched and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             convolution = Convolution(self.stride, self.padding, self.dilation, self.groups)
             return product(input, weight, self.bias, x_rounding, weight_rounding, convolution)
-        x = input if x_rounding is None else x_rounding(input)
-        weight = weight if weight_rounding is None else weight_rounding(weight)
+        x = input if x_rounding is None else x_rounding(widened(input))
+        weight = weight if weight_rounding is None else weight_rounding(widened(weight))
         return self._conv_forward(x, weight, self.bias)
 
 
@@ -61,7 +61,7 @@ class FrozenConv(Frozen):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution in the dtype of the input (autocast's, where it is on)."""
-        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
+        x = input if self.activation_quantizer is None else self.activation_quantizer(widened(input))
         if self.packed_weight is None:
             return self._conv_forward(x, self.weight, self.bias)
         x, bias = match_dtypes(x, self.bias)

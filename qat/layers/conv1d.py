@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import FrozenLinear, QuantLinear, roundings
-from .product import product
+from .product import product, widened
 
 
 class Conv1D(nn.Module):
@@ -38,4 +38,4 @@ class FrozenConv1D(FrozenLinear):
         """Return the linear map in the dtype of x (autocast's, where it is on)."""
         if self.packed_weight is not None:
             return super().forward(x)
-        return F.linear(self.activation_quantizer(x), self.weight.t(), self.bias)
+        return F.linear(self.activation_quantizer(widened(x)), self.weight.t(), self.bias)

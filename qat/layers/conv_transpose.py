@@ -13,6 +13,7 @@ from ..quantizers import FrozenActivation, OfInput, OfWeight
 from .fake_quant import FakeQuant
 from .linear import match_dtypes, roundings
 from .packed import Frozen
+from .product import widened
 
 FUNCTIONS = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}  # by the weight's dimensions
 
@@ -31,8 +32,8 @@ class QuantConvTranspose(FakeQuant):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of the fake-quantized input and weight."""
         x_rounding, weight, weight_rounding = roundings(self, input, other_side_first(self.weight, self.groups))
-        x = input if x_rounding is None else x_rounding(input)
-        weight = weight if weight_rounding is None else weight_rounding(weight)
+        x = input if x_rounding is None else x_rounding(widened(input))
+        weight = weight if weight_rounding is None else weight_rounding(widened(weight))
         return convolve(self, x, weight, self.bias, output_size)
 
 
@@ -59,7 +60,7 @@ class FrozenConvTranspose(Frozen):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution in the dtype of the input (autocast's, where it is on)."""
-        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
+        x = input if self.activation_quantizer is None else self.activation_quantizer(widened(input))
         if self.packed_weight is None:
             return convolve(self, x, other_side_first(self.weight, self.groups), self.bias, output_size)
         x, bias = match_dtypes(x, self.bias)

@@ -21,7 +21,7 @@ from ..quantizers import WeightLSQ
 from ..quantizers.rounding import Rounding
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen
-from .product import without_autocast
+from .product import widened, without_autocast
 
 if TYPE_CHECKING:
     from qat.kernels.joint_weight import LowRankSum
@@ -50,7 +50,7 @@ class JointLoraLinear(Frozen, QuantLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized sum, in the dtype of the input (autocast's, where it is on)."""
-        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
+        x = input if self.activation_quantizer is None else self.activation_quantizer(widened(input))
         x, bias = match_dtypes(x, self.bias)
         rounding = self.weight_quantizer.rounding(torch.empty(self.out_features, self.in_features, device="meta"))
         step_size = None if rounding is None else rounding.step_size

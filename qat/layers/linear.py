@@ -9,12 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..quantizers import DynamicActivation, FrozenActivation, LearnedWeight, OfInput, OfWeight
+from ..quantizers import (
+    DynamicActivation,
+    FrozenActivation,
+    LearnedWeight,
+    OfInput,
+    OfWeight,
+    WeightCodebook,
+    WeightMinMax,
+)
 from ..quantizers.rounding import Rounding
 from . import cpu_int4, int8_product
 from .fake_quant import FakeQuant
 from .packed import Frozen, PackedWeight
-from .product import autocast_dtype, in_a_graph, product, without_autocast
+from .product import autocast_dtype, in_a_graph, product, widened, without_autocast
 
 if TYPE_CHECKING:
     from ..fusion import FusedProjections
@@ -58,7 +66,7 @@ class FrozenLinear(Frozen, nn.Linear):
         if activation is not None:
             if int8_product.fits(x, activation, packed, bias):
                 return self._in_integers(x, compute_dtype(x))
-            x = activation(x) if fused is None else fused.rounded(self, x)
+            x = activation(widened(x)) if fused is None else fused.rounded(self, x)
         if packed is None:
             return F.linear(x, self.weight, bias)
         x, bias = match_dtypes(x, bias)
@@ -109,6 +117,8 @@ def roundings(layer: nn.Module, x: Tensor, weight: Tensor) -> tuple[Rounding | N
         return x_rounding, weight, None
     if isinstance(quantizer, LearnedWeight):
         return x_rounding, weight, quantizer.rounding(weight)
+    if isinstance(quantizer, WeightCodebook | WeightMinMax):  # one of the user's own is given the weight as it is
+        weight = widened(weight)
     return x_rounding, quantizer(weight), None
 
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import LayerError
 from ..quantizers.rounding import Rounding
 
+_SHORT = torch.bfloat16, torch.float16
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by dimensions
 
 
@@ -74,8 +75,8 @@ def product(
                 return multiply(x, weight.to(dtype), bias, convolution)
         return compiled_product.product(x, weight, bias, x_rounding, weight_rounding, convolution, dtype)
     if not all(type(part) in (Tensor, torch.nn.Parameter) for part in (x, weight)):  # fake, distributed, functional
-        x = x if x_rounding is None else x_rounding(x)
-        weight = weight if weight_rounding is None else weight_rounding(weight)
+        x = x if x_rounding is None else x_rounding(widened(x))
+        weight = weight if weight_rounding is None else weight_rounding(widened(weight))
         return multiply(x, weight, bias, convolution)
     learned = tensors_of(x_rounding, weight_rounding)
     return _Product.apply(x, weight, bias, *learned, x_rounding, weight_rounding, convolution, dtype)
@@ -97,6 +98,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
         return None
     device_type = "cuda" if x.is_cuda else x.device.type  # which makes a string at each call
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return what to round x from: float32 where x has 16 bits and autocast's dtype is another.
+
+    A rounded tensor has the dtype of what it was made from, and autocast casts it to its own. From float32 that is the
+    one rounding to the compute dtype that ``product`` does; from fp16, say, it would be a second one.
+    """
+    dtype = autocast_dtype(x)
+    return x if dtype in (None, x.dtype) or x.dtype not in _SHORT else x.float()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

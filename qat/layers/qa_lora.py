@@ -22,7 +22,7 @@ from ..quantizers import FixedDtype
 from ..spec import QuantSpec, ScaleDtype
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen, PackedWeight
-from .product import without_autocast
+from .product import widened, without_autocast
 
 
 class ZeroPointLora(FixedDtype):
@@ -80,7 +80,7 @@ class QALoraLinear(Frozen, QuantLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the weight with its trained zero points, in the input's dtype, or autocast's."""
-        x = input if self.activation_quantizer is None else self.activation_quantizer(input)
+        x = input if self.activation_quantizer is None else self.activation_quantizer(widened(input))
         x, bias = match_dtypes(x, self.bias)
         quantizer = self.weight_quantizer
         return _Product.apply(x, bias, quantizer.lora_A, quantizer.lora_B, quantizer)
