@@ -66,6 +66,24 @@ def test_what_changes_in_place_is_rounded_again(changed):
     assert torch.equal(after, model(BATCHES[0]))
 
 
+def test_other_weights_get_none_that_is_kept():
+    """As an ensemble's, which are parts of one tensor that never changed."""
+    model = prepared()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    members = {name: torch.stack([parameter, parameter.flip(0)]) for name, parameter in parameters.items()}
+    members["2.weight_quantizer.step_size"] = torch.stack([parameters["2.weight_quantizer.step_size"]] * 2)
+    ensemble = [{name: member[i] for name, member in members.items()} for i in range(2)]
+
+    def outputs():
+        return [torch.func.functional_call(model, member, BATCHES[0]) for member in (parameters, *ensemble)]
+
+    expected = outputs()
+    with qat.kept_weights(model):
+        found = outputs()
+    assert not torch.equal(expected[1], expected[2])
+    assert all(map(torch.equal, found, expected))
+
+
 def test_an_error_ends_the_keeping():
     model = prepared()
     with pytest.raises(ZeroDivisionError), qat.kept_weights(model):

@@ -49,7 +49,7 @@ class Rounding(NamedTuple):
         if self.kept is None:
             arithmetic = numerics.arithmetic(x, self.step_size)
             return arithmetic.fake_quantized(x, self.step_size, self.grid, dtype, self.offset)
-        state = [None if tensor is None else tensor._version for tensor in (x, self.step_size, self.offset)]
+        state = [None if tensor is None else _state(tensor) for tensor in (x, self.step_size, self.offset)]
         if self.kept.get(dtype, (None,))[0] != state:
             self.kept[dtype] = state, self._replace(kept=None).value(x, dtype)
         return self.kept[dtype][1]
@@ -66,3 +66,8 @@ class Rounding(NamedTuple):
             return *arithmetic.requantize_(grad, x, self.step_size, *how, self.offset), None
         again, *grads = self.rule.requantize_(grad, x, self.step_size, self.offset, *how)
         return again, *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
+
+
+def _state(tensor: Tensor) -> tuple:
+    """Return what differs where a tensor is another one, or has changed in place. It keeps the memory it names."""
+    return tensor.untyped_storage(), tensor.storage_offset(), tensor.stride(), tensor._version
