@@ -85,6 +85,9 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidd
         ({"transformers": {**LLAMA, "num_attention_heads": 0}}, "LlamaForCausalLM cannot be built: ZeroDivisionError"),
         ({"transformers": {**LLAMA, "hidden_act": "no"}}, "LlamaForCausalLM cannot be built: KeyError: 'no'"),
         ({"transformers": {**LLAMA, "model_type": "no"}}, "transformers does not know model_type='no'"),
+        ({"transformers": {**LLAMA, "num_hidden_layers": 2**70}}, f"says num_hidden_layers={2**70}: no model has more"),
+        ({"transformers": {"text_config": {"n_layer": 10**6}, **LLAMA}}, "says n_layer=1000000: no model has more"),
+        ({"builder": "gpt", "args": {"depth": 2**70}}, f"says depth={2**70}: no model has more"),
     ],
 )
 def test_values_from_a_file_that_no_model_has_are_one_error(architecture, said):

@@ -7,6 +7,7 @@ the config of a transformers model.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -21,6 +22,8 @@ from .gpt import gpt
 from .resnet import resnet20
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"cnn": cnn, "gpt": gpt, "resnet20": resnet20}
+MOST_LAYERS = 10_000  # of what a model has one after the other: 2^70 of them would be built for ever
+_COUNTS = re.compile(r"(layers?|depths?|blocks|experts)$")
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:
@@ -31,6 +34,9 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     """
     if not isinstance(architecture, dict) or not isinstance(architecture.get("args") or {}, dict):
         raise ModelError(f"{architecture!r:.80} is no architecture: give {{'builder': NAME, 'args': {{...}}}}")
+    for key, value in _numbers(architecture):
+        if value > MOST_LAYERS and _COUNTS.search(key):
+            raise ModelError(f"the architecture says {key}={value}: no model has more than {MOST_LAYERS} of them")
     if set(architecture) == {"transformers"}:
         return _build_transformers(architecture["transformers"])
     for key in architecture:
@@ -89,6 +95,18 @@ def _build_transformers(values: dict[str, Any]) -> nn.Module:
                 f"transformers does not know model_type={kind!r}: install the version it was made with"
             ) from None
         return model_class._from_config(config)  # in the config's dtype
+
+
+def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Yield every integer of nested values, with the key that it, or the list around it, stands under."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _numbers(value, key)
+    elif isinstance(values, int):
+        yield key, values
 
 
 @contextmanager
