@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -13,10 +14,17 @@ from pathlib import Path
 
 from .errors import ArtifactError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder beside ``out`` to write into; it takes the place of ``out`` when the block ends well.
+
+    What writers of ``out`` left there that were killed is removed first.
 
     Args:
         out: the folder to create or replace; missing parents are created.
@@ -30,19 +38,71 @@ def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Itera
         raise ArtifactError(
             f"{out} exists and is not of the format to be written: choose another folder, or empty this one"
         )
-    new = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        new.mkdir(parents=True)
-        yield new
-        for file in [*new.rglob("*"), new]:
-            _sync(file)
-        _put_in_place(new, out)
-        _sync(out.parent)
+        _remove_leftovers(out)
+        with _folder_beside(out) as new:
+            yield new
+            for file in [*new.rglob("*"), new]:
+                _sync(file)
+            _put_in_place(new, out)
+            _sync(out.parent)
     except OSError as error:
         old = "the artifact that stood there is unchanged" if out.exists() else "nothing was left there"
         raise ArtifactError(f"cannot write {out}: {error.strerror or error}; {old}") from error
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """Yield a new folder, locked against ``_remove_leftovers``; what has its name at the end is removed."""
+    lock = None
+    while lock is None:
+        new = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+        new.mkdir(parents=True)
+        try:
+            lock = _locked(new)
+        except (BlockingIOError, FileNotFoundError):  # taken for a leftover, before it was locked
+            continue
+        except OSError:  # no locks here: then nothing is taken for a leftover either
+            break
+    try:
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed writers of ``out`` left: folders of theirs that nobody has locked."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.tmp")
+    for folder in out.parent.iterdir() if out.parent.is_dir() else ():
+        if ours.fullmatch(folder.name):
+            try:
+                lock = _locked(folder)
+            except OSError:  # its writer lives, or no locks here
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Lock a folder, and return the descriptor that holds the lock: until it is closed, or the process ends.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        FileNotFoundError: it is gone.
+        OSError: nothing can be locked here.
+    """
+    if fcntl is None:
+        raise OSError("no locks for folders on Windows")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.stat()  # locked, but gone by now
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _sync(path: Path) -> None:

@@ -204,6 +204,29 @@ def test_a_write_that_fails_leaves_the_old_artifact(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a half-written folder was left behind"
 
 
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
+    (tmp_path / ".out.mine.tmp").mkdir()
+    (tmp_path / ".other.0123abcd.tmp").mkdir()
+    script = (
+        "import sys, time; from qat.atomic import atomic_folder\n"
+        "with atomic_folder(sys.argv[1], lambda folder: True) as folder:\n"
+        "    (folder / 'half').touch(); print('writes', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout.readline() == "writes\n"
+            expected = saved(tmp_path / "out")[0]
+            (writes,) = tmp_path.glob(".out.????????.tmp")
+            assert (writes / "half").exists()
+        finally:
+            writer.terminate()
+    assert writes.exists()
+    saved(tmp_path / "out")
+    assert not writes.exists() and torch.equal(qat.load(tmp_path / "out", model=Net())(images()), expected)
+    assert {file.name for file in tmp_path.iterdir()} == {"out", ".out.mine.tmp", ".other.0123abcd.tmp"}
+
+
 def test_a_read_only_disk_is_said():
     with pytest.raises(ArtifactError, match=r"cannot write /proc/.*nothing was left there"):
         saved("/proc/nothing-can-be-made-here/out")
