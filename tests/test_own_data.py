@@ -199,6 +199,7 @@ def test_a_subclass_of_ours_is_measured_where_no_validation_ended_the_run(own, t
             "",
             "image [16, 1, 8, 8], size [16, 1]: ConvNet.forward() got an unexpected keyword argument 'image'",
         ),
+        ("Named", "task.mixup=0.2", "task.mixup=0.2 adds up shares of two images, each a tensor of floats"),
         ("Alone", "", "a training batch of one example is too small for batch norm"),
         ("Without", "+data.which=train +data.gives=none", "data=Without: train_dataloader gives None: give a loader"),
         ("Without", "+data.which=train +data.gives=list", "train_dataloader gives a list: give one loader"),

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from ..errors import TrainingError
 from .data_modules import training_batches
-from .tasks import Task
+from .task import Task
 
 
 class BatchNormEstimate(Callback):

@@ -28,7 +28,7 @@ from .chunked_loss import chunked_loss
 from .csv_logger import ResumableCSVLogger
 from .data_modules import training_batches
 from .metrics import cross_entropy, logits_of, run
-from .tasks import Task
+from .task import Task
 
 
 class Calibration(Callback):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
 from .callbacks import all_finite, divergence
-from .tasks import Task
+from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 

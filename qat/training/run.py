@@ -38,7 +38,7 @@ from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_loader import keep_position
 from .result import remove_result, write_result
-from .tasks import Task
+from .task import Task
 from .tokenizer import keep_tokenizer
 
 QUANTIZERS = (".weight_quantizer.", ".activation_quantizer.")
