@@ -67,6 +67,19 @@ def test_values_and_gradients_are_the_papers():
     check_values_and_gradients(lsq_plus)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_frozen_activation_passes_the_same_gradient(dtype):
+    """An adapter below a frozen layer learns through its input."""
+    quantizer = made(4, 0.5, 6)
+    frozen = qat.quantizers.FrozenActivation(quantizer.spec, quantizer.scale(), quantizer.zero_point())
+    gradients = []
+    for layer in (quantizer, frozen):
+        x = torch.linspace(-4, 6, 101).to(dtype).requires_grad_()
+        (layer(x) * torch.arange(101)).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and (gradients[1] != 0).sum() > 50
+
+
 def check_zero_has_a_code(lsq_plus):
     for below, code in ((-3.0, -8), (0.0, -8), (2.4, -6), (2.6, -5), (40.0, 7)):
         quantizer = made(4, 0.5, below, lsq_plus)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numerics import dequantize, fake_quantize, fake_quantized, quantize, scale_dtype
+from ..numerics import fake_quantize, fake_quantized, scale_dtype
 from ..spec import QuantSpec
 from .fixed_dtype import FixedDtype
 
@@ -27,9 +27,7 @@ class FrozenActivation(FixedDtype):
         self.register_buffer("zero_point", zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return dequantize(quantize(x)) in the dtype of x."""
-        if self.zero_point is None:
-            # A trace holds operators; fake_quantize is a Python function for the sake of its gradient.
-            return (fake_quantized if torch.jit.is_tracing() else fake_quantize)(x, self.scale, self.spec)
-        codes = quantize(x, self.scale, self.spec, self.zero_point)
-        return dequantize(codes, self.scale, x.dtype, self.zero_point)
+        """Return dequantize(quantize(x)) in the dtype of x; the gradient passes straight through, but where it clips."""
+        if torch.jit.is_tracing():  # a trace holds operators; fake_quantize is a Python function for its gradient
+            return fake_quantized(x, self.scale, self.spec, zero_point=self.zero_point)
+        return fake_quantize(x, self.scale, self.spec, zero_point=self.zero_point)
