@@ -113,3 +113,18 @@ def test_a_trace_of_weights_that_lie_as_a_gpu_reads_them_calls_the_operator():
     assert "qat::int4_linear" in str(traced.graph)
     x = torch.randn(5, 64)
     assert torch.equal(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("averaging", [None, 0.9, 0.999])
+def test_averages_of_buffers_leave_those_of_equal_models_alone(averaging):
+    """As Lightning's WeightAveraging makes them; None is the plain mean."""
+    torch.manual_seed(0)
+    policy = {"weight": {"bits": 4, "group_size": 8, "symmetric": False}, "activation": {"bits": 4}}
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), policy, verbose=False)
+    qat.calibrate(model, [torch.rand(4, 64)])
+    how = None if averaging is None else get_ema_multi_avg_fn(averaging)
+    average = AveragedModel(model, multi_avg_fn=how, use_buffers=True)
+    for _ in range(20):
+        average.update_parameters(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(average.module.state_dict()[name], tensor), name

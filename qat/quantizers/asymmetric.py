@@ -21,14 +21,16 @@ class AsymmetricLSQ(LearnedWeight):
     (``start``).
 
     Attributes:
-        zero_point: buffer (rows, groups) that does not learn: int8, in the range of the codes, or real.
+        zero_point: buffer (rows, groups) that does not learn: float32, whole and in the range of the codes, or real, in
+            the dtype that it is stored in.
     """
 
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.minmax) -> None:
         spec = replace(spec, signed=True)
         shape = scale_shape(weight.shape, spec)
         super().__init__(spec, shape, name, init, weight.device)
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=zero_point_dtype(spec), device=weight.device))
+        dtype = torch.float32 if spec.zero_point_dtype is None else zero_point_dtype(spec)  # see ``LearnedStepSize``
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=dtype, device=weight.device))
         if not weight.is_meta:
             step_size, zero_point = range_of(weight, spec)
             if init is Init.hqq:
@@ -47,7 +49,8 @@ class AsymmetricLSQ(LearnedWeight):
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
-        return quantize_tensor(weight, self.scale(), self.spec, self.zero_point.clone())
+        zero_point = self.zero_point.to(zero_point_dtype(self.spec), copy=True)
+        return quantize_tensor(weight, self.scale(), self.spec, zero_point)
 
 
 def range_of(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ class WeightCodebook(FixedDtype):
     Attributes:
         levels: float32 (1, L) of a named codebook; (rows, L) of a custom one, which are saved.
         scale_levels: float32 (256,), saved, where the scales are quantized too; else None.
-        initialised: bool (), saved, False until calibrated; None where nothing waits for data.
+        initialised: float32 (), saved, 0 until calibrated; None where nothing waits for data.
         enabled: False passes tensors through, for a delayed start.
         name: the layer's, for messages.
     """
@@ -34,7 +34,7 @@ class WeightCodebook(FixedDtype):
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.minmax) -> None:
         super().__init__()
         self.spec, self.name, self.enabled, self.init = replace(spec, signed=True), name, True, init
-        waits = torch.zeros((), dtype=torch.bool, device=weight.device) if init.reads_data else None
+        waits = torch.zeros((), device=weight.device) if init.reads_data else None
         self.register_buffer("initialised", waits)
         self.shape = scale_shape(weight.shape, spec)
         own = codebook.stored_shape(weight.shape, spec)
@@ -72,7 +72,7 @@ class WeightCodebook(FixedDtype):
 
     def calibrated(self) -> None:
         """Take the weight as it is now for the one that data have set."""
-        self.initialised.fill_(True)
+        self.initialised.fill_(1)
         self._ready = True
 
     def require_initialised(self) -> None:

@@ -27,7 +27,7 @@ class FrozenActivation(FixedDtype):
         self.register_buffer("zero_point", zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return dequantize(quantize(x)) in the dtype of x; the gradient passes straight through, but where it clips."""
+        """Return dequantize(quantize(x)) in the dtype of x; where nothing is clipped, the gradient passes."""
         if torch.jit.is_tracing():  # a trace holds operators; fake_quantize is a Python function for its gradient
             return fake_quantized(x, self.scale, self.spec, zero_point=self.zero_point)
         return fake_quantize(x, self.scale, self.spec, zero_point=self.zero_point)

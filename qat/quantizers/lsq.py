@@ -63,7 +63,7 @@ class LearnedStepSize(FixedDtype):
 
     Attributes:
         step_size: float32 parameter (rows, groups).
-        initialised: bool buffer; saved, so that a resumed run is never calibrated again.
+        initialised: buffer, 1 or 0; saved, so that a resumed run is never calibrated again.
         enabled: False passes tensors through, for a delayed start.
         name: the layer's, for messages.
         fix: what to do about a step size that was never initialised.
@@ -76,14 +76,16 @@ class LearnedStepSize(FixedDtype):
         self.spec, self.name, self.init = spec, name, init
         self.enabled = True
         self.step_size = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
-        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=device))
+        # In float32, as are all buffers here: averages of buffers, such as Lightning's WeightAveraging makes, take no
+        # bool, and cut the fraction off the mean of two equal integers.
+        self.register_buffer("initialised", torch.zeros((), device=device))
         self._ready = False  # the buffer's value, read without a device synchronisation
 
     @torch.no_grad()
     def set_step_size(self, step_size: Tensor) -> None:
         """Start from the given step size, in place: an optimizer that holds the parameter goes on holding it."""
         self.step_size.copy_(step_size.reshape(self.step_size.shape).clamp_min(MIN_SCALE))
-        self.initialised.fill_(True)
+        self.initialised.fill_(1)
         self._ready = True
 
     @torch.no_grad()
@@ -187,7 +189,7 @@ class LearnedActivation(LearnedStepSize):
 
     Attributes:
         observer: takes what passes, during calibration; None outside it.
-        signed: bool buffer, saved.
+        signed: buffer, 1 or 0; saved.
     """
 
     fix = "run qat.calibrate(model, batches) (the training command does it), or load a trained checkpoint"
@@ -195,7 +197,7 @@ class LearnedActivation(LearnedStepSize):
     def __init__(self, spec: QuantSpec, device: torch.device, name: str, init: Init = Init.lsq) -> None:
         super().__init__(spec, (1, 1), name, init, device)
         self.observer: ActivationStatistics | None = None
-        self.register_buffer("signed", torch.tensor(spec.signed is not False, device=device))
+        self.register_buffer("signed", torch.tensor(float(spec.signed is not False), device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
