@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .double_quantization import nest
 from .errors import LayerError
+from .once import Function
 from .spec import Codebook, Granularity, QuantSpec
 
 # The quantiles of a normal distribution, with an exact zero: QLoRA (arXiv:2305.14314), appendix E.
@@ -118,7 +119,7 @@ def check_levels(levels: Tensor, shape: tuple[int, int]) -> Tensor:
     return table.expand(shape).contiguous()
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantize(Function):
     """Saves nothing."""
 
     @staticmethod

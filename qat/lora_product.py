@@ -18,13 +18,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qat.kernels.int4_layout import SIZES, TENSORS, Int4Weight
 
 from .layers import PackedWeight
 from .layers.linear import FrozenLinear, compute_dtype
 from .layers.product import in_a_graph, without_autocast
+from .once import Function, once
 
 
 def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -72,7 +72,7 @@ def _backward(
     return grad_x, (grad_low.t() @ _rows(x)).mul_(scaling), (rows.t() @ low).mul_(scaling)
 
 
-class _LoraProduct(torch.autograd.Function):
+class _LoraProduct(Function):
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, layer: FrozenLinear, scaling: float) -> Tensor:
         with without_autocast(x):
@@ -82,7 +82,7 @@ class _LoraProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         x, low, a, b = ctx.saved_tensors
         packed: PackedWeight = ctx.weight

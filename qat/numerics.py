@@ -19,11 +19,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend, codebook, double_quantization, exact
 from .double_quantization import NestedScale
 from .errors import LayerError
+from .once import Function, once
 from .spec import Codebook, Granularity, QuantSpec
 
 # The smallest scale: from here up to 65536 a bf16 scale, and a 4-bit code times it, are exact in fp16.
@@ -245,7 +245,7 @@ def requantize_(
     return y, *fake_quantize_gradients(grad_output, x, step_size, spec, grad_scale, wanted, zero_point)
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantize(Function):
     """Saves only its inputs; the backward computes the ratio again."""
 
     @staticmethod
@@ -255,7 +255,7 @@ class _FakeQuantize(torch.autograd.Function):
         return arithmetic(x, step_size).fake_quantized(x, step_size, spec, x.dtype, zero_point)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_output: Tensor):
         x, step_size, zero_point = ctx.saved_tensors
         how = ctx.spec, ctx.grad_scale, ctx.needs_input_grad, zero_point

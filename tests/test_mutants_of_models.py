@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant(
         "the frozen input is not quantized",
         LINEAR,
-        "x = activation(x) if fused is None",
+        "x = activation(widened(x)) if fused is None",
         "x = x if fused is None",
         lambda m: layers.check_frozen_forward(m, qat.layers.conv),
     ),
@@ -243,7 +243,7 @@ MUTANTS = [
     Mutant(
         "conv: the frozen input is not quantized",
         CONV,
-        "x = input if self.activation_quantizer is None else self.activation_quantizer(input)\n        if",
+        "x = input if self.activation_quantizer is None else self.activation_quantizer(widened(input))\n        if",
         "x = input\n        if",
         lambda m: layers.check_frozen_forward(qat.layers.linear, m),
     ),

@@ -128,3 +128,34 @@ def test_averages_of_buffers_leave_those_of_equal_models_alone(averaging):
         average.update_parameters(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(average.module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("policy", ["weights", "3 bits and inputs", "LSQ+", "int8_token"])
+def test_a_gradient_of_a_gradient_is_one_error(policy):
+    """Also where it would run through nothing but a layer's saved tensors, and torch would leave it out."""
+    torch.manual_seed(0)
+    model = qat.prepare(nn.Sequential(nn.Linear(16, 4)), POLICIES[policy], verbose=False)
+    qat.calibrate(model, [torch.randn(8, 16)])
+    x = torch.randn(8, 16, requires_grad=True)
+    loss = model(x).sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(qat.QATError, match="no second derivatives"):
+        (loss + slope.square().sum()).backward()
+
+
+def test_a_frozen_layer_has_second_derivatives():
+    layer = frozen_linear(random_tensor())
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_transforms_of_torch_func_are_one_error_and_traces_say_that_they_cannot_be_saved(policy):
+    model = prepared(policy)
+    with pytest.raises(qat.QATError, match=r"torch.func's transforms \(vmap"):
+        torch.vmap(model.head)(torch.randn(4, 16))
+    with pytest.raises(qat.QATError, match=r"torch.func's transforms \(vmap"):
+        torch.func.grad(lambda x: model.head(x).sum())(torch.randn(4, 16))
+    with pytest.warns(UserWarning, match=r"cannot be saved: trace the model after qat\.freeze"):
+        torch.jit.trace(model, tokens())

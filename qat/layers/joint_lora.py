@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..once import Function, once
 from ..quantizers import WeightLSQ
 from ..quantizers.rounding import Rounding
 from .linear import QuantLinear, match_dtypes
@@ -81,7 +81,7 @@ def make_joint_(layer: nn.Linear, quantizer: WeightLSQ, rank: int, scaling: floa
     nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)  # as peft does
 
 
-class _JointProduct(torch.autograd.Function):
+class _JointProduct(Function):
     """Keeps x, A, B and the step size; the backward makes the sum and its rounding again."""
 
     @staticmethod
@@ -95,7 +95,7 @@ class _JointProduct(torch.autograd.Function):
             return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         from qat.kernels.joint_weight import joint_weight, joint_weight_backward
 

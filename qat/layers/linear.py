@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..quantizers import (
     DynamicActivation,
@@ -99,7 +98,6 @@ class _FrozenProduct(torch.autograd.Function):
             return F.linear(x, weight.dequantize(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_x = grad @ ctx.weight.dequantize(ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None

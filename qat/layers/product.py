@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import LayerError
+from ..once import Function, once
 from ..quantizers.rounding import Rounding
 
 _SHORT = torch.bfloat16, torch.float16
@@ -223,7 +223,7 @@ def _convolution_backward(grad, x, weight, convolution: Convolution, wanted: lis
     )
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """Keeps x, the weight, the step sizes and offsets."""
 
     @staticmethod
@@ -235,7 +235,7 @@ class _Product(torch.autograd.Function):
         return value(x, weight, bias, *how)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         x, weight, *tensors = ctx.saved_tensors
         roundings = [

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..numerics import QuantizedTensor, stored_zero_point
+from ..once import Function, once
 from ..quantizers import FixedDtype
 from ..spec import QuantSpec, ScaleDtype
 from .linear import QuantLinear, match_dtypes
@@ -92,7 +92,7 @@ def make_qa_lora_(layer: nn.Linear, rank: int, scaling: float) -> None:
     layer.weight_quantizer = ZeroPointLora(layer.packed_weight, rank, scaling)
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """Keeps x, A and B; the backward dequantizes again, and sums x over groups in place of a weight's gradient."""
 
     @staticmethod
@@ -103,7 +103,7 @@ class _Product(torch.autograd.Function):
             return F.linear(x, quantizer.quantize().dequantize(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad: Tensor):
         x, a, b = ctx.saved_tensors
         rows = grad.flatten(0, -2)

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import backend, exact
+from ..once import Function, once
 from ..spec import Dynamic
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return (values * factor).round() + zero_point, (factor, zero_point)
 
 
-class _RoundDynamic(torch.autograd.Function):
+class _RoundDynamic(Function):
     """Saves only its input; the backward computes what was clipped again."""
 
     @staticmethod
@@ -145,7 +145,7 @@ class _RoundDynamic(torch.autograd.Function):
         return arithmetic(x).rounded(x, kind)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_output: Tensor):
         (x,) = ctx.saved_tensors
         return arithmetic(x).rounded_gradient(grad_output, x, ctx.kind), None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import numerics
 from ..numerics import QuantizedTensor, quantize_tensor, stored_scale
+from ..once import Function
 from ..ranks import max_over_ranks_
 from ..spec import Init, QuantSpec
 from . import asymmetric, lsq_plus
@@ -70,7 +71,7 @@ def fake_quantized(weight: Tensor, spec: QuantSpec) -> Tensor:
     return numerics.arithmetic(weight, step_size).fake_quantized(weight, step_size, spec, weight.dtype, zero_point)
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantize(Function):
     """Saves nothing."""
 
     @staticmethod

@@ -13,8 +13,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import Function, once
 from ..spec import QuantSpec
 
 
@@ -38,7 +38,7 @@ def fake_quantize(
     return _FakeQuantize.apply(rule, x, step_size, offset, spec, grad_scale)
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantize(Function):
     """Saves only its inputs; the backward computes the ratio again."""
 
     @staticmethod
@@ -48,6 +48,6 @@ class _FakeQuantize(torch.autograd.Function):
         return rule.fake_quantized(x, step_size, offset, spec)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_output: Tensor):
         return None, *ctx.rule.gradients(grad_output, *ctx.saved_tensors, ctx.spec, ctx.grad_scale), None, None
