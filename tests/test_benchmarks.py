@@ -1,10 +1,9 @@
 """The pieces of the benchmarks run on a CPU, in small; their figures mean nothing here."""
 
 import csv
-import importlib.util
 import json
-import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,42 +16,67 @@ from qat.spec import QuantSpec
 ROOT = Path(__file__).parents[1]
 
 
-def load(name):
-    """Import benchmarks/<name>.py, whose folder is on no path here."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def _package(monkeypatch):
+    """Let benchmarks import each other; their folder's parent is on no path here, as it holds kernels/."""
+    package = types.ModuleType("benchmarks")
+    package.__path__ = [str(ROOT / "benchmarks")]
+    monkeypatch.setitem(sys.modules, "benchmarks", package)
+    yield
+    for name in [name for name in sys.modules if name.startswith("benchmarks.")]:
+        del sys.modules[name]
 
 
-def test_qat_step(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.qat_step", "--small", "--parts", "language", "vision", "losses"]
-    command += ["--modes", "eager", "--profile", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_qat_step(tmp_path, monkeypatch, capsys):
+    """Nothing is compiled: that takes longer than all the rest."""
+    from benchmarks import qat_step
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for command in (["language", "losses"], ["vision", "--profile"]):
+        qat_step.main(["--small", "--modes", "eager", "--repeats", "2", "--out", str(tmp_path), "--parts", *command])
+    printed = capsys.readouterr().out
     with (tmp_path / "language.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["variant"] for row in rows} == {"plain", "qat", "LSQ in torch", "torchao"}
     assert all(float(row["time ratio"]) > 0 for row in rows if row["variant"] != "torchao")
     assert {row["what"]: row["time bar"] for row in rows if row["time bar"]} == {"W4 g128": "1.05", "W4A8": "1.1"}
     assert len((tmp_path / "losses.md").read_text().splitlines()) == 9
-    assert all((tmp_path / f"{part}.md").read_text() in done.stdout for part in ("language", "vision", "losses"))
+    assert all((tmp_path / f"{part}.md").read_text() in printed for part in ("language", "vision", "losses"))
 
 
-def test_adapters(tmp_path):
+def test_adapters(tmp_path, monkeypatch, capsys):
+    """Each variant in this process, in place of one of its own."""
     pytest.importorskip("peft")
+    from benchmarks import adapters
+
+    def here(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        adapters.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
     variants = ["bf16 LoRA, peft", "NF4, qat", "joint int4 g128 on 8 bits, qat"]
-    command = [sys.executable, "-m", "benchmarks.adapters", "--small", "--steps", "3", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--variants", *variants], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    command = ["adapters", "--small", "--steps", "3", "--out", str(tmp_path), "--variants", *variants]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(adapters, "measured_alone", here)
+    adapters.main()
     rows = json.loads((tmp_path / "adapters.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == variants
     assert all(row["tokens/s"] > 0 and row["estimate GB"] > 0 for row in rows), rows
 
 
+def test_a_variant_is_measured_in_a_process_of_its_own(tmp_path):
+    from benchmarks.adapters import measured_alone
+
+    (tmp_path / "found").write_text('{"ms": 3}')
+    assert measured_alone("json.tool", "--compact", str(tmp_path / "found")) == {"ms": 3}
+    assert "No module named nothing" in measured_alone("nothing")["problem"]
+
+
 def test_the_straightforward_peer_is_lsq():
     """It computes what we compute, so that only the cost is compared."""
-    layer = load("peers").straightforward_lsq(nn.Sequential(nn.Linear(256, 8, bias=False)), lambda name: True, False)[0]
+    from benchmarks.peers import straightforward_lsq
+
+    layer = straightforward_lsq(nn.Sequential(nn.Linear(256, 8, bias=False)), lambda name: True, False)[0]
     step_size, spec = layer.step_size.detach().squeeze(-1), QuantSpec(bits=4, group_size=128)
     x, grad = torch.eye(256), torch.randn(256, 8)
     y = layer(x)
