@@ -145,13 +145,13 @@ def test_grid(shape, grid, real):
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bits(bits, scale_dtype):
-    for real in (None, *REAL):
-        for dtype in DTYPES:
-            finite = dtype == torch.float32
-            assert_fixed((6, 50), asymmetric(real, bits=bits, scale_dtype=scale_dtype), dtype, finite)
+    for index, real in enumerate((None, *REAL)):
+        dtype = DTYPES[(bits + index) % 3]
+        finite = dtype == torch.float32
+        assert_fixed((6, 50), asymmetric(real, bits=bits, scale_dtype=scale_dtype), dtype, finite)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.integers(0, 2**31),
     st.integers(2, 8),
@@ -173,8 +173,7 @@ def test_any_shape(seed, bits, granularity, lead, last, dtype, real):
 def test_learned_offsets(bits, scale_dtype):
     spec = asymmetric(bits=bits, granularity="tensor", scale_dtype=scale_dtype)
     for dtype in DTYPES:
-        for _ in range(3):
-            assert_learned((3, 5, 27), spec, dtype)
+        assert_learned((3, 5, 27), spec, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -216,11 +215,11 @@ def test_layouts(granularity):
 
 def test_partial_sums(monkeypatch):
     """More tiles than programs: each walks several, and a second kernel adds up what they found."""
-    monkeypatch.setattr(fake_quant, "PARTIAL_SUMS", 6)
-    for shape, grid in (((5, 9000), {"granularity": "tensor"}), ((9, 9000), {"granularity": "channel"})):
+    monkeypatch.setattr(fake_quant, "PARTIAL_SUMS", 3)
+    for shape, grid in (((2, 9000), {"granularity": "tensor"}), ((3, 9000), {"granularity": "channel"})):
         for real in (None, "float16"):
             assert_fixed(shape, asymmetric(real, **grid), torch.bfloat16, finite=True)
-    assert_learned((5, 9001), asymmetric(granularity="tensor"), torch.float32)
+    assert_learned((2, 9001), asymmetric(granularity="tensor"), torch.float32)
 
 
 def test_only_the_gradients_asked_for():
