@@ -34,7 +34,7 @@ def test_by_hand(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k", "group"), [(65, 96, 32), (67, 192, 64), (3, 384, 128), (70, 129, 129), (1, 15, 15)])
-@pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 33, 300])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 33, 70])
 def test_grid(m, n, k, group, dtype):
     torch.manual_seed(m + n + k)
     codes, packed, scale = make_weight(n, k, group)
