@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -29,11 +30,18 @@ class Mutant(NamedTuple):
 
 
 def load_checks(name):
-    """Import tests/<name>.py, which is in no package."""
+    """Import tests/<name>.py, which is in no package. A property that fails is not made to fail more simply."""
     spec = importlib.util.spec_from_file_location(f"checks_of_{name}", TESTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    profile = hypothesis.settings.get_current_profile_name()
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutants", hypothesis.settings.default, phases=phases)
+    hypothesis.settings.load_profile("mutants")
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        hypothesis.settings.load_profile(profile)
     return module
 
 
