@@ -18,6 +18,7 @@ from qat.errors import StateError
 from qat.numerics import MIN_SCALE
 
 RANKS = 2
+WAYS = "ddp", "ddp, minmax", "fsdp2", "own groups"
 
 
 class Net(nn.Module):
@@ -75,10 +76,17 @@ def sharded(model, own_groups, **options):
     return fully_shard(model, **options)
 
 
-def work(how, file):
-    """What torchrun starts on each rank: train, and let rank 0 save the losses and the whole state."""
+def work(folder):
+    """What torchrun starts on each rank: train in every way, and let rank 0 save the losses and the whole state."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    for how in WAYS:
+        train_and_save(how, os.path.join(folder, how))
+    dist.barrier()
+    os._exit(0)  # a rank that takes gloo down after the other one is gone can wait for it forever
+
+
+def train_and_save(how, file):
     model, own_groups = prepared(how), how == "own groups"
     wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in how else sharded(model, own_groups)
     losses = train(wrapped, dist.get_rank(), RANKS)
@@ -97,21 +105,25 @@ def work(how, file):
         assert {parameter.dtype for parameter in in_bf16.parameters()} == {torch.bfloat16, torch.float32}
     if dist.get_rank() == 0:
         torch.save({"losses": losses / RANKS, "state": state}, file)
-    dist.barrier()
-    os._exit(0)  # a rank that takes gloo down after the other one is gone can wait for it forever
 
 
-@pytest.mark.parametrize("how", ["ddp", "ddp, minmax", "fsdp2", "own groups"])
-def test_two_processes(how, tmp_path):
-    """The same losses and parameters as one process with the whole batch; then it freezes."""
-    file = tmp_path / "rank0.pt"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder with what each way came to."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = ["--master-addr=127.0.0.1", f"--master-port={free.getsockname()[1]}"]
     command = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", *place]
-    done = subprocess.run([*command, __file__, how, file], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, __file__, folder], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    results, alone = torch.load(file), prepared(how)
+    return folder
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_two_processes(how, trained):
+    """The same losses and parameters as one process with the whole batch; then it freezes."""
+    results, alone = torch.load(trained / how), prepared(how)
     model = copy.deepcopy(alone)
     model.load_state_dict(results["state"])
     torch.testing.assert_close(results["losses"], train(alone, 0, 1), rtol=1e-4, atol=1e-6)
