@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy
@@ -67,6 +68,17 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
         import_module("qat.train").main()
 
     return run
+
+
+@pytest.fixture
+def verify_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``qat.convert --verify`` compare in this process: another one takes seconds to import torch."""
+
+    def run(command: list[str]) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", "qat.verify"]
+        return SimpleNamespace(returncode=import_module("qat.verify").main(command[3:]))
+
+    monkeypatch.setattr("qat.convert.subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import qat
+from qat import verify
 from qat.checkpoint import describe, load_state, read_checkpoint
 from qat.convert import convert, main
 from qat.errors import CheckpointError
@@ -58,7 +59,7 @@ def test_convert_verify_and_load(tmp_path):
     assert torch.equal(qat.load(tmp_path / "out", model=tiny())(x), model(x))
 
 
-def test_verify_finds_one_wrong_code(tmp_path):
+def test_verify_finds_one_wrong_code(tmp_path, capsys):
     """The artifact is of a checkpoint in which one weight is another."""
     checkpoint(tmp_path / "a.ckpt")
     convert(tmp_path / "a.ckpt", tmp_path / "out", model=f"{__name__}:tiny")
@@ -70,21 +71,21 @@ def test_verify_finds_one_wrong_code(tmp_path):
             model[0].weight[0, 0] = step * (code - 1 if code > 0 else code + 1)
 
     checkpoint(tmp_path / "b.ckpt", change=flip)
-    from qat.verify import write_reference
-
     other = read_checkpoint(tmp_path / "b.ckpt")
-    write_reference(other.build(tiny()), other.example_input(), tmp_path / "reference.safetensors")
-    out = run("qat.verify", tmp_path / "out", tmp_path / "reference.safetensors", "--model", "test_convert:tiny")
-    assert out.returncode == 1
-    assert "codes             1 of 81 differ" in out.stdout
-    assert "weights           1 of 2 layers differ in any bit" in out.stdout
+    verify.write_reference(other.build(tiny()), other.example_input(), tmp_path / "reference.safetensors")
+    capsys.readouterr()
+    files = [str(tmp_path / name) for name in ("out", "reference.safetensors")]
+    assert verify.main([*files, "--model", f"{__name__}:tiny"]) == 1
+    said = capsys.readouterr().out
+    assert "codes             1 of 81 differ" in said
+    assert "weights           1 of 2 layers differ in any bit" in said
 
 
-def test_a_checkpoint_without_an_example_compares_the_rest(tmp_path):
+def test_a_checkpoint_without_an_example_compares_the_rest(verify_here, tmp_path, capsys):
     checkpoint(tmp_path / "a.ckpt", example=None)
-    out = run("qat.convert", tmp_path / "a.ckpt", "--out", tmp_path / "out", "--verify", "--model", "test_convert:tiny")
-    assert out.returncode == 0
-    assert "not compared: the checkpoint recorded no example input" in out.stdout
+    command = [str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "out"), "--verify", "--model", f"{__name__}:tiny"]
+    assert main(command) == 0
+    assert "not compared: the checkpoint recorded no example input" in capsys.readouterr().out
 
 
 def error_of(capsys, *arguments):

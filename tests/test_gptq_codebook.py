@@ -112,11 +112,12 @@ def test_methods_that_move_step_sizes_refuse_codebooks(init, kind, what):
         qat.prepare(nn.Sequential(nn.Linear(64, 8)), policy, verbose=False)
 
 
-def test_from_the_command_line_to_an_artifact(tmp_path, monkeypatch, capsys):
+def test_from_the_command_line_to_an_artifact(verify_here, tmp_path, monkeypatch, capsys):
     """policy=lm_nf4 policy.init=gptq trainer.max_steps=0, convert; what is loaded has the calibrated codes."""
     monkeypatch.chdir(tmp_path)
     run = ["experiment=topics_w4", "policy=lm_nf4", "policy.init=gptq", "trainer.max_steps=0", "run_dir=run"]
-    monkeypatch.setattr("sys.argv", ["train", *run, "trainer.accelerator=cpu", "callbacks.calibration.batches=2"])
+    run += ["model.args.width=64", "model.args.depth=2", "trainer.accelerator=cpu", "callbacks.calibration.batches=2"]
+    monkeypatch.setattr("sys.argv", ["train", *run])
     train()
     assert "gptq: " in capsys.readouterr().out
     assert convert(["run/last.ckpt", "--out", "out", "--verify"]) in (0, None)

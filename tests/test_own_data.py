@@ -154,7 +154,7 @@ def own(tmp_path, monkeypatch):
     return lambda name: f"--config-dir {tmp_path / 'configs'} data={name} {SHORT}"
 
 
-def test_from_training_to_what_ships(own, train, tmp_path, capsys):
+def test_from_training_to_what_ships(own, train, verify_here, tmp_path, capsys):
     train(f"{own('Pictures')} callbacks=batch_norm trainer.max_epochs=8 trainer.log_every_n_steps=1")
     assert "calibrated 5 activation step sizes" in capsys.readouterr().out
     run = tmp_path / "runs" / "run"
@@ -229,7 +229,7 @@ def test_a_model_that_cannot_train_is_one_line(own, fails, name, said, policy):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_a_model_with_an_empty_layer_trains_and_ships(own, train, tmp_path):
+def test_a_model_with_an_empty_layer_trains_and_ships(own, train, verify_here, tmp_path):
     configs = " ".join(own("Pictures").split()[:3])
     train(f"{configs} model=hollow policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=1")
     run = tmp_path / "runs" / "run"
@@ -254,7 +254,7 @@ def test_a_network_of_the_users_own_teaches_another(own, train, fails, tmp_path)
     assert f"{teacher} does not fit Hollow: missing more.bias" in said
 
 
-def test_named_inputs_are_arguments_of_the_forward(own, train, tmp_path, capsys):
+def test_named_inputs_are_arguments_of_the_forward(own, train, verify_here, tmp_path, capsys):
     configs = " ".join(own("Named").split()[:3])
     train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=4")
     run = tmp_path / "runs" / "run"

@@ -331,7 +331,7 @@ def test_blocks_run_in_autocast(init):
 # The command line
 
 
-def test_from_the_command_line_to_an_artifact(tmp_path, monkeypatch, capsys):
+def test_from_the_command_line_to_an_artifact(verify_here, tmp_path, monkeypatch, capsys):
     from qat import convert, train
 
     monkeypatch.chdir(tmp_path)

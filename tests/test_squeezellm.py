@@ -108,10 +108,11 @@ def test_bad_data_is_an_error_or_a_counted_fallback(capsys):
     assert "squeezellm: fallbacks: 1" in capsys.readouterr().out and torch.equal(model(x), plain(x))
 
 
-def test_from_the_command_line_to_an_artifact(tmp_path, monkeypatch, capsys):
+def test_from_the_command_line_to_an_artifact(verify_here, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = ["experiment=topics_w4", "policy.weight.codebook=custom", "policy.weight.bits=3", "policy.init=squeezellm"]
     run += ["trainer.max_steps=0", "run_dir=run", "trainer.accelerator=cpu", "callbacks.calibration.batches=2"]
+    run += ["model.args.width=64", "model.args.depth=2"]
     monkeypatch.setattr("sys.argv", ["train", *run])
     train()
     assert "squeezellm: " in capsys.readouterr().out
