@@ -113,23 +113,22 @@ def test_config_is_shown_without_torch(tmp_path):
     assert not imported & {"torch", "lightning", "transformers", "triton", "numpy"}
 
 
-def test_configs_of_the_users_own_from_another_folder(tmp_path):
+def test_configs_of_the_users_own_from_another_folder(train, tmp_path, monkeypatch):
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)
     (own / "model").mkdir()
-    (own / "model" / "mine.yaml").write_text("_target_: mine.Net\nwidth: 5\n")
+    (own / "model" / "mine.yaml").write_text("_target_: mine_net.Net\nwidth: 5\n")
     (own / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: mine\n  - override /data: digits\n"
         "name: mine\ntrainer: {max_epochs: 1}\n"
     )
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "mine_net.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Sequential):\n"
         "    def __init__(self, width):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
     )
-    path = f"{ROOT}{os.pathsep}{tmp_path}"
-    done = run(tmp_path, "--config-dir", "own", "experiment=mine", "model.width=7", PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    train("--config-dir own experiment=mine model.width=7")
     state = torch.load(tmp_path / "runs" / "mine" / "last.ckpt", weights_only=True)["state_dict"]
     assert state["model.1.weight"].shape == (7, 64)

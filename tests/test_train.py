@@ -148,7 +148,8 @@ def test_artifact_and_checkpoint_measure_the_same(train, tmp_path, capsys):
 @pytest.mark.parametrize("end", ["trainer.check_val_every_n_epoch=2", "callbacks=batch_norm"])
 def test_the_metrics_printed_are_those_of_the_final_weights(train, tmp_path, capsys, end):
     """Also where the last validation was before the last epoch, or the end of training changed something after it."""
-    train(f"{DIGITS} model.builder=resnet20 model.args.width=2 policy=conv_w4a4 trainer.max_epochs=3 name=a {end}")
+    few = "trainer.max_epochs=3 trainer.limit_train_batches=8"
+    train(f"{DIGITS} model.builder=resnet20 model.args.width=2 policy=conv_w4a4 {few} name=a {end}")
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("metrics"))
     evaluate_command.main([str(tmp_path / "runs" / "a" / "last.ckpt"), "data=digits"])
     assert printed.split()[1:] == capsys.readouterr().out.split()
