@@ -22,8 +22,8 @@ def kept_weights(model: nn.Module) -> Iterator[None]:
     """Keep each rounded weight from its first use on, forward and backward, until the context ends.
 
     It takes one copy of the weights in the compute dtype. Leave the context before the optimizer steps: a weight that
-    changes in place is rounded again, but FSDP2 gathers a changed weight without a trace. In a compiled model nothing
-    is kept.
+    changes in place, or another one in its place, is rounded again, but FSDP2 gathers a changed weight without a trace.
+    In a compiled model nothing is kept.
 
         with qat.kept_weights(model):
             for batch in micro_batches:
