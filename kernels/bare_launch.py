@@ -92,6 +92,18 @@ def describer(compiled: Any, shape: tuple[int, int]) -> Callable[[Tensor, int], 
     return describe
 
 
+def in_c(compiled: Any) -> bool:
+    """Return whether ``starter`` calls Triton's function in C."""
+    return _in_c(compiled.run) is not None
+
+
+def hooks() -> bool:
+    """Return whether a profiler asked Triton to tell it of launches, which those of ``starter`` do not do."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def _in_c(run: Any) -> Callable[..., None] | None:
     """Return the function in C that Triton's launcher calls; None if it is not known how, or needs more each time."""
     if VERSION not in KNOWN or type(run).__module__ != "triton.backends.nvidia.driver":

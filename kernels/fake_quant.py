@@ -22,6 +22,8 @@ Bytes moved, at least: x and y forward; grad_y, x and grad_x backward. Nothing i
 what zero points there are.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -30,14 +32,12 @@ from torch import Tensor
 from qat.spec import QuantSpec
 
 from .grid import code_of_zero, codes_from_zero, divide, stored_scale
-from .launching import ceil_div, launch, next_power_of_2
+from .launching import MOST, Launch, ceil_div, next_power_of_2
 from .rounding import round_to
 
 TILE = 4096  # elements a program holds at a time
 WARPS = 8
 PARTIAL_SUMS = 4096  # of one step size at most, so that one tile adds them up
-
-_TL_DTYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
 @triton.jit
@@ -156,15 +156,21 @@ def fake_quantized(
     """
     source = in_memory_order(x, step_size)
     y = torch.empty_like(source, dtype=dtype)
-    if x.numel():
-        scales, block = step_size.numel(), x.numel() // step_size.numel()
-        block_s, block_b = _tile(scales, block)
-        tiles = ceil_div(block, block_b)
+    elements, scales = x.numel(), step_size.numel()
+    if elements:
         zero, kind = _zero(zero_point, offset, spec)
-        arguments = source, step_size.contiguous(), zero, y, scales, block, tiles
-        constants = *_bounds(spec), kind, block_s, block_b
-        launch(_forward_kernel, (ceil_div(scales, block_s) * tiles,), arguments, constants, num_warps=WARPS)
-    return _laid_out_as(x, y, step_size)
+        launch = _forward_launch(scales, elements // scales, spec.bits, spec.signed, spec.scale_dtype, kind)
+        launch(source, step_size.contiguous(), zero, y)
+    return y if source is x else _laid_out_as(x, y, step_size)
+
+
+@lru_cache(MOST)
+def _forward_launch(scales: int, block: int, bits: int, signed: bool | None, scale_dtype: str, zero: str) -> Launch:
+    block_s, block_b = _tile(scales, block)
+    tiles = ceil_div(block, block_b)
+    constants = *_grid(bits, signed, scale_dtype, zero), block_s, block_b
+    grid = (ceil_div(scales, block_s) * tiles,)
+    return Launch(_forward_kernel, grid, (scales, block, tiles, *constants), num_warps=WARPS)
 
 
 def fake_quantize_gradients(
@@ -218,27 +224,37 @@ def _backward(grad_y, x, step_size, zero, spec, grad_scale, grad_x, y, wanted) -
     """Fill grad_x and y where they are given, and return the wanted gradients of the step size and of an offset."""
     zero, kind = zero
     wanted = wanted[1 : 3 if kind == "offset" else 2]
-    if not x.numel() or (grad_x is None and y is None and not any(wanted)):
+    elements, scales = x.numel(), step_size.numel()
+    if not elements or (grad_x is None and y is None and not any(wanted)):
         return [torch.zeros_like(step_size) if is_wanted else None for is_wanted in wanted]
-    scales, block = step_size.numel(), x.numel() // step_size.numel()
+    step_size = step_size.contiguous()
+    # Behind a ReLU half of all elements are 0, and masked: single elements take longer to write than all in a row.
+    sparse = grad_x is grad_y and spec.signed is not False
+    how = spec.bits, spec.signed, spec.scale_dtype, kind
+    backward, add_up, programs = _backward_launches(scales, elements // scales, grad_scale, sparse, *how)
+    grads, sums = [None, None], [None, None]
+    for index in range(len(wanted) if any(wanted) else 0):  # of two, both are made
+        grads[index] = torch.empty_like(step_size)
+        sums[index] = grads[index] if programs == 1 else x.new_empty(scales, programs, dtype=torch.float32)
+    backward(grad_y, x, step_size, zero, grad_x, y, *sums)
+    if any(wanted) and programs > 1:
+        add_up(*sums, *grads)
+    return [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=False)]
+
+
+@lru_cache(MOST)
+def _backward_launches(
+    scales: int, block: int, factor: float, sparse: bool, bits: int, signed: bool | None, scale_dtype: str, zero: str
+) -> tuple[Launch, Launch, int]:
+    """Return the two launches, of which the second adds up sums, and how many programs share a scale."""
     block_s, block_b = _tile(scales, block)
     rows, tiles = ceil_div(scales, block_s), ceil_div(block, block_b)
     tiles_each = ceil_div(tiles, max(1, PARTIAL_SUMS // rows))
     programs = ceil_div(tiles, tiles_each)  # along B
-    grads, sums = [None, None], [None, None]
-    for index in range(len(wanted) if any(wanted) else 0):  # of two, both are made
-        grads[index] = torch.empty(step_size.shape, dtype=step_size.dtype, device=x.device)
-        sums[index] = grads[index] if programs == 1 else x.new_empty(scales, programs, dtype=torch.float32)
-    factor = grad_scale if programs == 1 else 1.0
-    arguments = grad_y, x, step_size.contiguous(), zero, grad_x, y, *sums, scales, block, tiles_each, factor
-    # Behind a ReLU half of all elements are 0, and masked: single elements take longer to write than all in a row.
-    sparse = grad_x is grad_y and spec.signed is not False
-    constants = sparse, *_bounds(spec), kind, block_s, block_b
-    launch(_backward_kernel, (rows, programs), arguments, constants, num_warps=WARPS)
-    if any(wanted) and programs > 1:
-        size = next_power_of_2(programs)
-        launch(_sum_kernel, (scales,), (*sums, *grads, programs, grad_scale), (size,), num_warps=WARPS)
-    return [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=False)]
+    add_up = Launch(_sum_kernel, (scales,), (programs, factor, next_power_of_2(programs)), num_warps=WARPS)
+    constants = sparse, *_grid(bits, signed, scale_dtype, zero), block_s, block_b
+    rest = scales, block, tiles_each, factor if programs == 1 else 1.0, *constants
+    return Launch(_backward_kernel, (rows, programs), rest, num_warps=WARPS), add_up, programs
 
 
 def _zero(zero_point: Tensor | None, offset: Tensor | None, spec: QuantSpec) -> tuple[Tensor | None, str]:
@@ -273,5 +289,7 @@ def _tile(scales: int, block: int) -> tuple[int, int]:
     return min(TILE // block_b, next_power_of_2(scales)), block_b
 
 
-def _bounds(spec: QuantSpec) -> tuple[float, float, tl.dtype]:
-    return float(-spec.q_n), float(spec.q_p), _TL_DTYPES[spec.scale_dtype]
+def _grid(bits: int, signed: bool | None, scale_dtype: str, zero: str) -> tuple[float, float, tl.dtype, str]:
+    """Return the constexprs that say where codes lie."""
+    spec = QuantSpec(bits=bits, signed=signed)
+    return float(-spec.q_n), float(spec.q_p), getattr(tl, scale_dtype), zero

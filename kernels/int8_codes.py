@@ -18,6 +18,7 @@ Bytes moved: x, and one byte a value.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def int8_codes_reference(
 
 if triton is not None:
     from .grid import divide
-    from .launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
+    from .launching import MOST, Launch, ceil_div, next_power_of_2, starts_early, take_turns
     from .round_dynamic import int8_token_grid
     from .rounding import clamp, round_half_even
 
@@ -133,6 +134,20 @@ if triton is not None:
         tl.store(step_ptr + token[:, None], step, mask=is_token)
         tl.store(shift_ptr + token[:, None], shift, mask=is_token)
 
+    @lru_cache(MOST)
+    def _codes_launch(tokens: int, inputs: int, pairs: int, bits: int, signed: bool, early: bool) -> Launch:
+        block_p = next_power_of_2(pairs)
+        block_t = max(1, TILE // 2 // block_p)
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        return Launch(
+            _int8_codes_kernel,
+            (ceil_div(tokens, block_t),),
+            (tokens, inputs, pairs, float(low), float(high), block_t, block_p, early),
+            num_warps=min(16, max(4, block_t * block_p // 512)),
+            enable_fp_fusion=False,  # the reference rounds products and sums one by one
+            **({"launch_pdl": True} if early else {}),
+        )
+
 
 def int8_codes(
     x: Tensor, scale: Tensor | None, bits: int = 8, signed: bool = True, zero_point: Tensor | None = None
@@ -149,18 +164,6 @@ def int8_codes(
     codes = x.new_empty(tokens, ceil_div(inputs, INPUTS) * INPUTS, dtype=torch.int8)
     # Both start at a multiple of 16 bytes, which compiled kernels rely on.
     step, shift = x.new_empty(2, ceil_div(tokens, 4) * 4, dtype=torch.float32)[:, :tokens]
-    pairs = codes.shape[1] // 2
-    block_p = next_power_of_2(pairs)
-    block_t = max(1, TILE // 2 // block_p)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    early = starts_early(x)
-    launch(
-        _int8_codes_kernel,
-        (ceil_div(tokens, block_t),),
-        (x, scale, zero_point, codes.view(torch.int16), step, shift, tokens, inputs, pairs),
-        (float(low), float(high), block_t, block_p, early),
-        num_warps=min(16, max(4, block_t * block_p // 512)),
-        enable_fp_fusion=False,  # the reference rounds products and sums one by one
-        **({"launch_pdl": True} if early else {}),
-    )
+    make = _codes_launch(tokens, inputs, codes.shape[1] // 2, bits, signed, starts_early(x))
+    make(x, scale, zero_point, codes.view(torch.int16), step, shift)
     return Codes(codes, step, shift)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,7 @@ from .int4_layout import INPUTS, Int4Weight
 from .int4_plans import Int8, choose_int8
 from .int4_run import launch, limits
 from .int8_codes import Codes, int8_codes
-from .launching import ceil_div
-from .launching import launch as launch_portable
+from .launching import MOST, Launch, ceil_div
 
 WHOLE_ROW = 2**30  # more inputs than any group of a row has
 
@@ -58,10 +59,16 @@ def run_plan(
 
 
 def _portable(codes: Codes, weight: Int4Weight, sums: Tensor, bias: Tensor | None, y_MN: Tensor) -> None:
-    block_m, blocks = (64 if y_MN.shape[0] > 16 else 16), 4
-    grid = (ceil_div(y_MN.shape[0], block_m) * ceil_div(weight.words.shape[0], blocks),)
-    arguments = *codes, weight.words, weight.scale, weight.zero_point, sums, bias, y_MN, y_MN.shape[0], *_sizes(weight)
-    launch_portable(int8_portable.int8_matmul_kernel, grid, arguments, (*_groups(weight), block_m, blocks), num_warps=4)
+    launch = _portable_launch(y_MN.shape[0], *_sizes(weight), *_groups(weight))
+    launch(*codes, weight.words, weight.scale, weight.zero_point, sums, bias, y_MN)
+
+
+@lru_cache(MOST)
+def _portable_launch(tokens: int, outputs: int, row_blocks: int, *rest: int) -> Launch:
+    block_m, blocks = (64 if tokens > 16 else 16), 4
+    grid = (ceil_div(tokens, block_m) * ceil_div(row_blocks, blocks),)
+    arguments = tokens, outputs, row_blocks, *rest, block_m, blocks
+    return Launch(int8_portable.int8_matmul_kernel, grid, arguments, num_warps=4)
 
 
 def _batch(plan: Int8, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Tensor | None, y_MN: Tensor) -> None:

@@ -13,6 +13,7 @@ Bytes moved, at least: the base and y forward; the base, y, and the gradient twi
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ try:
     import triton.language as tl
 
     from .grid import divide, stored_scale
-    from .launching import ceil_div, launch
+    from .launching import MOST, Launch, ceil_div
     from .rounding import clamp, round_half_even, round_to
 except ImportError:  # there is no Triton for macOS
     triton = None
@@ -144,6 +145,35 @@ if triton is not None:
         if sums_ptr is not None:
             tl.store(sums_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(total, 1), mask=row < N)
 
+    @lru_cache(MOST)
+    def _joint_launch(
+        rows: int,
+        columns: int,
+        rank: int,
+        base_groups: tuple[int, int] | None,  # the shape of scales
+        step_groups: tuple[int, int] | None,
+        q_n: int,
+        q_p: int,
+        scale_dtype: str,
+    ) -> tuple[Launch, int]:
+        """Return the launch, and how many programs share a row."""
+        both = base_groups, step_groups
+        of_base, of_step = (columns if groups is None else columns // groups[1] for groups in both)
+        many = [groups is not None and groups[0] > 1 for groups in both]
+        block_k = _block(of_base, of_step, columns)
+        tiles = min(8, ceil_div(columns, block_k)) if of_step == columns else of_step // block_k
+        programs = ceil_div(columns, tiles * block_k)
+        block_n = max(1, 4096 // block_k)
+        constants = rank, *many, float(-q_n), float(q_p), getattr(tl, scale_dtype), tiles, block_n, block_k
+        rest, grid = (rows, columns, of_base, of_step, *constants), (ceil_div(rows, block_n), programs)
+        return Launch(_joint_kernel, grid, rest, num_warps=8, enable_fp_fusion=False), programs
+
+
+def _block(of_base: int, of_step: int, columns: int) -> int:
+    """Return how many columns a tile has: a power of two that no group ends inside of, or any where rows have one."""
+    shared = math.gcd(*(size for size in (of_base, of_step) if size < columns), 128)
+    return shared & -shared
+
 
 def _launch(
     parts: LowRankSum,
@@ -156,19 +186,11 @@ def _launch(
     """Fill y, and grad_w where there is a gradient; return that of step then, not scaled."""
     base, base_scale, a, b = (part if part is None else part.contiguous() for part in parts)
     rows, columns = base.shape
-    of_base = columns if base_scale is None else columns // base_scale.shape[1]
-    of_step = columns if step is None else columns // step.shape[1]
-    block_k = _block(of_base, of_step, columns)
-    tiles = min(8, ceil_div(columns, block_k)) if of_step == columns else of_step // block_k
-    programs = ceil_div(columns, tiles * block_k)
-    block_n = max(1, 4096 // block_k)
+    groups = [None if scales is None else tuple(scales.shape) for scales in (base_scale, step)]
+    how = spec.q_n, spec.q_p, spec.scale_dtype
+    launch, programs = _joint_launch(rows, columns, len(a), *groups, *how)
     sums = torch.empty(rows, programs, device=base.device) if grad is not None else None
-    arguments = base, base_scale, a, b, step, grad, y, grad_w, sums, rows, columns, of_base, of_step
-    many = [scales is not None and scales.shape[0] > 1 for scales in (base_scale, step)]
-    scale_dtype = getattr(tl, spec.scale_dtype.value)
-    constants = len(a), *many, float(-spec.q_n), float(spec.q_p), scale_dtype, tiles, block_n, block_k
-    grid = ceil_div(rows, block_n), programs
-    launch(_joint_kernel, grid, arguments, constants, num_warps=8, enable_fp_fusion=False)
+    launch(base, base_scale, a, b, step, grad, y, grad_w, sums)
     if sums is None:
         return None
     if step.numel() == 1:
@@ -176,15 +198,14 @@ def _launch(
     return sums if step.shape[1] > 1 else sums.sum(1, keepdim=True)
 
 
-def _block(of_base: int, of_step: int, columns: int) -> int:
-    """Return how many columns a tile has: a power of two that no group ends inside of, or any where rows have one."""
-    shared = math.gcd(*(size for size in (of_base, of_step) if size < columns), 128)
-    return shared & -shared
+def _runs(parts: LowRankSum, step: Tensor | None) -> bool:
+    values = parts.a if parts.base.dtype == torch.uint8 else parts.base  # kernels take codes where they take values
+    return triton is not None and backend.fused(values, step)
 
 
-def _runs(base: Tensor, step: Tensor | None) -> bool:
-    # uint8 codes stand for what kernels take.
-    return triton is not None and backend.fused(base if base.is_floating_point() else base[:0].float(), step)
+@cache
+def _grid(bits: int, scale_dtype: str) -> QuantSpec:
+    return QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
 
 
 def joint_weight(parts: LowRankSum, step: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
@@ -224,8 +245,8 @@ _library.define(
 
 @torch.library.impl(_library, "joint_weight", "CompositeExplicitAutograd")
 def _forward(base, base_scale, a, b, step, bits, scale_dtype, dtype):
-    parts, spec = LowRankSum(base, base_scale, a, b), QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
-    if not _runs(base, step):
+    parts, spec = LowRankSum(base, base_scale, a, b), _grid(bits, scale_dtype)
+    if not _runs(parts, step):
         return joint_weight_reference(parts, step, spec, dtype)
     y = torch.empty(base.shape, dtype=dtype, device=base.device)
     if y.numel():
@@ -235,8 +256,8 @@ def _forward(base, base_scale, a, b, step, bits, scale_dtype, dtype):
 
 @torch.library.impl(_library, "joint_weight_backward", "CompositeExplicitAutograd")
 def _backward(grad, base, base_scale, a, b, step, bits, scale_dtype, grad_scale):
-    parts, spec = LowRankSum(base, base_scale, a, b), QuantSpec(bits=bits, signed=True, scale_dtype=scale_dtype)
-    if not _runs(base, step) or not base.numel():
+    parts, spec = LowRankSum(base, base_scale, a, b), _grid(bits, scale_dtype)
+    if not _runs(parts, step) or not base.numel():
         return joint_weight_backward_reference(grad, parts, step, spec, grad_scale)
     grad = grad.contiguous()
     y, grad_w = torch.empty_like(grad), torch.empty_like(grad)

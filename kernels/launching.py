@@ -1,7 +1,8 @@
 """Launching a Triton kernel at little cost for the host.
 
 ``kernel[grid](...)`` binds the arguments and works out what to specialize on, every time: more than the kernel takes on
-a small layer. Here a compiled kernel is looked up by what Triton specializes on, and launched as it is.
+a small layer. Here a launch is looked up by all that decides it but addresses, and done again by Triton's function in C
+(``bare_launch``), or by Triton's own launcher where that is not known or a profiler wants to hear of launches.
 
 On Hopper and later a kernel can start before the one ahead of it has ended (programmatic dependent launch): the int4
 kernels then read weights while small kernels before them run, which take turns.
@@ -9,6 +10,7 @@ kernels then read weights while small kernels before them run, which take turns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,36 +18,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import bare_launch
 from .rounding import INTERPRETED
 
-_compiled: dict[tuple, Any] = {}
+# Inputs of every length have launches of their own: so many are kept of each kind.
+MOST = 4096
+
 _early: dict[int, bool] = {}
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: tuple, constants: tuple, **options) -> None:
-    """Launch a kernel whose parameters are ``arguments``, the first of them a tensor, and then its constexprs.
+class Launch:
+    """A kernel and all that decides how it is launched but its tensors.
 
     Args:
-        kernel: a ``triton.jit`` function.
+        kernel: a ``triton.jit`` function whose parameters are tensors and then ``rest``.
         grid: programs along one to three axes.
-        arguments: tensors, ints, floats and None.
-        constants: the constexprs, hashable.
+        rest: ints and floats, from which the sizes of the tensors follow, and then the constexprs.
         options: num_warps and the like.
     """
-    if INTERPRETED.value:
-        kernel[grid](*arguments, *constants, **options)
-        return
-    device = arguments[0].device
-    if device.index != torch.accelerator.current_device_index():
-        with torch.accelerator.device_index(device.index):
-            launch(kernel, grid, arguments, constants, **options)
-        return
-    key = (kernel.fn, device, constants, *options.values(), *map(_specialization, arguments))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*arguments, *constants, **options)
-    else:
-        compiled[grid + (1,) * (3 - len(grid))](*arguments, *constants)
+
+    def __init__(self, kernel, grid: tuple[int, ...], rest: tuple, **options) -> None:
+        self.kernel, self.grid, self.rest, self.options = kernel, grid + (1,) * (3 - len(grid)), rest, options
+        # What Triton compiled, and what launches that in C, by what else decides it: dtypes, alignment, and devices,
+        # since an address is taken for the GPU's.
+        self.known: dict[tuple, tuple[Any, Callable[..., None] | None]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch the kernel on the device of the first tensor, which is not None."""
+        if INTERPRETED.value:
+            self.kernel[self.grid](*tensors, *self.rest, **self.options)
+            return
+        device = tensors[0].get_device()
+        if device != torch.accelerator.current_device_index():
+            with torch.accelerator.device_index(device):
+                self(*tensors)
+            return
+        kinds, addresses = [], []
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            kinds.append(None if tensor is None else (tensor.dtype, address % 16 == 0, tensor.get_device()))
+        compiled, start = self.known.get(tuple(kinds), (None, None))
+        if compiled is None:
+            compiled = self.kernel[self.grid](*tensors, *self.rest, **self.options)
+            start = bare_launch.starter(compiled, self.grid, device, self.rest) if bare_launch.in_c(compiled) else None
+            self.known[tuple(kinds)] = compiled, start
+        elif start is None or bare_launch.hooks():
+            compiled[self.grid](*tensors, *self.rest)
+        else:
+            start(*addresses)
 
 
 @triton.jit
@@ -74,12 +95,3 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(a: int) -> int:
     """Return the least power of two that is at least a, which is at least 1."""
     return 1 << (a - 1).bit_length()
-
-
-def _specialization(argument) -> tuple | None:
-    """Return what Triton compiles a kernel for: alignment, the width of integers, ones."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0, argument.numel() < 2**28
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument < 2**31
-    return None if argument is None else ()

@@ -10,6 +10,8 @@ held, they would add an eighth to the weight's bytes.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .launching import ceil_div, launch
+    from .launching import MOST, Launch, ceil_div
 except ImportError:  # there is no Triton for macOS
     triton = None
 else:
@@ -63,6 +65,12 @@ else:
         scale = level * factor + tl.load(nest_ptr)
         tl.store(scale_ptr + at, tl.where(inside, scale, 0.0), mask=at < size)
 
+    @lru_cache(MOST)
+    def _scale_launch(size: int, groups: int, out_features: int) -> Launch:
+        rest = size, groups, out_features, BLOCK, LEVELS, 1024
+        fused = False  # a product and a sum, not one
+        return Launch(_nested_scale_kernel, (ceil_div(size, 1024),), rest, enable_fp_fusion=fused)
+
 
 def nested_scale(codes: Tensor, nest: Tensor, out_features: int) -> Tensor:
     """Return the scales: float32 (row blocks, groups, 16).
@@ -75,7 +83,5 @@ def nested_scale(codes: Tensor, nest: Tensor, out_features: int) -> Tensor:
     scale = torch.empty(codes.shape, device=codes.device)
     size = codes.numel()
     if size:
-        arguments, constants = (codes, nest, scale, size, codes.shape[1], out_features), (BLOCK, LEVELS, 1024)
-        fused = False  # a product and a sum, not one
-        launch(_nested_scale_kernel, (ceil_div(size, 1024),), arguments, constants, enable_fp_fusion=fused)
+        _scale_launch(size, codes.shape[1], out_features)(codes, nest, scale)
     return scale

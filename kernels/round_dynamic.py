@@ -14,6 +14,8 @@ Bytes moved, at least: x and y forward; x backward where the gradient is masked 
 written, and y where it is wanted again.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from qat.spec import Dynamic
 
-from .launching import ceil_div, launch, next_power_of_2, starts_early, take_turns
+from .launching import MOST, Launch, ceil_div, next_power_of_2, starts_early, take_turns
 from .rounding import clamp, round_half_even, round_to
 
 TILE = 4096  # values a program holds, if a token has no more
@@ -121,17 +123,22 @@ def reround_(
 
 
 def _launch(x: Tensor, y: Tensor | None, grad_y: Tensor | None, grad_x: Tensor | None, kind: Dynamic) -> None:
-    if not x.numel():
-        return
-    k = _BLOCK if kind == Dynamic.q8_0 else x.shape[-1]
-    tokens, block_k = x.numel() // k, next_power_of_2(k)
+    elements = x.numel()
+    if elements:
+        k = _BLOCK if kind == Dynamic.q8_0 else x.shape[-1]
+        tokens = elements // k
+        early = tokens <= FEW_TOKENS and grad_x is None and starts_early(x)
+        _round_launch(tokens, k, kind == Dynamic.q8_0, early)(x, y, grad_y, grad_x)
+
+
+@lru_cache(MOST)
+def _round_launch(tokens: int, k: int, q8_0: bool, early: bool) -> Launch:
+    block_k = next_power_of_2(k)
     block_t = max(1, TILE // block_k)
-    early = tokens <= FEW_TOKENS and grad_x is None and starts_early(x)
-    launch(
+    return Launch(
         _round_kernel,
         (ceil_div(tokens, block_t),),
-        (x, y, grad_y, grad_x, tokens, k),
-        (kind == Dynamic.q8_0, block_t, block_k, early),
+        (tokens, k, q8_0, block_t, block_k, early),
         num_warps=min(16, max(4, block_t * block_k // 1024)),
         **({"launch_pdl": True} if early else {}),
         enable_fp_fusion=False,  # the reference rounds products and sums one by one

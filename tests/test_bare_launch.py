@@ -1,12 +1,16 @@
 """Run: python -m pytest tests/test_bare_launch.py: what Triton's C function is given, by its launcher and by ours."""
 
+from unittest.mock import ANY
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from qat.kernels import bare_launch, int4_batch
+from qat.kernels import bare_launch, int4_batch, launching
 from qat.kernels.bare_launch import Described, describer, starter
+from triton import knobs
 from triton.backends.nvidia import driver
+from triton.compiler import CompiledKernel, LazyDict
 
 SIZES = 70, 128
 META = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [64, 64], "fp4_padded": False}
@@ -22,7 +26,13 @@ def maps(monkeypatch):
         return made[-1]
 
     utils = type("Utils", (), {"fill_tma_descriptor": fill, "fill_tma_descriptor_tiled": fill})
-    monkeypatch.setattr(driver.triton.runtime, "driver", type("D", (), {"active": type("A", (), {"utils": utils})}))
+    where = {
+        "get_current_device": lambda: torch.accelerator.current_device_index(),
+        "get_current_stream": lambda device: 1000 + device,
+    }
+    active = type("A", (), {"utils": utils} | {name: staticmethod(call) for name, call in where.items()})
+    monkeypatch.setattr(driver.triton.runtime, "driver", type("D", (), {"active": active}))
+    monkeypatch.setattr("triton.compiler.compiler.driver", driver.triton.runtime.driver)
     monkeypatch.setattr(bare_launch, "current_stream", lambda device: 1000 + device)
     return made
 
@@ -49,7 +59,10 @@ def compiled_kernel(signature, meta=META, scratch=0):
     launcher.global_scratch_size = launcher.profile_scratch_size = scratch
     launcher.global_scratch_align = launcher.profile_scratch_align = 1
     launcher.arg_annotations, launcher.kernel_signature = "annotations", b"signature"
-    return type("Compiled", (), {"run": launcher, "function": 77, "packed_metadata": (4, 1, 512)}), in_c.given
+    compiled = object.__new__(CompiledKernel)
+    compiled._run, compiled.function, compiled.packed_metadata = launcher, 77, (4, 1, 512)
+    compiled.module, compiled.name, compiled.src = "loaded", "kernel", None
+    return compiled, in_c.given
 
 
 def as_triton(compiled, grid, device, *arguments):
@@ -115,3 +128,139 @@ class Allocator:
     def get():
         """Return what allocates."""
         return lambda size, align, stream: "scratch"
+
+
+class Kernel:
+    """Is compiled at each call, launched as Triton does, and keeps the options."""
+
+    def __init__(self, **how):
+        self.compiled, self.options, self.how = [], [], how
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            compiled, given = compiled_kernel({}, None, **self.how)
+            self.compiled.append(given)
+            self.options.append(options)
+            compiled[grid](*arguments)
+            return compiled
+
+        return launch
+
+
+@pytest.fixture
+def gpu(maps, monkeypatch):
+    """Let tensors of the CPU pass for the current GPU's, and launches be done as there."""
+    monkeypatch.setattr(launching, "INTERPRETED", type("No", (), {"value": False}))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(
+        driver, "_allocation", type("A", (), {"_allocator": Allocator, "_profile_allocator": Allocator})
+    )
+
+
+class OnGpu(torch.Tensor):
+    """Says that it lies on a GPU: the fourth, unless it has another index."""
+
+    index = 3
+
+    def get_device(self):
+        """Return its index."""
+        return self.index
+
+
+def on_gpu(*shape, dtype=torch.float32, index=3, offset=0):
+    made = torch.empty(torch.Size(shape).numel() + 16, dtype=dtype)[offset:].as_subclass(OnGpu)
+    made.index = index
+    return made
+
+
+def test_a_launch_is_done_again_with_the_arguments_it_had(gpu):
+    """Addresses anew, numbers, constants and missing tensors as they were; only the first goes through Triton."""
+    kernel = Kernel()
+    launch = launching.Launch(kernel, (5, 2), (70, 0.25, 8.0, "whole", 64), num_warps=8, enable_fp_fusion=False)
+    for_hooks = knobs.HookChain, LazyDict  # in whose places we give None
+    tensors = [(on_gpu(70), None, on_gpu(70), None) for _ in range(3)]
+    for x, _, y, _ in (tensors[0], *tensors):
+        launch(x, None, y, None)
+    ((first, *again),) = kernel.compiled
+    first = [None if isinstance(a, for_hooks) else a for a in first]
+    assert first[:7] == [5, 2, 1, 1003, 77, False, True] and first[-9:-5] == [tensors[0][0].data_ptr(), None, ANY, None]
+    for (x, _, y, _), given in zip(tensors, again, strict=True):
+        assert given == [*first[:-9], x.data_ptr(), None, y.data_ptr(), None, *first[-5:]]
+    assert first[-5:] == [70, 0.25, 8.0, "whole", 64]
+    assert kernel.options == [{"num_warps": 8, "enable_fp_fusion": False}]
+
+
+def test_another_dtype_alignment_device_or_a_missing_tensor_goes_through_triton(gpu):
+    kernel = Kernel()
+    launch = launching.Launch(kernel, (1,), (4,))
+    x = on_gpu(4)
+    kinds = [(x, x), (x, None), (x, on_gpu(4, offset=1)), (on_gpu(4, offset=1), x), (x, on_gpu(4, dtype=torch.half))]
+    kinds.append((x, torch.empty(4)))  # on a CPU, which Triton refuses and its function in C would read
+    for count, tensors in enumerate(kinds * 2):
+        launch(*tensors)
+        assert len(kernel.compiled) == min(count + 1, len(kinds))
+    launch(x, on_gpu(4, offset=4))  # 16 bytes on: as aligned as before
+    assert len(kernel.compiled) == len(kinds) and [len(given) for given in kernel.compiled] == [3, 2, 2, 2, 2, 2]
+
+
+def test_each_device_has_its_own_kernel_and_is_made_the_current_one(gpu, monkeypatch):
+    current = [3]
+
+    class Switch:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[-1])
+    monkeypatch.setattr(torch.accelerator, "device_index", Switch)
+    kernel = Kernel()
+    launch = launching.Launch(kernel, (1,), (4,))
+    for index in (3, 0, 3, 0, 0):
+        launch(on_gpu(4, index=index))
+    third, first = kernel.compiled
+    assert len(third) == 2 and len(first) == 3 and current == [3]
+    assert all(1003 in given for given in third) and all(1000 in given for given in first)  # their streams
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_hears_of_every_launch(gpu, hook):
+    """And of none that comes after it has left."""
+
+    def heard(metadata):
+        raise AssertionError("only the function in C calls it, which does not run here")
+
+    kernel = Kernel()
+    launch, x = launching.Launch(kernel, (1,), (4,)), on_gpu(4)
+    launch(x)
+    launch(x)
+    getattr(knobs.runtime, hook).add(heard)
+    try:
+        launch(x)
+    finally:
+        getattr(knobs.runtime, hook).remove(heard)
+    launch(x)
+    (given,) = kernel.compiled
+    chains = [[a for a in one if isinstance(a, knobs.HookChain)] for one in given]
+    assert [len(chain) for chain in chains] == [2, 0, 2, 0]
+
+
+@pytest.mark.parametrize("obstacle", ["version", "scratch", "another launcher"])
+def test_launches_of_other_kernels_go_through_tritons_launcher(gpu, monkeypatch, obstacle):
+    """Of versions that are not known, for scratch memory, and of other backends."""
+    if obstacle == "version":
+        monkeypatch.setattr(bare_launch, "VERSION", "3.99")
+    if obstacle == "another launcher":
+        monkeypatch.setattr(driver.CudaLauncher, "__module__", "triton.backends.amd.driver")
+    monkeypatch.setattr(launching.bare_launch, "starter", None)
+    kernel = Kernel(scratch=8 if obstacle == "scratch" else 0)
+    launch = launching.Launch(kernel, (2,), (4, 64))
+    for _ in range(2):
+        launch(on_gpu(4), None)
+    ((first, second),) = kernel.compiled
+    assert len(first) == len(second) and ("scratch" in second) == (obstacle == "scratch")
+    assert any(isinstance(a, knobs.HookChain) for a in second)

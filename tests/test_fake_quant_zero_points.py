@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qat.kernels import fake_quant
+from qat.kernels import fake_quant, launching
 from test_fake_quant import DEVICE, DTYPES, GPU_GRIDS, GRIDS, SCALE_DTYPES, edge_ratios, same_bits
 
 import qat
@@ -271,8 +271,8 @@ def test_quantizers_run_in_the_kernels(monkeypatch, make, compiled):
     made, x = make()
     made, x = made.to(DEVICE), x.to(DEVICE)
     results, calls = [], []
-    launch = fake_quant.launch
-    monkeypatch.setattr(fake_quant, "launch", lambda *args, **how: calls.append(args[0]) or launch(*args, **how))
+    launch = launching.Launch.__call__
+    monkeypatch.setattr(launching.Launch, "__call__", lambda self, *args: calls.append(self) or launch(self, *args))
     for kernels in (False, True):
         monkeypatch.setattr(backend, "fused", lambda *tensors, kernels=kernels: kernels)
         torch._dynamo.reset()
