@@ -7,6 +7,7 @@ model that trained would not be the one that ships. Calling the eager arithmetic
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -30,6 +31,7 @@ def flat(spec: QuantSpec) -> tuple[int, bool, str, str]:
     return spec.bits, spec.signed is not False, spec.scale_dtype.value, real
 
 
+@cache
 def grid(bits: int, signed: bool, scale_dtype: str, zero_point_dtype: str = "") -> QuantSpec:
     """Return a spec with what the arithmetic reads; the granularity is in the step size's shape."""
     real = {"symmetric": False, "zero_point_dtype": zero_point_dtype} if zero_point_dtype else {}

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import qat
-from qat import QuantPolicy, QuantSpec
+from qat import QuantPolicy, QuantSpec, traced
 from qat.errors import LayerError
 from qat.layers import product as products
 from qat.spec import Dynamic
@@ -189,6 +191,48 @@ def test_compiled_dynamic_rounding():
         for one, other in zip(results(layer, layer, x), results(layer, compiled, x), strict=True):
             assert torch.equal(one, other)
     assert products.product(x, model.weight, None, None, None).shape == (3, 4, 8)
+
+
+class Keeping(torch.fx.Interpreter):
+    """Runs a graph, and keeps the operators of ours in it with what they are given."""
+
+    def __init__(self, graph, calls):
+        super().__init__(graph)
+        self.calls = calls
+
+    def call_function(self, target, args, kwargs):
+        if getattr(target, "namespace", "") == "qat":
+            self.calls.append((target, args))
+        return super().call_function(target, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [(kind, activation) for kind in ("linear", "half linear") for activation in LINEAR_INPUTS]
+    + [(kind, activation) for kind in ("convolution", "channels last") for activation in INPUTS],
+    ids=str,
+)
+def test_operators(monkeypatch, kind, activation):
+    """A compiled layer is an operator each way, which keep what torch asks of operators, and give the bits of eager."""
+    monkeypatch.setattr(traced, "takes", lambda x, rounding: False)  # as on a GPU
+    weight, x = {"granularity": "channel"}, torch.randn(2, 4, 6, 32, device=DEVICE)
+    layer = nn.Conv2d(4, 6, 3, padding=1, device=DEVICE)
+    if "linear" in kind:
+        weight, layer = {"bits": 4, "group_size": 8, "symmetric": False}, nn.Linear(32, 8, bias=False, device=DEVICE)
+    if kind == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    if "half" in kind:
+        x, layer = x.bfloat16(), layer.bfloat16()
+    layer = prepared(layer, weight, activation, x)
+    torch._dynamo.reset()
+    calls = []
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(Keeping(graph, calls).run))
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for one, other in zip(results(layer, layer, x), results(layer, compiled, x), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+    assert [operator.name() for operator, _ in calls] == ["qat::product_value", "qat::product_gradients"]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_mixed_dtypes_are_refused():
