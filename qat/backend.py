@@ -23,12 +23,16 @@ from torch import Tensor
 def fused(x: Tensor, step_size: Tensor | None = None) -> bool:
     """Return whether x is fake-quantized by the kernels of ``qat.kernels.fake_quant`` and ``round_dynamic``."""
     return (
-        x.device.type in ("cuda", "xpu")
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and type(x) in (Tensor, torch.nn.Parameter)
+        (x.is_cuda or x.is_xpu)  # device.type makes a string at each call
+        and x.dtype in _DTYPES
+        and type(x) in _PLAIN
         and (step_size is None or step_size.dtype != torch.float64)
         and has_triton()
     )
+
+
+_DTYPES = torch.bfloat16, torch.float16, torch.float32
+_PLAIN = Tensor, torch.nn.Parameter
 
 
 @cache

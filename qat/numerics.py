@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -264,11 +265,14 @@ class _FakeQuantize(Function):
 
 def arithmetic(x: Tensor, step_size: Tensor) -> ModuleType:
     """Return the module whose ``fake_quantized`` and ``fake_quantize_gradients`` run on x: kernels, or this one."""
-    if backend.fused(x, step_size):
-        from qat.kernels import fake_quant  # loads Triton
+    return _kernels() if backend.fused(x, step_size) else sys.modules[__name__]
 
-        return fake_quant
-    return sys.modules[__name__]
+
+@cache
+def _kernels() -> ModuleType:
+    from qat.kernels import fake_quant  # loads Triton
+
+    return fake_quant
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

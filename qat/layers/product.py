@@ -21,6 +21,8 @@ from ..once import Function, once
 from ..quantizers.rounding import Rounding
 
 _SHORT = torch.bfloat16, torch.float16
+_AS_IT_IS = nullcontext()
+_PLAIN = Tensor, torch.nn.Parameter
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by dimensions
 
 
@@ -74,12 +76,12 @@ def product(
             if weight_rounding is None:
                 return multiply(x, weight.to(dtype), bias, convolution)
         return compiled_product.product(x, weight, bias, x_rounding, weight_rounding, convolution, dtype)
-    if not all(type(part) in (Tensor, torch.nn.Parameter) for part in (x, weight)):  # fake, distributed, functional
+    if not (type(x) in _PLAIN and type(weight) in _PLAIN):  # fake, distributed, functional
         x = x if x_rounding is None else x_rounding(widened(x))
         weight = weight if weight_rounding is None else weight_rounding(widened(weight))
         return multiply(x, weight, bias, convolution)
-    learned = tensors_of(x_rounding, weight_rounding)
-    return _Product.apply(x, weight, bias, *learned, x_rounding, weight_rounding, convolution, dtype)
+    how = x_rounding, weight_rounding, convolution, dtype
+    return _Product.apply(x, weight, bias, *tensors_of(x_rounding, weight_rounding), how)
 
 
 def tensors_of(x_rounding: Rounding | None, weight_rounding: Rounding | None) -> tuple[Tensor | None, ...]:
@@ -112,7 +114,7 @@ def widened(x: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context in which autocast is off where x lies; entering torch's costs more than asking."""
-    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+    return _AS_IT_IS if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def in_a_graph() -> bool:
@@ -186,14 +188,14 @@ def gradients(
         input_side(dtype)
         weight_side(None)
     if bias_wanted and grad_bias is None:
-        grad_bias = (
-            grad.reshape(-1, grad.shape[-1]).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
-        )
+        grad_bias = _rows(grad).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
     return grad_x, grad_weight, grad_bias, of_x[0], of_weight[0], of_x[1], of_weight[1]
 
 
 def _rounded(tensor: Tensor, rounding: Rounding | None, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if rounding is None else rounding.value(tensor, dtype)
+    if rounding is not None:
+        return rounding.value(tensor, dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, convolution: Convolution | None) -> Tensor:
@@ -210,9 +212,13 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient of the weight, and that of the bias where it is wanted and falls out of the same operator."""
     if convolution is None:
-        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]), None
+        return _rows(grad).t() @ _rows(x), None
     like = weight if weight.dtype == grad.dtype else torch.empty_like(weight, dtype=grad.dtype)
     return _convolution_backward(grad, x, like, convolution, [False, True, bias_wanted])[1:]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _convolution_backward(grad, x, weight, convolution: Convolution, wanted: list[bool]):
@@ -227,7 +233,7 @@ class _Product(Function):
     """Keeps x, the weight, the step sizes and offsets."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, x_step, weight_step, x_offset, weight_offset, *how) -> Tensor:
+    def forward(ctx, x, weight, bias, x_step, weight_step, x_offset, weight_offset, how) -> Tensor:
         ctx.save_for_backward(x, weight, x_step, weight_step, x_offset, weight_offset)
         *roundings, ctx.convolution, ctx.dtype = how
         # Without their tensors, which autograd keeps: it may have moved them meanwhile.
@@ -243,4 +249,4 @@ class _Product(Function):
             for how, step, offset in zip(ctx.grids, tensors[:2], tensors[2:], strict=True)
         ]
         wanted = ctx.needs_input_grad[:7]
-        return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None, None, None, None
+        return *gradients(grad, x, weight, *roundings, ctx.convolution, ctx.dtype, wanted), None

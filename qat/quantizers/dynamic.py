@@ -22,6 +22,7 @@ half to even with that f: they too differ within one rounding of the middle of t
 from __future__ import annotations
 
 import sys
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -72,12 +73,15 @@ def round_dynamic(x: Tensor, kind: Dynamic) -> Tensor:
 
 def arithmetic(x: Tensor) -> ModuleType:
     """Return the module whose ``rounded`` and ``rounded_gradient`` run on x: kernels, or this one."""
-    if backend.fused(x):
-        from qat.kernels import round_dynamic  # loads Triton
+    fused = backend.fused(x) and x.shape[-1] <= _kernels().MOST_VALUES
+    return _kernels() if fused else sys.modules[__name__]
 
-        if x.shape[-1] <= round_dynamic.MOST_VALUES:
-            return round_dynamic
-    return sys.modules[__name__]
+
+@cache
+def _kernels() -> ModuleType:
+    from qat.kernels import round_dynamic  # loads Triton
+
+    return round_dynamic
 
 
 def rounded(x: Tensor, kind: Dynamic, dtype: torch.dtype | None = None) -> Tensor:

@@ -26,6 +26,8 @@ CAST = (
     "qat.shard_step_sizes, or under autocast"
 )
 
+_STORED = torch.float32, torch.float64
+
 
 def lsq_step_size(mean_magnitude: Tensor, spec: QuantSpec) -> Tensor:
     """Return 2<|v|>/sqrt(Q_P) (section 2.1 of the paper)."""
@@ -106,15 +108,20 @@ class LearnedStepSize(FixedDtype):
 
     def scale(self) -> Tensor:
         """Return the stored scale: (rows, groups) in ``spec.scale_dtype``."""
-        self.require_initialised()
-        return stored_scale(self.step_size, self.spec)
+        return stored_scale(self.trained_step_size(), self.spec)
 
     def require_initialised(self) -> None:
         """Raise StateError if no step size was ever set."""
+        self.trained_step_size()
+
+    def trained_step_size(self) -> Tensor:
+        """Return the step size, which a module takes a while to find; StateError if it was never set, or is cast."""
         if not (self._ready or self.is_initialised):
             raise StateError(f"the step size of {self.name!r} was never initialised: {self.fix}")
-        if self.step_size.dtype not in (torch.float32, torch.float64):
-            raise StateError(CAST.format(what="step size", name=self.name, dtype=self.step_size.dtype))
+        step_size = self.step_size
+        if step_size.dtype not in _STORED:
+            raise StateError(CAST.format(what="step size", name=self.name, dtype=step_size.dtype))
+        return step_size
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -144,10 +151,10 @@ class LearnedWeight(LearnedStepSize):
         """Return what ``forward`` does to the weight; None if it passes through."""
         if not self.enabled:
             return None
-        self.require_initialised()
+        step_size = self.trained_step_size()
         if self.stored_dtype not in (None, weight.dtype):
             raise StateError(CAST.format(what="weight", name=self.name, dtype=weight.dtype))
-        return Rounding(self.spec, self.step_size, self.grad_scale(weight), self.zero_points(), kept=self.kept)
+        return Rounding(self.spec, step_size, self.grad_scale(weight), self.zero_points(), kept=self.kept)
 
     def zero_points(self) -> Tensor | None:
         """Return the zero points, in the shape of the step size; None where they are 0."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -158,6 +159,7 @@ def requantize_(
     return y, *gradients(grad_output, x, step_size, offset, spec, grad_scale)
 
 
+@cache
 def _kernels() -> ModuleType:
     from qat.kernels import fake_quant  # loads Triton
 
