@@ -35,7 +35,7 @@ _NO_RESULTS = (
 
 
 def install() -> None:
-    """Let Triton and the int4 kernels take CPU tensors for those of an H100; needs gcc, as Triton does."""
+    """Let Triton and our kernels take CPU tensors for those of an H100; needs gcc, as Triton does."""
     folder = Path(tempfile.mkdtemp())
     lines = [f"int {head} {{ {body}; return 0; }}" for head, body in _RESULTS.items()]
     lines += [f"int {name}() {{ return 0; }}" for name in _NO_RESULTS]
@@ -51,6 +51,7 @@ def install() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver
 
+    from qat import backend, traced
     from qat.layers import cpu_int4
 
     class Idle(driver.CudaDriver):
@@ -64,6 +65,8 @@ def install() -> None:
     triton.runtime.driver.set_active(Idle())
     torch.cuda.current_device = lambda: None  # the index that a tensor on a CPU has
     torch.accelerator.device_index = lambda index: contextlib.nullcontext()
+    torch.accelerator.current_device_index = lambda: -1
+    backend.fused, traced.takes = (lambda *tensors: True), (lambda *rounding: False)
     bare_launch.current_stream, int4_recipe.current_device = (lambda device: 0), (lambda: -1)
     cpu_int4.fits = lambda x, weight: False
     int4_linear.backend = lambda device: "triton"

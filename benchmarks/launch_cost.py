@@ -1,7 +1,8 @@
 """What one eager call costs the host: python -m benchmarks.launch_cost
 
 Microseconds of Python, dispatcher and driver for a matrix product so small that the GPU is never behind: the operator
-as a frozen layer calls it, the layer, and torch's dense ones beside them. The median of several batches of calls.
+as a frozen layer calls it, the layer, and torch's dense ones beside them; then layers that train, forward and backward,
+beside the plain one, and the operators that a compiled layer is. The median of several batches of calls.
 Without a GPU, what is left of it with a driver that does nothing (``idle_driver``): the processor's time, of this
 thread alone, in the fastest batch.
 """
@@ -45,8 +46,6 @@ def _idle_time(call: Callable[[], object], calls: int) -> float:
 def rows(width: int = 1024) -> dict[str, float]:
     """Return microseconds by what is called."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        idle_driver.install()
     from qat.kernels.int4_linear import int4_dequantize, int4_linear
 
     dense = nn.Linear(width, width, bias=False, device=device, dtype=torch.bfloat16)
@@ -73,11 +72,32 @@ def rows(width: int = 1024) -> dict[str, float]:
     return found
 
 
+def training_rows(width: int = 64) -> dict[str, float]:
+    """Return microseconds of a float32 layer's forward and backward, eager, and in the graph that a compiler gets."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, grad = (torch.randn(width, width, device=device) for _ in range(2))
+    tensor = qat.QuantSpec(bits=8, granularity="tensor")
+    found = {}
+    for name, activation in (("plain", None), ("W4", None), ("W4A8", tensor), ("W4A8 int8_token", "int8_token")):
+        model = nn.Sequential(nn.Linear(width, width, device=device))
+        if name != "plain":
+            policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=32), activation=activation)
+            qat.calibrate(qat.prepare(model, policy, verbose=False), [x])
+        leaf = x.clone().requires_grad_()
+        for mode, layer in (("eager", model[0]), ("traced", torch.compile(model[0], backend="aot_eager"))):
+            step = lambda layer=layer, leaf=leaf: layer(leaf).backward(grad)  # noqa: E731
+            found[f"{name}, forward and backward, {mode}"] = host_time(step)
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, a driver that does nothing"
+    if not torch.cuda.is_available():
+        idle_driver.install()
+        torch.set_num_threads(1)  # the time of others is not counted
     print(f"{datetime.date.today()}, {device}, torch {torch.__version__}: host us a call, eager")
-    for name, microseconds in rows().items():
+    for name, microseconds in (rows() | training_rows()).items():
         print(f"{microseconds:8.1f}  {name}")
 
 
