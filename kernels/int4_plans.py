@@ -85,7 +85,7 @@ ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
 
 # Shared memory of a program that leaves room for one of the next kernel, on Hopper.
 RESIDENT_BYTES = 113 * 1024
-MOST_STAGES = 4
+MOST_STAGES = 3  # more was slower, of few row blocks and of many
 
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
 MANY_TOKENS = 4096
@@ -148,8 +148,8 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
     if tokens > 64:
         return _large_batch(tokens, blocks, tiles, multiprocessors)
     block_m, programs = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 8)
-    if programs > 1.5 * multiprocessors and block_m == 64:
-        return Batch(4, 8, block_m, 8, 2, 4, 2, 1, 2)
+    if programs > 1.5 * multiprocessors:
+        return Batch(4, 8, 64, 8, 2, 4, 2, 1, 2) if block_m == 64 else Batch(8, 8, block_m, 8, 2, 4, 4, 1, 2, 1)
     # A split costs its sum; the more tokens a program holds, and the fewer tiles it has, the fewer parts pay.
     wanted = {16: 1.9, 32: 1.4, 64: 0.95 if tiles <= 64 else 1.9}[block_m] * multiprocessors
     split = next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
@@ -164,7 +164,7 @@ def _decode(block_m: int, blocks: int, tiles: int, capability: int, multiprocess
         return Decode(8, 1, block_m, 4, 3, 1) if tiles >= 128 else Decode(4, 1, block_m, 8, 3, 1)
     if blocks <= 3 * multiprocessors:
         return Decode(4, 1, block_m, 8, 2, 2)
-    return Decode(4, 2, block_m, 4, 2, 2)
+    return Decode(4, 4, block_m, 2, 2, 2)
 
 
 def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> Batch:
@@ -175,8 +175,7 @@ def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> 
 
     def cost(block_m: int, split: int) -> float:
         waves = -(-programs(block_m) * split // multiprocessors)
-        wave = 1.8 if block_m == 256 else 1.0 if waves == 1 else 1.25
-        return waves * tiles / split * wave + (7 * split if split > 1 else 0)
+        return waves * tiles / split * (1.8 if block_m == 256 else 1) + (7 * split if split > 1 else 0)
 
     sizes = (128, 256) if tokens > 128 else (128,)
     options = [(cost(block_m, 1), block_m, 1) for block_m in sizes]
