@@ -2,8 +2,8 @@
 
 Random weights, made on the GPU. Each model runs with a static KV cache and the whole step in one CUDA graph, tokens
 chosen greedily inside it, twice: its blocks compiled by torch.compile (their code is shared), and with
-``qat.kernels.decode_step`` between the matrix products, or ``int4_after_norm`` around the int4 ones. Beside the tokens: the matrix products of a step alone, and how
-many tokens the bytes of the weights allow at the measured read ceiling.
+``qat.kernels.decode_step`` between the matrix products, or ``int4_after_norm`` around the int4 ones. Beside the tokens:
+the matrix products of a step alone, and how many tokens the bytes of the weights allow at the measured read ceiling.
 
 Then the int4 model is saved, and read again by a process that has compiled no kernel before (cold start): once with its
 kernels compiled while it is read (``qat.load(tokens=...)``), and once without, which tells reading from compiling.
