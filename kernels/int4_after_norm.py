@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.errors import LayerError
+
 from .decode_step import add_rms_norm, gated_silu
 from .int4_layout import ROWS, SIZES, TENSORS, Int4Weight
 from .int4_linear import int4_linear
@@ -124,6 +126,9 @@ def norm_linear(
         x, update: bf16, fp16 or fp32.
         norm: (K,) in the dtype of x.
         weight, bias: of ``int4_linear``.
+
+    Raises:
+        LayerError: shapes that do not fit, or what ``int4_linear`` does not take.
     """
     return torch.ops.qat.norm_linear(x, update, norm, eps, *weight.tensors(), bias, *weight.sizes(), False)
 
@@ -136,20 +141,25 @@ def norm_gated(
 
 
 def _plan(x: Tensor, others: tuple[Tensor | None, ...], weight: Int4Weight, gated: bool) -> Stream | None:
-    """Return how the kernel runs; None where it does not."""
-    if int4_run is None or not x.is_cuda or x.shape[0] != 1 or weight.nest is not None:
+    """Return how the kernel runs, for others that fit; None where it does not."""
+    if int4_run is None or x.shape[0] != 1 or weight.nest is not None or not int4_run.suits_nvidia(x, weight):
         return None
+    halves = not gated or weight.out_features % (2 * ROWS) == 0
     aligned = all(t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0) for t in (x, *others))
-    fits = (
-        x.shape[1] == weight.in_features
-        and x.shape[1] % ROWS == 0
-        and weight.out_features % (2 * ROWS if gated else 1) == 0
-    )
-    if not (aligned and fits and int4_run.suits_kernels(x.dtype, weight, x.device.index)):
+    if not (halves and aligned and x.shape[1] % ROWS == 0):
         return None
     plan = int4_run.plan_for(x, weight, x.device.index)
     # An attention kernel that could start at once, as after another plan, took 10 us longer (benchmarks/NOTES.md).
     return plan._replace(early=3) if isinstance(plan, Stream) and plan.early else None
+
+
+def _check(x: Tensor, update: Tensor | None, norm: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
+    """Raise LayerError where shapes do not fit: a kernel would read past their ends."""
+    outputs, inputs = weight.out_features, weight.in_features
+    wanted = {"x": (len(x), inputs), "update": (len(x), inputs), "norm": (inputs,), "bias": (outputs,)}
+    for name, tensor in (("x", x), ("update", update), ("norm", norm), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != wanted[name]:
+            raise LayerError(f"{name} is {tuple(tensor.shape)}: {outputs} x {inputs} weights take {wanted[name]}")
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
@@ -163,6 +173,7 @@ _library.define(
 def _norm_linear(x, update, norm, eps, words, scale, zero_point, levels, nest, bias, *sizes_and_gated):
     *sizes, gated = sizes_and_gated
     weight = Int4Weight.of(words, scale, zero_point, levels, nest, *sizes)
+    _check(x, update, norm, weight, bias)
     plan = _plan(x, (update, norm, bias), weight, gated)
     if plan is None:
         return reference(x, update, norm, eps, weight, bias, gated)

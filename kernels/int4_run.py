@@ -42,7 +42,7 @@ def multiply(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     if shape.numel() == 0:
         return x.new_empty(shape)
     x_MK, plain, tokens = x.view(-1, weight.in_features), _plain(weight), shape[:-1].numel()
-    one_plan, suits = backend.batch_invariant(), _suits_nvidia(x_MK, plain)
+    one_plan, suits = backend.batch_invariant(), suits_nvidia(x_MK, plain)
     if one_plan and not (suits and limits(x.device.index)[1] == 90):
         return _portable(x_MK, plain, bias, PORTABLE_TOKENS).view(shape)
     if suits:
@@ -91,7 +91,8 @@ def _on_nvidia(x: Tensor) -> bool:
     return x.is_cuda and torch.version.cuda is not None
 
 
-def _suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
+def suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
+    """Return whether x lies on an NVIDIA GPU whose tensor cores take the weight as it is held."""
     return _on_nvidia(x) and suits_kernels(x.dtype, weight, x.device.index)
 
 

@@ -54,7 +54,7 @@ def pass_for_a_gpu(monkeypatch):
     """Let a CPU pass for a Hopper GPU up to the launch; return the kernel of few tokens."""
     decode = Kernel()
     monkeypatch.setattr(module, "backend", lambda device: "triton")
-    monkeypatch.setattr(int4_run, "_suits_nvidia", lambda x, weight: True)
+    monkeypatch.setattr(int4_run, "suits_nvidia", lambda x, weight: True)
     monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
     monkeypatch.setattr(int4_decode, "decode_kernel", decode)
     monkeypatch.setattr(int4_stream, "stream_kernel", decode)

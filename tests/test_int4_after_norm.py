@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from qat.kernels import int4_after_norm as module
 from qat.kernels.int4_layout import prepack
-from qat.kernels.int4_plans import Stream, heuristic
+from qat.kernels.int4_plans import Decode, Stream, heuristic
 
 from qat.errors import LayerError
 from qat.numerics import dequantize
@@ -138,5 +138,40 @@ def test_arguments_are_in_the_kernels_order(monkeypatch, with_update, gated):
 
 def test_what_does_not_fit_is_named():
     weight, _ = make(32, 64, 32, torch.bfloat16)
-    with pytest.raises(LayerError, match="in_features=64"):
-        module.norm_linear(torch.zeros(1, 32).bfloat16(), None, torch.ones(32).bfloat16(), 1e-5, weight)
+    x, norm, short = torch.zeros(2, 64).bfloat16(), torch.ones(64).bfloat16(), torch.ones(63).bfloat16()
+    for name, arguments in (
+        ("x", (x[:, :32], None, norm, None)),
+        ("update", (x, x[:1], norm, None)),
+        ("norm", (x, None, short, None)),
+        ("bias", (x, None, norm, short)),
+    ):
+        with pytest.raises(LayerError, match=rf"{name} is .*32 x 64"):
+            module.norm_linear(*arguments[:3], 1e-5, weight, arguments[3])
+
+
+def test_when_the_kernel_runs(monkeypatch):
+    pytest.importorskip("triton")
+    from stand_in_kernels import pass_for_a_gpu
+
+    pass_for_a_gpu(monkeypatch)
+    weight, _ = make(96, 128, 32, torch.bfloat16)
+    x = torch.zeros(1, 128).bfloat16()
+    stream = heuristic(1, 96, 128, 90, 132)
+    assert isinstance(stream, Stream) and stream.early
+
+    def plan(x=x, others=(x, None), weight=weight, gated=False):
+        return module._plan(x, others, weight, gated)
+
+    assert plan() == plan(gated=True) == stream._replace(early=3)
+    assert plan(x=torch.zeros(2, 128).bfloat16()) is None  # two tokens
+    assert plan(weight=weight._replace(out_features=80), gated=True) is None  # a gate's row block is cut in the middle
+    assert plan(weight=weight._replace(nest=torch.zeros(1))) is None  # scales are made just before
+    assert plan(others=(torch.zeros(1, 129).bfloat16()[:, 1:],)) is None  # no multiple of 16 bytes
+    assert plan(x=torch.zeros(1, 136).bfloat16(), weight=make(96, 136, 136, torch.bfloat16)[0]) is None
+    for other in (stream._replace(early=0), Decode(4, 2, 8, 4, 3, 1)):
+        monkeypatch.setattr(module.int4_run, "_plans", {})
+        monkeypatch.setattr(module.int4_run, "choose", lambda *shape, other=other: other)
+        assert plan() is None
+    monkeypatch.setattr(module.int4_run, "suits_nvidia", lambda x, weight: False)  # a GPU of AMD, say
+    monkeypatch.setattr(module.int4_run, "choose", lambda *shape: stream)
+    assert plan() is None
