@@ -164,6 +164,8 @@ def test_one_token_compiles(compiled, case):
     if dtype == "bf16" and not has_zero and not has_levels:
         assert ptx.count("fma.rn.bf16x2") == pairs + 3 * pairs // 16
         assert ptx.count("shr.u32 t") == pairs
+        # The scale times 2^85 and 2^81 for u 2^-133 and u 2^-129, and -8 times it: the weight times 2^-48.
+        assert all(f"mov.b32 c, 0x{bits}{bits}" in ptx for bits in ("6a00", "6800", "a900"))
     # x is waited for after the first weights are under way, and the next kernel starts after its loads, or at once.
     wait, go = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
     assert ptx.index("cp.async.commit_group") < wait

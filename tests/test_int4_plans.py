@@ -84,6 +84,17 @@ def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multi
     assert plan.programs == multiprocessors
 
 
+@pytest.mark.parametrize("tokens", [128, 256])
+def test_the_heuristic_for_many_tokens_is_what_was_measured(tokens):
+    """On an H200: how many tokens a program takes and in how many parts, which a model of costs chooses."""
+    by_shape = int4_plans._read(Path(int4_plans.__file__).with_name("int4_plans.json"))["NVIDIA H200"]
+    listed = {name: plans[str(tokens)] for name, plans in by_shape.items() if str(tokens) in plans}
+    assert len(listed) == 4
+    for name, plan in listed.items():
+        chosen = int4_plans.heuristic(tokens, *map(int, name.split("x")), 90, 132)
+        assert chosen == int4_plans.plan_from_json(plan), name
+
+
 def assert_int8_runs(plan):
     assert plan.warps in (4, 8) and plan.blocks == plan.warps and plan.early in (0, 1, 2)
     assert plan.span % 8 == 0 and plan.ahead < plan.span
