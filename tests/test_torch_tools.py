@@ -9,7 +9,7 @@ import pytest
 import torch
 from frozen_linears import frozen_linear, random_tensor
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import qat
 
@@ -159,3 +159,28 @@ def test_transforms_of_torch_func_are_one_error_and_traces_say_that_they_cannot_
         torch.func.grad(lambda x: model.head(x).sum())(torch.randn(4, 16))
     with pytest.warns(UserWarning, match=r"cannot be saved: trace the model after qat\.freeze"):
         torch.jit.trace(model, tokens())
+
+
+def test_an_average_a_little_off_whole_zero_points_ships_what_it_computes():
+    torch.manual_seed(0)
+    policy = {"weight": {"bits": 4, "group_size": 8, "symmetric": False}}
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 32)), policy, verbose=False)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    for _ in range(50):
+        average.update_parameters(model)
+    off, x = average.module[0].weight_quantizer.zero_point, torch.randn(4, 64)
+    assert not torch.equal(off, off.round())
+    trained = average.module(x)
+    assert torch.equal(qat.freeze(average.module)(x), trained)
+
+
+def test_the_mean_of_two_models_states_ships_what_it_computes():
+    torch.manual_seed(0)
+    policy, x = {"weight": {"bits": 4, "group_size": 8, "symmetric": False}}, torch.randn(4, 64)
+    model, other = (qat.prepare(nn.Sequential(nn.Linear(64, 32)), policy, verbose=False) for _ in range(2))
+    states = model.state_dict(), other.state_dict()
+    mean = {name: (states[0][name] + states[1][name]) / 2 for name in states[0]}
+    assert (mean["0.weight_quantizer.zero_point"] % 1 == 0.5).any()
+    model.load_state_dict(mean)
+    trained = model(x)
+    assert torch.equal(qat.freeze(model)(x), trained)

@@ -11,6 +11,7 @@ from ..numerics import QuantizedTensor, quantize_tensor, scale_shape, stored_zer
 from ..spec import Init, QuantSpec
 from .half_quadratic import half_quadratic
 from .lsq import LearnedWeight
+from .rounding import Rounding
 
 
 class AsymmetricLSQ(LearnedWeight):
@@ -49,7 +50,7 @@ class AsymmetricLSQ(LearnedWeight):
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """Return the integers that ``forward`` uses."""
-        zero_point = self.zero_point.to(zero_point_dtype(self.spec), copy=True)
+        zero_point = Rounding(self.spec, offset=self.zero_point).zero_point().to(zero_point_dtype(self.spec), copy=True)
         return quantize_tensor(weight, self.scale(), self.spec, zero_point)
 
 

@@ -32,12 +32,18 @@ class Rounding(NamedTuple):
     rule: ModuleType | None = None
     kept: dict | None = None
 
+    def zero_point(self) -> Tensor | None:
+        """Return the stored zero point: of a grid with whole ones, what an average of models left a little off is."""
+        if self.offset is None or self.grid.zero_point_dtype is not None:
+            return self.offset
+        return self.offset.round()
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return x rounded, in its own dtype, with gradients."""
         if self.step_size is None:
             return dynamic.round_dynamic(x, self.grid)
         if self.rule is None:
-            return numerics.fake_quantize(x, self.step_size, self.grid, self.grad_scale, self.offset)
+            return numerics.fake_quantize(x, self.step_size, self.grid, self.grad_scale, self.zero_point())
         return rules.fake_quantize(self.rule, x, self.step_size, self.offset, self.grid, self.grad_scale)
 
     def value(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,7 +54,7 @@ class Rounding(NamedTuple):
             return self.rule.fake_quantized(x, self.step_size, self.offset, self.grid, dtype)
         if self.kept is None:
             arithmetic = numerics.arithmetic(x, self.step_size)
-            return arithmetic.fake_quantized(x, self.step_size, self.grid, dtype, self.offset)
+            return arithmetic.fake_quantized(x, self.step_size, self.grid, dtype, self.zero_point())
         state = [None if tensor is None else _state(tensor) for tensor in (x, self.step_size, self.offset)]
         if self.kept.get(dtype, (None,))[0] != state:
             self.kept[dtype] = state, self._replace(kept=None).value(x, dtype)
@@ -63,7 +69,7 @@ class Rounding(NamedTuple):
         how = self.grid, self.grad_scale, wanted, dtype
         if self.rule is None:
             arithmetic = numerics.arithmetic(x, self.step_size)
-            return *arithmetic.requantize_(grad, x, self.step_size, *how, self.offset), None
+            return *arithmetic.requantize_(grad, x, self.step_size, *how, self.zero_point()), None
         again, *grads = self.rule.requantize_(grad, x, self.step_size, self.offset, *how)
         return again, *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
