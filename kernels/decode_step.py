@@ -138,10 +138,11 @@ if triton is not None:
         s2 = tl.load(sine_ptr + at * D + half + first).to(tl.float32)
         cache = tl.program_id(0).to(tl.int64) * C * D
         if EARLY:
-            lines = cache + tl.arange(0, KEYS)[:, None] * D + tl.arange(0, D // 32)[None, :] * 32
             for start in range(0, at, KEYS):
-                _to_l2(keys_ptr + lines + start * D)
-                _to_l2(values_ptr + lines + start * D)
+                position = tl.minimum(start + tl.arange(0, KEYS), at - 1)  # nothing past the cache's end
+                lines = cache + position[:, None] * D + tl.arange(0, D // 32)[None, :] * 32
+                _to_l2(keys_ptr + lines)
+                _to_l2(values_ptr + lines)
         take_turns(EARLY)
         row = qkv_ptr + batch.to(tl.int64) * (heads + 2 * kv_heads) * D
         inside = (query < group)[:, None]

@@ -1,6 +1,6 @@
-"""Int4 weights in the registers of NVIDIA tensor cores, in Gluon: what ``int4_decode`` and ``int4_batch`` share.
+"""Int4 weights in the registers of NVIDIA tensor cores, in Gluon, for ``int4_decode``, ``_stream`` and ``_batch``.
 
-Both kernels compute y^T = W x^T, so that the weight is the left operand, which tensor cores take from registers. They
+These kernels compute y^T = W x^T, so that the weight is the left operand, which tensor cores take from registers. They
 read the layout of ``int4_layout`` with 16-byte loads, a few K tiles ahead, and make two weights an instruction, u being
 the nibble, code + 8:
 
@@ -11,14 +11,14 @@ the nibble, code + 8:
 All but the last product is exact in 16 bits, and that, or the fma, is rounded once, so the weight has the bits of
 ``qat.numerics.dequantize``; a power of two does not change them, and sums are raised by it at the end. In bf16 the low
 eight bits of a number, one of them the exponent's, count in steps of 2^-133: the upper nibble of a byte needs no shift.
-With a codebook the lanes of a warp hold its levels, a shuffle looks them up, and
-the product with the scale is float32's, rounded once: the bits of ``qat.codebook.dequantize``. Both are tested against
-``int4_portable``, the twin in plain Triton, and on a CPU by following the instructions (tests/test_int4_registers.py).
+With a codebook the lanes of a warp hold its levels, a shuffle looks them up, and the product with the scale is
+float32's, rounded once: the bits of ``qat.codebook.dequantize``. Both are tested against ``int4_portable``, the twin in
+plain Triton, and on a CPU by following the instructions (tests/test_int4_registers.py).
 
 EARLY lets the next kernel of a stream start before this one ends (programmatic dependent launch; Hopper and later): 1
 as soon as all of this grid runs, 3 once x is on its way, whose loads the next one's weights would delay, 2 once its
-sums are done. Weights are read before ``griddepcontrol.wait``, activations
-after it, so a weight must not be written by the kernel just before: ``prepack`` is followed by a synchronization.
+sums are done. Weights are read before ``griddepcontrol.wait``, activations after it, so a weight must not be written by
+the kernel just before: ``prepack`` is followed by a synchronization.
 """
 
 import triton
