@@ -111,7 +111,6 @@ CASES = [
     ("batch", 90, "fp16", False, True),
     ("own", 90, "bf16", False, False),
 ]
-# The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
 # The inputs, the dtype, and whether there are zero points or a codebook.
 STREAM_CASES = [
     ("stream", 4096, "bf16", False, False),
@@ -120,6 +119,7 @@ STREAM_CASES = [
     ("norm", 4096, "bf16", False, False),
     ("gated", 4096, "fp16", False, False),
 ]
+# The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
 INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int8", 5, "bf16", 1, False)]
 
 

@@ -80,7 +80,7 @@ def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multi
     shared = plan.stages * span * (512 + 32) + steps * span * 128 + plan.warps * 64
     assert shared == plan.shared_bytes(tiles) and 2 * (shared + 1024) <= 228 * 1024
     everything = -(-row_blocks // multiprocessors) * steps
-    assert (plan.early == 3) == (everything <= plan.stages) or plan.stages == 2
+    assert (plan.early == 3) == (everything <= plan.stages)
     assert plan.programs == multiprocessors
 
 
