@@ -29,7 +29,7 @@ try:
     from .int4_plans import Stream
     from .int4_registers import let_next_kernel_start, wait_for_previous_kernel
     from .int4_ring import allocate_x, inputs, start_reading
-    from .int4_stream import multiply
+    from .int4_stream import hold, multiply
 except ImportError:  # there is no Triton for macOS
     int4_run = None
 
@@ -111,9 +111,25 @@ if int4_run is not None:
         for step in gl.static_range(STEPS):
             x = hs[step].to(gl.float32) * factor * norms[step].to(gl.float32)
             x_shared.index(step).store(x.to(dtype))
+        held = hold(x_shared, STEPS, WARPS, TILES)
         multiply(
-            *(reading, x_shared, levels_ptr, bias_ptr, y_ptr, N, row_blocks, tiles, groups),
-            *(GROUP, HALVES, HAS_ZERO, HAS_LEVELS, HAS_BIAS, PARTS, WHOLE, STEPS, WARPS, TILES, STAGES, EARLY),
+            *(reading, x_shared, held, levels_ptr, bias_ptr, y_ptr, 1, N, row_blocks, tiles, groups),
+            *(
+                dtype,
+                1,
+                GROUP,
+                HALVES,
+                HAS_ZERO,
+                HAS_LEVELS,
+                HAS_BIAS,
+                PARTS,
+                WHOLE,
+                STEPS,
+                WARPS,
+                TILES,
+                STAGES,
+                EARLY,
+            ),
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import int4_batch, int4_decode, int4_portable, int4_stream
+from . import int4_batch, int4_decode, int4_few, int4_portable, int4_stream
 from .int4_layout import INPUTS, Int4Weight
-from .int4_plans import Batch, Decode, Stream
+from .int4_plans import Batch, Decode, Few, Stream
 
 
 class Prepared(NamedTuple):
@@ -51,6 +51,17 @@ def stream_launch(plan: Stream, x_MK: Tensor, weight: Int4Weight, bias: Tensor |
     return Prepared(int4_stream.stream_kernel, key, grid, (*sizes, *_constants(weight, bias), *constants))
 
 
+def few_launches(plan: Few, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple[Prepared, Prepared | None]:
+    """Return the product of 2 to 16 tokens (M, K) with a weight, and the sum of its parts, None for one part."""
+    sizes, span = sizes_of(weight, x_MK), plan.warps * plan.tiles
+    key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
+    row_blocks, tiles, _ = weight.words.shape
+    constants = _constants(weight, bias if plan.split == 1 else None)
+    tail = *sizes, *constants, tiles == plan.split * span, plan.warps, plan.block_m, plan.tiles, plan.stages, plan.early
+    grid = min(plan.programs, row_blocks), plan.split, 1
+    return Prepared(int4_few.few_kernel, key, grid, tail), _sum_launch(plan, x_MK, weight, bias)
+
+
 def batch_launches(
     plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None
 ) -> tuple[Prepared, Prepared | None]:
@@ -60,13 +71,17 @@ def batch_launches(
     programs = -(-weight.words.shape[0] // plan.blocks) * -(-x_MK.shape[0] // plan.block_m)
     tail = *sizes, *_constants(weight, bias), *plan
     product = Prepared(int4_batch.batch_kernel, key, (programs, plan.split, 1), tail)
+    return product, _sum_launch(plan, x_MK, weight, bias)
+
+
+def _sum_launch(plan: Few | Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Prepared | None:
     if plan.split == 1:
-        return product, None
+        return None
     size = x_MK.shape[0] * weight.out_features
     kind = size % 16 == 0, size == 1, size < 2**31
     key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, weight.out_features, kind, plan.early
     tail = size, weight.out_features, plan.split, 1024, plan.early > 0
-    return product, Prepared(int4_portable.sum_parts_kernel, key, (-(-size // 1024), 1, 1), tail)
+    return Prepared(int4_portable.sum_parts_kernel, key, (-(-size // 1024), 1, 1), tail)
 
 
 def dequantize_launch(weight: Int4Weight, matrix: Tensor) -> tuple[tuple[int, int, int], tuple]:

@@ -47,6 +47,18 @@ class Stream(NamedTuple):
         return ring + -(-tiles // span) * span * INPUTS * 2 + self.warps * ROWS * 4
 
 
+class Few(NamedTuple):
+    """Constants of ``int4_few.few_kernel``, how many parts K is shared out to, and how many programs a part has."""
+
+    warps: int
+    block_m: int
+    tiles: int
+    stages: int
+    programs: int
+    split: int
+    early: int
+
+
 class Batch(NamedTuple):
     """Constants of ``int4_batch.batch_kernel``."""
 
@@ -77,8 +89,8 @@ class Int8(NamedTuple):
     early: int
 
 
-Plan = Decode | Stream | Batch | Dequantize
-_KINDS = {"decode": Decode, "stream": Stream, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
+Plan = Decode | Stream | Few | Batch | Dequantize
+_KINDS = {"decode": Decode, "stream": Stream, "few": Few, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
 
 # For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
 ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
@@ -86,6 +98,8 @@ ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
 # Shared memory of a program that leaves room for one of the next kernel, on Hopper.
 RESIDENT_BYTES = 113 * 1024
 MOST_STAGES = 3  # more was slower, of few row blocks and of many
+
+MOST_PARTS = 8  # of K, for few tokens
 
 # Beyond this many tokens the library's matmul hides the dequantization, whatever the shape.
 MANY_TOKENS = 4096
@@ -141,6 +155,10 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
         plan = _stream(blocks, tiles, multiprocessors)
         if plan is not None:
             return plan
+    if tokens <= 16 and hopper:
+        plans = _few(tokens, blocks, tiles, multiprocessors)
+        if plans:
+            return plans[0]
     if tokens <= 8 or (tokens <= 16 and not hopper):
         return _decode(8 if tokens <= 8 else 16, blocks, tiles, capability, multiprocessors)
     if not hopper or tokens > MANY_TOKENS:
@@ -206,6 +224,25 @@ def _deepest(plan: Stream, tiles: int) -> Stream | None:
     return plan._replace(stages=stages) if stages >= 2 else None
 
 
+def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
+    """Return the plans for 2 to 16 tokens, those first that take the fewest K tiles in a row; a sum costs 100 tiles."""
+    block_m = 8 if tokens <= 8 else 16
+    # What a program holds of x in registers: 128 a thread, of which x may take half.
+    shapes = ((8, 8), (8, 4), (8, 2), (8, 1), (16, 8)) if block_m == 8 else ((16, 4), (16, 2), (16, 1))
+    plans = []
+    for warps, ahead in shapes:
+        span = warps * ahead
+        split = -(-tiles // span)
+        if split > min(MOST_PARTS, multiprocessors):
+            continue
+        programs = multiprocessors // split
+        blocks = -(-row_blocks // programs)
+        stages = max(2, min(blocks, MOST_STAGES if span <= 64 else 2))
+        plan = Few(warps, block_m, ahead, stages, programs, split, 3 if blocks <= stages else 1)
+        plans.append((blocks * span + (100 if split > 1 else 0), split, plan))
+    return [plan for *_, plan in sorted(plans)]
+
+
 def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:
     """Return the plans worth timing."""
     early = 2 if capability >= 90 else 0
@@ -216,6 +253,9 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
             plan = _deepest(Stream(8, tiles, 0, multiprocessors, start), k_tiles)
             if plan is not None:
                 plans += [plan._replace(stages=stages) for stages in {plan.stages, max(2, plan.stages - 1)}]
+    if 1 < tokens <= 16 and capability == 90:
+        for plan in _few(tokens, -(-outputs // ROWS), -(-inputs // INPUTS), multiprocessors)[:3]:
+            plans += [plan._replace(early=start) for start in (1, 2, 3)]
     if tokens <= 8:
         for warps, blocks, ahead in ((8, 1, 4), (16, 1, 4), (8, 2, 4), (4, 4, 2), (4, 2, 4), (4, 1, 8)):
             plans += [Decode(warps, blocks, 8, ahead, stages, early) for stages in (0, 2)]

@@ -84,10 +84,13 @@ def decode(launch: Launch, shape: torch.Size) -> Recipe:
     return recipe
 
 
-def batch(launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: int, split: int) -> Recipe:
-    """Return a recipe for a kernel of ``int4_batch``, and for the one that sums ``split`` parts where it is more."""
+def batch(launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: int | None, split: int) -> Recipe:
+    """Return a recipe for a kernel of ``int4_batch``, and for the one that sums ``split`` parts where it is more.
+
+    Without ``inputs`` the kernel is one of ``int4_few``, to which x is not described.
+    """
     start, tokens, sizes = launch.starter(), shape[:-1].numel(), tuple(shape)
-    describe = bare_launch.describer(launch.compiled, (tokens, inputs))
+    describe = _at if inputs is None else bare_launch.describer(launch.compiled, (tokens, inputs))
     if sum_parts is None:
 
         def whole(x: Tensor, weight: Int4Weight, bias: Tensor | None, at: Addresses) -> Tensor:
@@ -111,6 +114,10 @@ def batch(launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: i
         return y
 
     return in_parts
+
+
+def _at(x: Tensor, x_at: int) -> tuple[int]:
+    return (x_at,)
 
 
 def repeat_dequantized(weight: Int4Weight, dtype: torch.dtype) -> Tensor | None:

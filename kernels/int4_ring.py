@@ -2,7 +2,8 @@
 
 A program takes every n-th row block, from its own number on. With two PARTS the weight is cut into two halves of rows,
 and a row block of the first is followed by the one as far into the second. A row block is read in STEPS steps of TILES
-K tiles a warp, and a step's words, scales and zero points make up a slot of the ring.
+K tiles a warp, and a step's words, scales and zero points make up a slot of the ring. With one step, the programs along
+the grid's second axis may each have one of their own: then they share out K.
 """
 
 import triton
@@ -51,12 +52,22 @@ def block_of(at, row_blocks, PARTS: gl.constexpr):
 
 
 @gluon.jit
+def first_place():
+    """Return the place that a program starts at; where the grid's second axis shares out K, its part is one step."""
+    return gl.program_id(0), 0, gl.program_id(1)
+
+
+@gluon.jit
 def next_place(at, PARTS: gl.constexpr, STEPS: gl.constexpr):
     """Return the place (row block of the first part, part, step) that a program reads after this one."""
     row, part, step = at
-    step += 1
-    if step == STEPS:
-        step = 0
+    done = True
+    if STEPS > 1:
+        step += 1
+        done = step == STEPS
+    if done:
+        if STEPS > 1:
+            step = 0
         part += 1
         if part == PARTS:
             part = 0
@@ -141,7 +152,7 @@ def start_reading(
         zero_tile,
         zero_half,
     )
-    at = gl.program_id(0), 0, 0
+    at = first_place()
     for slot in gl.static_range(STAGES):
         fetch(rings, places, slot, at, row_blocks, tiles, groups, GROUP, WHOLE, HAS_ZERO, PARTS, WARPS * TILES)
         at = next_place(at, PARTS, STEPS)

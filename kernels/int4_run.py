@@ -20,12 +20,13 @@ from .int4_arguments import (
     batch_launches,
     decode_launch,
     dequantize_launch,
+    few_launches,
     operands_of,
     sizes_of,
     stream_launch,
 )
 from .int4_layout import ROWS, Int4Weight
-from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Batch, Decode, Dequantize, Stream, choose
+from .int4_plans import ANY_TOKENS, MANY_TOKENS_BY_TABLE, Batch, Decode, Dequantize, Few, Stream, choose
 from .nested_scale import nested_scale
 from .rounding import INTERPRETED
 
@@ -67,10 +68,11 @@ def _recipe(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, shape: 
         rows = tuple(x_MK.shape)  # and not x, which a recipe would keep alive
         return lambda x, weight, bias, _: run_plan(plan, x.view(rows), _plain(weight), bias).view(shape)
     if isinstance(plan, Decode | Stream):
-        return int4_recipe.decode(_again(_few(plan, x_MK, weight, bias)), shape)
-    product, sum_parts = batch_launches(plan, x_MK, weight, bias)
+        return int4_recipe.decode(_again(_in_one(plan, x_MK, weight, bias)), shape)
+    product, sum_parts = _in_parts(plan, x_MK, weight, bias)
     sum_parts = None if sum_parts is None else _again(sum_parts)
-    return int4_recipe.batch(_again(product), sum_parts, shape, x_MK.shape[1], plan.split)
+    inputs = x_MK.shape[1] if isinstance(plan, Batch) else None
+    return int4_recipe.batch(_again(product), sum_parts, shape, inputs, plan.split)
 
 
 def _again(prepared: Prepared) -> int4_recipe.Launch:
@@ -148,7 +150,7 @@ def run_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Ten
         with torch.autocast(x_MK.device.type, enabled=False):
             return F.linear(x_MK, matrix, bias)
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.out_features)
-    run = _decode if isinstance(plan, Decode | Stream) else _batch
+    run = _decode if isinstance(plan, Decode | Stream) else _several
     if x_MK.device.index == torch.cuda.current_device():
         run(plan, x_MK, weight, bias, y_MN)
     else:
@@ -185,12 +187,12 @@ def compile_plan(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) ->
         grid, arguments = dequantize_launch(weight, matrix)
         kernels.append(int4_portable.dequantize_kernel.warmup(*arguments, grid=grid, num_warps=4))
     else:
-        run = _decode if isinstance(plan, Decode | Stream) else _batch
+        run = _decode if isinstance(plan, Decode | Stream) else _several
         run(plan, x_MK, weight, bias, x_MK.new_empty(x_MK.shape[0], weight.out_features), compile)
     return kernels
 
 
-def _few(plan: Decode | Stream, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Prepared:
+def _in_one(plan: Decode | Stream, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Prepared:
     return (decode_launch if isinstance(plan, Decode) else stream_launch)(plan, x_MK, weight, bias)
 
 
@@ -202,16 +204,22 @@ def _decode(
     y_MN: Tensor,
     launch: Callable = launch,
 ) -> None:
-    kernel, key, grid, tail = _few(plan, x_MK, weight, bias)
+    kernel, key, grid, tail = _in_one(plan, x_MK, weight, bias)
     arguments = x_MK, *operands_of(weight, bias, x_MK), y_MN, x_MK.shape[0], *tail
     launch(kernel, key, grid, arguments, plan.warps, plan.early)
 
 
-def _batch(
-    plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
+def _in_parts(
+    plan: Few | Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None
+) -> tuple[Prepared, Prepared | None]:
+    return (few_launches if isinstance(plan, Few) else batch_launches)(plan, x_MK, weight, bias)
+
+
+def _several(
+    plan: Few | Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, y_MN: Tensor, launch: Callable = launch
 ) -> None:
-    (kernel, key, grid, tail), sum_parts = batch_launches(plan, x_MK, weight, bias)
-    x = int4_batch.descriptor(x_MK, plan.block_m)
+    (kernel, key, grid, tail), sum_parts = _in_parts(plan, x_MK, weight, bias)
+    x = x_MK if isinstance(plan, Few) else int4_batch.descriptor(x_MK, plan.block_m)
     parts = y_MN
     if plan.split > 1:
         parts = x_MK.new_empty(plan.split, *y_MN.shape, dtype=torch.float32)

@@ -25,7 +25,13 @@ from .int4_registers import (
     spread_factors,
     wait_for_previous_kernel,
 )
-from .int4_ring import allocate_x, block_of, fetch, inputs, next_place, start_reading
+from .int4_ring import allocate_x, block_of, fetch, first_place, inputs, next_place, start_reading
+
+
+@triton.constexpr_function
+def mma_layout(warps):
+    """Return how (warps, 16 outputs, tokens) are held as the result of ``mma``."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
 
 
 @triton.constexpr_function
@@ -52,16 +58,50 @@ def _load_as(values, held: gl.constexpr, wanted: gl.constexpr):
 
 
 @gluon.jit
+def _sums(nothing):
+    """Return the sums that products take turns to be added to: as many as registers have room for."""
+    if nothing.shape[2] == 8:
+        return nothing, nothing, nothing, nothing
+    else:
+        return nothing, nothing
+
+
+@gluon.jit
+def _added_up(sums):
+    total = sums[0] + sums[1]
+    if len(sums) == 4:
+        total += sums[2] + sums[3]
+    return total
+
+
+@gluon.jit
+def hold(x_shared, STEPS: gl.constexpr, WARPS: gl.constexpr, TILES: gl.constexpr):
+    """Return x in registers, where they have room for it: for each tile and plane 16 inputs a warp; else nothing."""
+    columns: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, mma_layout(WARPS), 2))
+    held = ()
+    if STEPS == 1 and WARPS == 8 and TILES <= 8:
+        for d in gl.static_range(TILES):
+            for plane in gl.static_range(4):
+                x_tile = x_shared.index(0).slice(d, 1, 0).slice(plane * 16, 16, 2)
+                held = held + (_load_as(x_tile, _inputs_layout(WARPS), columns),)
+    return held
+
+
+@gluon.jit
 def multiply(
     reading,  # what start_reading returned
     x_shared,
+    held,  # x in registers, or nothing where it has to be loaded from x_shared each time
     levels_ptr,
     bias_ptr,
     y_ptr,
+    M,
     N,
     row_blocks,
     tiles,
     groups,
+    dtype: gl.constexpr,  # of x and y
+    TOKENS: gl.constexpr,  # 1, or as many columns as held has, 8 or 16
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     HAS_ZERO: gl.constexpr,
@@ -77,36 +117,28 @@ def multiply(
 ):
     """Write 16 outputs at a time; the warps share out the K tiles.
 
-    With two PARTS the first half of the rows are gates of the second, and silu(gate) * up is what is written.
+    With two PARTS the first half of the rows are gates of the second, and silu(gate) * up is what is written: of one
+    token.
     """
     rings, places, at = reading
     word_ring, scale_ring, zero_ring = rings
-    dtype: gl.constexpr = x_shared.dtype
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    mma: gl.constexpr = mma_layout(WARPS)
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     rows: gl.constexpr = _rows_layout(WARPS)
-    columns: gl.constexpr = _inputs_layout(WARPS)
     of_warp: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
     level = 0
     if HAS_LEVELS:
         level = level_of_lane(levels_ptr)
 
-    # x in registers, where they have room for it
-    HELD: gl.constexpr = STEPS == 1 and WARPS == 8 and TILES <= 8
-    held = ()
-    if HELD:
-        for d in gl.static_range(TILES):
-            for plane in gl.static_range(4):
-                x_tile = x_shared.index(0).slice(d, 1, 0).slice(plane * 16, 16, 2)
-                held = held + (_load_as(x_tile, columns, gl.SliceLayout(2, right)),)
-    like_x = gl.zeros([WARPS, 16, 8], dtype, right)
-    # Four sums that take turns, since a multiplication waits long for the one whose sum it adds to.
-    nothing = gl.zeros([WARPS, 16, 8], gl.float32, mma)
-    acc = nothing, nothing, nothing, nothing
+    COLUMNS: gl.constexpr = max(TOKENS, 8)
+    like_x = gl.zeros([WARPS, 16, COLUMNS], dtype, right)
+    # Sums that take turns, since a multiplication waits long for the one whose sum it adds to.
+    nothing = gl.zeros([WARPS, 16, COLUMNS], gl.float32, mma)
+    acc = _sums(nothing)
     mine = (row_blocks // PARTS - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     slot = 0
-    now = gl.program_id(0), 0, 0
+    now = first_place()
     gate = gl.zeros([16], gl.float32, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
     for _ in range(0, mine * PARTS * STEPS):
         async_copy.wait_group(STAGES - 1)
@@ -124,19 +156,34 @@ def multiply(
                     zero = _load_as(zero_ring.index(slot).slice(d * HALVES + h, 1, 0), rows, gl.SliceLayout(2, left))
                 by = spread_factors(factors(scale, zero, dtype, HAS_ZERO, HAS_LEVELS), pairs, 2)
                 for plane in gl.static_range(4 // HALVES * h, 4 // HALVES * (h + 1)):
-                    if HELD:
+                    if len(held) > 0:
                         x = held[d * 4 + plane]
                     else:
                         x = x_shared.index(now[2]).slice(d, 1, 0).slice(plane * 16, 16, 2)
-                        x = _load_as(x, columns, gl.SliceLayout(2, right))
+                        x = _load_as(x, _inputs_layout(WARPS), gl.SliceLayout(2, right))
                     weights = dequantized(pairs, by, level, dtype, plane, HAS_ZERO, HAS_LEVELS)
-                    acc = acc[1], acc[2], acc[3], mma_v2(weights, spread(x, like_x, 2), acc[0])
+                    if TOKENS == 1:
+                        x = spread(x, like_x, 2)
+                    acc = acc[1:] + (mma_v2(weights, x, acc[0]),)
         fetch(rings, places, slot, at, row_blocks, tiles, groups, GROUP, WHOLE, HAS_ZERO, PARTS, WARPS * TILES)
         at = next_place(at, PARTS, STEPS)
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
-        if now[2] == STEPS - 1:
-            total = (acc[0] + acc[1]) + (acc[2] + acc[3])
-            acc = nothing, nothing, nothing, nothing
+        done = True
+        if STEPS > 1:
+            done = now[2] == STEPS - 1
+        if TOKENS > 1:
+            total = gl.sum(_added_up(acc), 0)
+            acc = _sums(nothing)
+            y = raised(total, dtype, HAS_ZERO, HAS_LEVELS)
+            n = block_of(now, row_blocks, PARTS) * 16 + gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, mma)))
+            token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
+            if HAS_BIAS:
+                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+            at_y = y_ptr + (gl.program_id(1) * M + token).to(gl.int64)[None, :] * N + n[:, None]
+            gl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (token < M)[None, :])
+        elif done:
+            total = _added_up(acc)
+            acc = _sums(nothing)
             y = raised(gl.sum(gl.max(total, 2), 0), dtype, HAS_ZERO, HAS_LEVELS)  # of columns that are the same
             row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
             if HAS_BIAS:
@@ -201,7 +248,23 @@ def stream_kernel(
     x_shared = allocate_x(x_ptr.dtype.element_ty, STEPS, TILES, WARPS)
     for step in gl.static_range(STEPS):  # all loads first: each store ends in a barrier
         x_shared.index(step).store(parts[step])
+    held = hold(x_shared, STEPS, WARPS, TILES)
     multiply(
-        *(reading, x_shared, levels_ptr, bias_ptr, y_ptr, N, row_blocks, tiles, groups),
-        *(GROUP, HALVES, HAS_ZERO, HAS_LEVELS, HAS_BIAS, 1, WHOLE, STEPS, WARPS, TILES, STAGES, EARLY),
+        *(reading, x_shared, held, levels_ptr, bias_ptr, y_ptr, M, N, row_blocks, tiles, groups),
+        *(
+            x_ptr.dtype.element_ty,
+            1,
+            GROUP,
+            HALVES,
+            HAS_ZERO,
+            HAS_LEVELS,
+            HAS_BIAS,
+            1,
+            WHOLE,
+            STEPS,
+            WARPS,
+            TILES,
+            STAGES,
+            EARLY,
+        ),
     )

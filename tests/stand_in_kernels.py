@@ -5,6 +5,7 @@ from qat.kernels import (
     bare_launch,
     int4_batch,
     int4_decode,
+    int4_few,
     int4_portable,
     int4_recipe,
     int4_run,
@@ -19,6 +20,7 @@ from qat.packing import pack
 
 NAMES = int4_decode.decode_kernel.arg_names
 STREAM_NAMES = int4_stream.stream_kernel.arg_names
+FEW_NAMES = int4_few.few_kernel.arg_names
 INT8_NAMES = int8_run.int8_batch.int8_batch_kernel.arg_names
 BATCH_NAMES = int4_batch.batch_kernel.arg_names
 SUM_NAMES = int4_portable.sum_parts_kernel.arg_names
@@ -58,6 +60,7 @@ def pass_for_a_gpu(monkeypatch):
     monkeypatch.setattr(int4_run, "limits", lambda index: ("a GPU", 90, 132))
     monkeypatch.setattr(int4_decode, "decode_kernel", decode)
     monkeypatch.setattr(int4_stream, "stream_kernel", decode)
+    monkeypatch.setattr(int4_few, "few_kernel", decode)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(int4_recipe, "current_device", lambda: -1)  # what a tensor on a CPU says
     monkeypatch.setattr(bare_launch, "current_stream", lambda device: "stream")

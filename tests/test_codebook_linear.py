@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from int4_problems import DEVICE, DTYPES, assert_accurate
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack, to_tiles, words_to_packed
-from qat.kernels.int4_plans import Batch, Decode, Stream
+from qat.kernels.int4_plans import Batch, Decode, Few, Stream
 from qat.kernels.int4_run import run_plan
 from qat.kernels.nested_scale import join, nested_scale, nested_scale_reference
 
@@ -118,6 +118,8 @@ def test_a_frozen_layer_chooses_the_kernels_by_itself(name, group, laid_out):
 PLANS = [
     (1, Stream(8, 4, 3, 5, 2)),
     (1, Decode(4, 1, 8, 8, 3, 1)),
+    (5, Few(8, 8, 8, 3, 5, 1, 1)),
+    (16, Few(16, 16, 1, 2, 132, 4, 3)),
     (4, Decode(8, 1, 8, 4, 0, 2)),
     (16, Decode(8, 2, 16, 2, 3, 0)),
     (16, Batch(4, 8, 16, 8, 2, 4, 2, 1, 2)),

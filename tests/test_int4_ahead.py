@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
-from qat.kernels import int4_ahead, int4_batch, int4_decode, int4_portable, int4_run, int4_stream
+from qat.kernels import int4_ahead, int4_batch, int4_decode, int4_few, int4_portable, int4_run, int4_stream
 from qat.kernels.int4_ahead import Product, compile_ahead, meta_weight
-from qat.kernels.int4_plans import Batch, Decode, Dequantize, Stream
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Few, Stream
 
 import qat
 from qat.ahead import compiled_ahead, products
@@ -18,6 +18,8 @@ from qat.formats import native
 PLANS = [
     Decode(4, 2, 8, 4, 3, 1),
     Stream(8, 1, 3, 132, 3),
+    Few(8, 8, 1, 3, 132, 1, 3),
+    Few(8, 8, 1, 3, 66, 2, 1),
     Batch(8, 8, 64, 4, 2, 4, 3, 1, 2, 0),
     Batch(8, 8, 64, 4, 2, 4, 3, 2, 2, 0),
     Dequantize(),
@@ -52,6 +54,7 @@ def kernels(monkeypatch):
     owners = {
         "decode_kernel": int4_decode,
         "stream_kernel": int4_stream,
+        "few_kernel": int4_few,
         "batch_kernel": int4_batch,
         "sum_parts_kernel": int4_portable,
         "dequantize_kernel": int4_portable,
@@ -78,8 +81,8 @@ def test_the_kernels_that_a_call_launches(kernels, monkeypatch, scheme, inputs, 
     table, zero_point = scheme == "table", torch.int8 if scheme == "zero points" else None
     scale = torch.float32 if table else torch.bfloat16
     product = Product(96, inputs, inputs, scale, zero_point, table, bias, torch.bfloat16)
-    wanted = 2 if isinstance(plan, Batch) and plan.split > 1 else 1
-    tokens = 1 if isinstance(plan, Stream) else 70
+    wanted = 2 if isinstance(plan, Batch | Few) and plan.split > 1 else 1
+    tokens = 1 if isinstance(plan, Stream) else 5 if isinstance(plan, Few) else 70
     assert compile_ahead([product], [tokens], None) == wanted
     weight = meta_weight(product)
     weight = weight._replace(
@@ -94,10 +97,17 @@ def test_the_kernels_that_a_call_launches(kernels, monkeypatch, scheme, inputs, 
 
 
 def test_one_kernel_for_each_product_and_number_of_tokens(kernels, monkeypatch):
-    monkeypatch.setattr(int4_run, "choose", lambda tokens, *shape: PLANS[0] if tokens < 9 else PLANS[3])
+    monkeypatch.setattr(int4_run, "choose", lambda tokens, *shape: PLANS[0] if tokens < 9 else PLANS[5])
     fits = Product(96, 128, 32, torch.bfloat16, None, False, False, torch.bfloat16)
     compile_ahead([fits, fits._replace(out_features=32), fits._replace(scale=torch.float32)], [1, 70], None)
-    assert [len(kernel.warm) for kernel in kernels.values()] == [2, 0, 2, 2, 0]  # a float32 scale is for another kernel
+    assert [len(kernel.warm) for kernel in kernels.values()] == [
+        2,
+        0,
+        0,
+        2,
+        2,
+        0,
+    ]  # a float32 scale is for another kernel
 
 
 SPECS = [

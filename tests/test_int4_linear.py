@@ -9,7 +9,7 @@ from int4_problems import DEVICE, DTYPES, assert_accurate, int4_linear, int4_lin
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_linear import backend, int4_dequantize
-from qat.kernels.int4_plans import Batch, Decode, Stream
+from qat.kernels.int4_plans import Batch, Decode, Few, Stream
 from qat.kernels.int4_run import run_plan
 
 from qat.backend import set_batch_invariant
@@ -226,6 +226,11 @@ def test_grid_on_gpu(n, k, group, dtype):
 PLANS = [
     (1, Stream(8, 8, 2, 7, 3)),
     (1, Stream(8, 4, 3, 132, 1)),
+    (3, Few(8, 8, 8, 2, 7, 1, 1)),
+    (8, Few(8, 8, 2, 3, 3, 3, 3)),
+    (8, Few(16, 8, 8, 2, 132, 1, 2)),
+    (13, Few(16, 16, 4, 3, 5, 1, 1)),
+    (16, Few(16, 16, 1, 2, 132, 3, 3)),
     (4, Decode(8, 1, 8, 4, 0, 2)),
     (8, Decode(4, 4, 8, 2, 2, 2)),
     (16, Decode(8, 2, 16, 2, 3, 0)),

@@ -22,7 +22,8 @@ import triton.backends.nvidia
 from qat.kernels.int4_batch import SWIZZLED, batch_kernel
 from qat.kernels.int4_after_norm import norm_stream_kernel
 from qat.kernels.int4_decode import decode_kernel
-from qat.kernels.int4_plans import Batch, Decode, Stream, heuristic, int8_candidates
+from qat.kernels.int4_few import few_kernel
+from qat.kernels.int4_plans import Batch, Decode, Few, Stream, heuristic, int8_candidates
 from qat.kernels.int4_stream import stream_kernel
 from qat.kernels.int8_batch import SWIZZLED as SWIZZLED_8, int8_batch_kernel
 from triton.backends.compiler import GPUTarget
@@ -37,15 +38,16 @@ def compile(kernel, pointers, constants, warps, capability):
     attributes = {at[name]: [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    registers = None
-    if kernel in (stream_kernel, norm_stream_kernel):
+    registers = spilled = None
+    if kernel in (stream_kernel, norm_stream_kernel, few_kernel):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        registers = int(re.search(r"REG:(\d+) STACK:0 ", usage).group(1))  # nothing spills
-    return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared, "registers": registers}
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+) ", usage).groups())
+    found = {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
+    return found | {"registers": registers, "spilled": spilled}
 
 def int4_case(kind, capability, dtype, has_zero, has_levels):
     common = {"GROUP": 32 if has_zero else 64, "HALVES": 2 if has_zero else 1, "HAS_BIAS": True}
@@ -83,6 +85,19 @@ def stream_case(kind, inputs, dtype, has_zero, has_levels):
     constants |= {"HAS_UPDATE": True, "PARTS": 2 if kind == "gated" else 1}
     return compile(norm_stream_kernel, pointers, constants, plan.warps, 90)
 
+def few_case(tokens, inputs, dtype, has_zero, has_levels):
+    tiles, plan = inputs // 64, heuristic(tokens, 28672, inputs, 90, 132)
+    constants = {"GROUP": 32 if has_zero else 128, "HALVES": 2 if has_zero else 1, "HAS_ZERO": has_zero}
+    constants |= {"HAS_LEVELS": has_levels, "HAS_BIAS": True, "WHOLE": tiles == plan.warps * plan.tiles * plan.split}
+    constants |= {"TOKENS": plan.block_m, "WARPS": plan.warps, "TILES": plan.tiles, "STAGES": plan.stages}
+    pointers = {"words_ptr": "*i32", "zero_ptr": "*i8", "levels_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("scale_ptr", "bias_ptr", "y_ptr", "x_ptr", "parts_ptr"), "*" + dtype)
+    if has_levels:
+        pointers["scale_ptr"] = "*fp32"
+    if plan.split > 1:
+        pointers["parts_ptr"] = "*fp32"
+    return compile(few_kernel, pointers, constants | {"EARLY": plan.early}, plan.warps, 90)
+
 def int8_case(plan, dtype, part, has_zero):
     constants = {"GROUP": 64 * part, "PART": part, "HAS_ZERO": has_zero, "HAS_BIAS": True}
     constants |= {name.upper(): value for name, value in plan._asdict().items()}
@@ -94,6 +109,8 @@ def int8_case(plan, dtype, part, has_zero):
 def case(kind, *arguments):
     if kind in ("stream", "norm", "gated"):
         return stream_case(kind, *arguments)
+    if kind == "few":
+        return few_case(*arguments)
     if kind == "int8":
         return int8_case(int8_candidates(1024)[arguments[0]], *arguments[1:])
     return int4_case(kind, *arguments)
@@ -119,6 +136,13 @@ STREAM_CASES = [
     ("norm", 4096, "bf16", False, False),
     ("gated", 4096, "fp16", False, False),
 ]
+# The same of few tokens, whose number comes first.
+FEW_CASES = [
+    ("few", 8, 4096, "bf16", False, False),
+    ("few", 16, 4096, "bf16", False, False),
+    ("few", 8, 14336, "fp16", True, False),
+    ("few", 16, 8192, "bf16", False, True),
+]
 # The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
 INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int8", 5, "bf16", 1, False)]
 
@@ -127,14 +151,16 @@ INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int
 def compiled():
     """Compile all cases in one process, which does not interpret."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES + STREAM_CASES + INT8_CASES)],
+        [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES + STREAM_CASES + FEW_CASES + INT8_CASES)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(CASES + STREAM_CASES + INT8_CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(
+        zip(CASES + STREAM_CASES + FEW_CASES + INT8_CASES, json.loads(done.stdout.splitlines()[-1]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -171,6 +197,7 @@ def test_one_token_compiles(compiled, case):
     assert ptx.index("cp.async.commit_group") < wait
     assert (wait < go) == (heuristic(1, 28672, inputs, 90, 132).early == 3)
     # A second program has room beside one: in 64 K registers, and, but for wide scales, in 228 KB.
+    assert found["spilled"] == 0
     assert 2 * 256 * -(-found["registers"] // 8) * 8 <= 65536
     assert has_zero or has_levels or 2 * (found["shared"] + 1024) <= 228 * 1024
 
@@ -193,3 +220,20 @@ def test_int8_compiles(compiled, case):
     multiplications = [match.start() for match in re.finditer("wgmma.mma_async", ptx)]
     loop = ptx[multiplications[3] : multiplications[-1]]
     assert loop.count("bar.sync") == len(multiplications) // 4 - 1
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_few_tokens_compile(compiled, case):
+    _, tokens, inputs, _, has_zero, has_levels = case
+    found, plan = compiled[case], heuristic(tokens, 28672, inputs, 90, 132)
+    ptx = found["ptx"]
+    assert "cp.async.cg.shared.global [ %r" in ptx.replace("+", " ")
+    assert (
+        ptx.count("mma.sync") == plan.tiles * 4 * plan.block_m // 8
+    )  # and x is in registers: no other product reads it
+    assert ptx.count("ld.global.v4") == plan.tiles * plan.block_m // 4  # x 16 bytes at a time
+    assert ptx.index("cp.async.commit_group") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global.v4")
+    assert found["shared"] <= 227 * 1024 and found["spilled"] <= (0 if plan.block_m == 8 else 64)
+    if plan.block_m == 8 and plan.warps == 8:  # a second program has room beside one
+        assert 2 * 256 * -(-found["registers"] // 8) * 8 <= 65536
+        assert has_zero or has_levels or 2 * (found["shared"] + 1024) <= 228 * 1024

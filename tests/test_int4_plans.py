@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from qat.kernels import int4_plans
-from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8, Stream
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Few, Int8, Stream
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (704, 2112), (151936, 896), (1, 16), (33, 80)]
 
 
-def assert_runs(plan, tokens, capability):
+def assert_runs(plan, tokens, inputs, capability):
     """Check what the kernels rely on, and what a multiprocessor has room for."""
     if isinstance(plan, Dequantize):
         return
-    assert plan.early in ((0, 1, 2, 3) if isinstance(plan, Stream) else (0, 1, 2) if capability >= 90 else (0,))
+    assert plan.early in ((0, 1, 2, 3) if isinstance(plan, Stream | Few) else (0, 1, 2) if capability >= 90 else (0,))
     if isinstance(plan, Decode):
         assert plan.block_m >= tokens
         x = plan.stages * plan.tiles * plan.warps * plan.block_m * 64 * 2
@@ -26,6 +26,14 @@ def assert_runs(plan, tokens, capability):
         assert plan.stages != 1 and max(x, sums) <= SHARED_MEMORY[capability]
     elif isinstance(plan, Stream):
         assert tokens == 1 and capability == 90 and plan.warps == 8 and plan.tiles in (1, 2, 4, 8) and plan.stages >= 2
+    elif isinstance(plan, Few):
+        assert 1 < tokens <= plan.block_m in (8, 16) and capability == 90 and plan.stages >= 2
+        in_registers = plan.tiles * 64 * plan.block_m // 32 // 2  # x of a warp, two numbers a register, 32 lanes
+        assert in_registers <= 64 and 65536 // (32 * plan.warps) >= 2 * in_registers
+        assert plan.split * plan.warps * plan.tiles >= -(-inputs // 64)
+        # Words, and in float32 two scales an output and tile; sums of a row block; x on its way into registers.
+        ring = plan.stages * plan.warps * plan.tiles * (512 + 128)
+        assert ring + plan.warps * 16 * plan.block_m * 4 <= SHARED_MEMORY[90]
     else:
         assert isinstance(plan, Batch) and capability == 90
         assert plan.warps in (4, 8) and plan.blocks in (plan.warps, 2 * plan.warps)  # one or two wgmma rows a warpgroup
@@ -47,14 +55,15 @@ def assert_runs(plan, tokens, capability):
     multiprocessors=st.integers(20, 200),
 )
 def test_every_plan_of_the_heuristic_runs(tokens, shape, capability, multiprocessors):
-    assert_runs(int4_plans.heuristic(tokens, *shape, capability, multiprocessors), tokens, capability)
+    plan = int4_plans.heuristic(tokens, *shape, capability, multiprocessors)
+    assert_runs(plan, tokens, shape[1], capability)
 
 
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 def test_plans_for_few_tokens_run(capability):
     for tokens in range(1, 34):
         for shape in SHAPES:
-            assert_runs(int4_plans.heuristic(tokens, *shape, capability, 100), tokens, capability)
+            assert_runs(int4_plans.heuristic(tokens, *shape, capability, 100), tokens, shape[1], capability)
 
 
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
@@ -65,7 +74,7 @@ def test_every_candidate_runs(shape, capability):
         assert plans and len(set(plans)) == len(plans)
         for plan in plans:
             if capability == 90:
-                assert_runs(plan, tokens, capability)
+                assert_runs(plan, tokens, shape[1], capability)
 
 
 @given(row_blocks=st.integers(1, 10000), tiles=st.integers(1, 1000), multiprocessors=st.integers(20, 200))
@@ -82,6 +91,26 @@ def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multi
     everything = -(-row_blocks // multiprocessors) * steps
     assert (plan.early == 3) == (everything <= plan.stages)
     assert plan.programs == multiprocessors
+
+
+@given(
+    tokens=st.integers(2, 16), row_blocks=st.integers(1, 10000), tiles=st.integers(1, 1000), gpu=st.integers(20, 200)
+)
+def test_the_plan_of_few_tokens_takes_the_fewest_tiles_in_a_row(tokens, row_blocks, tiles, gpu):
+    plan = int4_plans.heuristic(tokens, 16 * row_blocks, 64 * tiles, 90, gpu)
+    if not isinstance(plan, Few):
+        assert tiles > (1024 if tokens <= 8 else 512)  # more parts than sums are worth
+        return
+    assert plan.programs * plan.split <= gpu
+
+    def in_a_row(span, split):
+        return -(-row_blocks // (gpu // split)) * span
+
+    spans = (8, 16, 32, 64, 128) if tokens <= 8 else (16, 32, 64)
+    best = min(in_a_row(span, -(-tiles // span)) for span in spans if -(-tiles // span) <= 8)
+    mine = in_a_row(plan.warps * plan.tiles, plan.split)
+    assert best <= mine <= best + 100
+    assert (plan.early == 3) == (-(-row_blocks // plan.programs) <= plan.stages)
 
 
 @pytest.mark.parametrize("tokens", [128, 256])
@@ -115,14 +144,19 @@ def test_int8_plans_run(tokens, outputs, multiprocessors):
 
 def test_every_shipped_plan_runs():
     shipped = json.loads(Path(int4_plans.__file__).with_name("int4_plans.json").read_text())
-    plans = [(int(m), plan) for shapes in shipped.values() for by_m in shapes.values() for m, plan in by_m.items()]
+    plans = [
+        (name, int(m), plan)
+        for shapes in shipped.values()
+        for name, by_tokens in shapes.items()
+        for m, plan in by_tokens.items()
+    ]
     assert len(plans) > 50
-    for tokens, values in plans:
+    for name, tokens, values in plans:
         plan = int4_plans.plan_from_json(values)
         if isinstance(plan, Int8):
             assert_int8_runs(plan)
         else:
-            assert_runs(plan, tokens, 90)
+            assert_runs(plan, tokens, int(name.split("x")[1].split()[0]), 90)
 
 
 @dataclass
@@ -174,6 +208,7 @@ def test_the_tuned_table_is_read_from_where_it_is_written(tmp_path, monkeypatch)
     [
         Decode(1, 2, 3, 4, 5, 6),
         Stream(1, 2, 3, 4, 5),
+        Few(1, 2, 3, 4, 5, 6, 7),
         Batch(1, 2, 3, 4, 5, 6, 7, 8, 9),
         Dequantize(),
         Int8(1, 2, 3, 4, 5, 6),

@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("triton")
 from qat.kernels import int4_linear as module
 from qat.kernels import int4_portable, int4_recipe, int4_run
-from qat.kernels.int4_plans import Batch, Decode, Dequantize
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Few
 from stand_in_kernels import (
     BATCH_NAMES,
+    FEW_NAMES,
     NAMES,
     SUM_NAMES,
     Kernel,
@@ -65,7 +66,8 @@ def forget_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("leading", [(3,), (1, 3)])
-def test_a_second_call_passes_on_what_the_first_did(kernel, leading):
+def test_a_second_call_passes_on_what_the_first_did(kernel, monkeypatch, leading):
+    monkeypatch.setattr(int4_run, "choose", lambda *shape: Decode(4, 2, 8, 4, 3, 1))
     for w, bias in variants():
         kernel.launches.clear()
         module.int4_linear(torch.randn(*leading, 128).bfloat16(), w, bias)
@@ -105,6 +107,32 @@ def test_a_second_call_of_many_tokens_too(batch_kernels, monkeypatch, split, lea
         (launch,) = sums.launches
         at = check_again(launch, SUM_NAMES, {"parts_ptr", "y_ptr"})
         assert at == {"parts_ptr": parts.data_ptr(), "y_ptr": y.data_ptr()}
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_a_second_call_of_few_tokens_too(batch_kernels, kernel, monkeypatch, split):
+    _, sums = batch_kernels
+    made = forget_nothing(monkeypatch)
+    monkeypatch.setattr(int4_run, "choose", lambda *shape: Few(8, 8, 1, 3, 132, split, 1))
+    for w, bias in variants():
+        kernel.launches.clear(), sums.launches.clear(), int4_recipe._products.clear(), int4_run._kernels.clear()
+        module.int4_linear(torch.randn(3, 128).bfloat16(), w, bias)
+        made.clear()
+        x = torch.randn(3, 128).bfloat16()
+        y = module.int4_linear(x, w, bias)
+        (launch,) = kernel.launches
+        at = check_again(launch, FEW_NAMES, {"x_ptr", "y_ptr", "parts_ptr"} | ({"bias_ptr"} if bias is None else set()))
+        assert at["x_ptr"] == x.data_ptr() and at["y_ptr"] == y.data_ptr() and y.shape == (3, 96)
+        if split == 1:
+            assert at["parts_ptr"] == y.data_ptr() and not sums.launches and len(made) == 1
+            continue
+        (parts,) = (tensor for tensor in made if tensor.dtype == torch.float32)
+        assert parts.shape == (2, 3, 96) and at["parts_ptr"] == parts.data_ptr()
+        (launch,) = sums.launches
+        assert check_again(launch, SUM_NAMES, {"parts_ptr", "y_ptr"}) == {
+            "parts_ptr": parts.data_ptr(),
+            "y_ptr": y.data_ptr(),
+        }
 
 
 def test_a_dequantized_weight_is_launched_again(kernel, monkeypatch):

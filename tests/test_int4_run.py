@@ -4,12 +4,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from qat.kernels import int4_batch, int4_portable, int4_recipe, int4_run, int4_stream, int8_run
+from qat.kernels import int4_batch, int4_few, int4_portable, int4_recipe, int4_run, int4_stream, int8_run
 from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
-from qat.kernels.int4_plans import Batch, Decode, Dequantize, Int8, Stream
+from qat.kernels.int4_plans import Batch, Decode, Dequantize, Few, Int8, Stream
 from qat.kernels.int8_codes import int8_codes
-from stand_in_kernels import BATCH_NAMES, INT8_NAMES, NAMES, STREAM_NAMES, Kernel, pass_for_a_gpu, weight
+from stand_in_kernels import BATCH_NAMES, FEW_NAMES, INT8_NAMES, NAMES, STREAM_NAMES, Kernel, pass_for_a_gpu, weight
 
 from qat import codebook
 from qat.packing import pack
@@ -37,7 +37,11 @@ def check_arguments(names, launch, w, x, bias, plan):
     """Check every argument against the kernel's own names for them."""
     _, arguments, options, _ = launch
     named = dict(zip(names, arguments, strict=True))
-    for name, value in plan._asdict().items():
+    constants = plan._asdict()
+    if isinstance(plan, Few):
+        constants = constants | {"tokens": constants.pop("block_m")}
+        del constants["split"]
+    for name, value in constants.items():
         assert name == "programs" or named[name.upper()] == value, name
     assert options == {"num_warps": plan.warps, "launch_pdl": plan.early > 0}
     assert (named["M"], named["N"], named["K"]) == (x.shape[0], w.out_features, w.in_features)
@@ -94,6 +98,31 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     ((grid, arguments, _, _),) = sums.launches
     assert parts.shape == (2, 70, 96) and parts.dtype == torch.float32 and grid == (7, 1, 1)
     assert arguments[0] is parts and arguments[1] is bias and arguments[3:] == (70 * 96, 96, 2, 1024, True)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "tiles, split, programs, whole", [(1, 1, 5, False), (8, 1, 132, True), (1, 8, 16, True), (2, 3, 9, False)]
+)
+def test_arguments_for_few_tokens(kernel, monkeypatch, tiles, split, programs, whole, with_bias):
+    few, sums = Kernel(), Kernel()
+    monkeypatch.setattr(int4_few, "few_kernel", few)
+    monkeypatch.setattr(int4_portable, "sum_parts_kernel", sums)
+    w, x, bias = weight(k=4096), torch.randn(5, 4096).bfloat16(), torch.randn(96).bfloat16() if with_bias else None
+    plan = Few(8, 8, tiles, 3, programs, split, 3)
+    y = int4_run.run_plan(plan, x, w, bias)
+    (launch,) = few.launches
+    check_arguments(FEW_NAMES, launch, w, x, bias if split == 1 else None, plan)
+    named = dict(zip(FEW_NAMES, launch[1], strict=True))
+    assert launch[0] == (min(programs, 6), split, 1) and named["WHOLE"] == whole and named["x_ptr"] is x
+    parts = named["parts_ptr"]
+    if split == 1:
+        assert parts is y and not sums.launches
+        return
+    ((grid, arguments, _, _),) = sums.launches
+    assert parts.shape == (split, 5, 96) and parts.dtype == torch.float32 and grid == (1, 1, 1)
+    assert arguments[0] is parts and arguments[1] is bias and arguments[2] is y
+    assert arguments[3:] == (5 * 96, 96, split, 1024, True)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -156,11 +185,10 @@ def test_what_a_kernel_is_compiled_for_is_told_apart(kernel):
 
 
 def test_the_number_of_tokens_is_passed_on_and_does_not_compile_again(kernel):
-    w = weight()
+    w, position = weight(), FEW_NAMES.index("M")
     for tokens in (2, 3, 3, 5):
         module.int4_linear(torch.randn(tokens, 128).bfloat16(), w)
     ((_, first, _, compiled),) = kernel.launches
-    position = NAMES.index("M")
     assert first[position] == 2 and [run[9:][position] for run in compiled.runs] == [3, 3, 5]
 
 
