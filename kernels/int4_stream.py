@@ -25,7 +25,7 @@ from .int4_registers import (
     spread_factors,
     wait_for_previous_kernel,
 )
-from .int4_ring import allocate_x, block_of, fetch, first_place, inputs, next_place, start_reading
+from .int4_ring import PLAIN, allocate_x, block_of, fetch, first_place, inputs, next_place, start_reading
 
 
 @triton.constexpr_function
@@ -48,6 +48,16 @@ def _inputs_layout(warps):
     of_warps = [[0, 1 << bit, 0] for bit in range(warps.bit_length() - 1)]
     of_lanes = [[0, 0, 2], [0, 0, 4], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
     return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 8]], of_lanes, of_warps, [], [1, warps, 16])
+
+
+@triton.constexpr_function
+def _sums_layout(tokens, warps):
+    """Return a layout of (warps, 16 outputs, tokens) in which a thread has an output's sums of all warps."""
+    of_registers = [[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)]
+    places = [[0, 0, 1 << bit] for bit in range(tokens.bit_length() - 1)] + [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0]]
+    places += [[0, 0, 0]] * 8
+    of_warps = places[5 : 5 + warps.bit_length() - 1]
+    return gl.DistributedLinearLayout(of_registers, places[:5], of_warps, [], [warps, 16, tokens])
 
 
 @gluon.jit
@@ -139,7 +149,12 @@ def multiply(
     mine = (row_blocks // PARTS - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     slot = 0
     now = first_place()
-    gate = gl.zeros([16], gl.float32, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
+    # Sums of all warps go through shared memory once: a reduction over warps would take several times as long.
+    of_sums: gl.constexpr = _sums_layout(TOKENS, WARPS)
+    sums = gl.allocate_shared_memory(gl.float32, [WARPS, 16, TOKENS], PLAIN)
+    row = gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, of_sums)))
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(0, of_sums)))
+    gate = gl.zeros([16, TOKENS], gl.float32, gl.SliceLayout(0, of_sums))
     for _ in range(0, mine * PARTS * STEPS):
         async_copy.wait_group(STAGES - 1)
         barrier()
@@ -171,32 +186,26 @@ def multiply(
         done = True
         if STEPS > 1:
             done = now[2] == STEPS - 1
-        if TOKENS > 1:
-            total = gl.sum(_added_up(acc), 0)
-            acc = _sums(nothing)
-            y = raised(total, dtype, HAS_ZERO, HAS_LEVELS)
-            n = block_of(now, row_blocks, PARTS) * 16 + gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, mma)))
-            token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(0, mma)))
-            if HAS_BIAS:
-                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-            at_y = y_ptr + (gl.program_id(1) * M + token).to(gl.int64)[None, :] * N + n[:, None]
-            gl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (token < M)[None, :])
-        elif done:
+        if done:
             total = _added_up(acc)
             acc = _sums(nothing)
-            y = raised(gl.sum(gl.max(total, 2), 0), dtype, HAS_ZERO, HAS_LEVELS)  # of columns that are the same
-            row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
+            if TOKENS == 1:
+                total = gl.expand_dims(gl.max(total, 2), 2)  # of columns that are the same
+            sums.store(total)
+            y = raised(gl.sum(sums.load(of_sums), 0), dtype, HAS_ZERO, HAS_LEVELS)
             if HAS_BIAS:
                 n = block_of(now, row_blocks, PARTS) * 16 + row
-                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
             n = now[0] * 16 + row
+            at_y = y_ptr + ((gl.program_id(1) * M + token).to(gl.int64)[None, :] * N + n[:, None])
+            inside = (n < N)[:, None] & (token < M)[None, :]
             if PARTS == 1:
-                gl.store(y_ptr + n, y.to(dtype), mask=n < N)
+                gl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=inside)
             elif now[1] == 0:
                 gate = y.to(dtype).to(gl.float32)
             else:
                 y = gate / (1.0 + gl.exp(-gate)) * y.to(dtype).to(gl.float32)
-                gl.store(y_ptr + n, y.to(dtype))
+                gl.store(at_y, y.to(dtype), mask=inside)
         now = next_place(now, PARTS, STEPS)
     if EARLY == 2:
         let_next_kernel_start()
