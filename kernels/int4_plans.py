@@ -2,14 +2,15 @@
 
 There is no search at run time. ``python -m benchmarks.tune`` measures the candidates below on the GPU at hand and
 writes a table to ``cache_path()``, which goes before the one that ships in ``int4_plans.json``. A table is found by
-the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M, one token by
-itself alone; what was timed with fp16 or int8 codes has that behind the name, "NxK float16", and fp16 takes what bf16
-has where it has nothing.
+the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M: up to 8 tokens
+by no more than 8, and one by itself alone. What was timed with fp16 or int8 codes has that behind the name, "NxK
+float16", and fp16 takes what bf16 has where it has nothing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -140,8 +141,9 @@ def plan_name(outputs: int, inputs: int, kind: str = "bfloat16") -> str:
 def _listed(device_name: str, name: str, tokens: int) -> Plan | Int8 | None:
     for table in (_user_table(), _shipped_table()):
         by_tokens = table.get(device_name, {}).get(name, {})
-        # One token has a kernel of its own, so that what is listed for more says nothing about it.
-        fitting = sorted(int(bound) for bound in by_tokens if int(bound) >= tokens and (tokens > 1 or bound == "1"))
+        # One token has a kernel of its own, and so have 2 to 8: what is listed for more says nothing about them.
+        most = next((most for most in (1, 8) if tokens <= most), math.inf)
+        fitting = sorted(int(bound) for bound in by_tokens if tokens <= int(bound) <= most)
         if fitting:
             return plan_from_json(by_tokens[str(fitting[0])])
     return None
@@ -225,12 +227,14 @@ def _deepest(plan: Stream, tiles: int) -> Stream | None:
 
 
 def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
-    """Return the plans for 2 to 16 tokens, those first that take the fewest K tiles in a row; a sum costs 100 tiles."""
+    """Return the plans for 2 to 16 tokens, by what they take: counted in K tiles that a multiprocessor reads.
+
+    A row block costs ten beside its tiles; x, which each program loads, three for each tile of 8 tokens; a sum of parts
+    200 (measured on an H200, where a tile takes 16 ns).
+    """
     block_m = 8 if tokens <= 8 else 16
-    # What a program holds of x in registers: 128 a thread, of which x may take half.
-    shapes = ((8, 8), (8, 4), (8, 2), (8, 1), (16, 8)) if block_m == 8 else ((16, 4), (16, 2), (16, 1))
     plans = []
-    for warps, ahead in shapes:
+    for warps, ahead in ((8, 8), (8, 4), (8, 2), (8, 1), (16, 8) if block_m == 8 else (16, 4)):
         span = warps * ahead
         split = -(-tiles // span)
         if split > min(MOST_PARTS, multiprocessors):
@@ -238,9 +242,10 @@ def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list
         programs = multiprocessors // split
         blocks = -(-row_blocks // programs)
         stages = max(2, min(blocks, MOST_STAGES if span <= 64 else 2))
-        plan = Few(warps, block_m, ahead, stages, programs, split, 3 if blocks <= stages else 1)
-        plans.append((blocks * span + (100 if split > 1 else 0), split, plan))
-    return [plan for *_, plan in sorted(plans)]
+        early = 3 if blocks <= stages else 2 if split > 1 else 1
+        cost = blocks * (span + 10) + 0.4 * span * block_m + (200 if split > 1 else 0)
+        plans.append((cost, Few(warps, block_m, ahead, stages, programs, split, early)))
+    return [plan for _, plan in sorted(plans)]
 
 
 def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:

@@ -77,11 +77,52 @@ def _sums(nothing):
 
 
 @gluon.jit
-def _added_up(sums):
+def _added_up(sums, TOKENS: gl.constexpr):
     total = sums[0] + sums[1]
     if len(sums) == 4:
         total += sums[2] + sums[3]
+    if TOKENS == 1:
+        total = gl.expand_dims(gl.max(total, 2), 2)  # of columns that are the same
     return total
+
+
+@gluon.jit
+def _write(
+    sums,  # (warps, 16 outputs, tokens) in shared memory
+    at,  # whose they are
+    gate,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    row_blocks,
+    dtype: gl.constexpr,
+    TOKENS: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    HAS_LEVELS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Add the warps' sums up and write them, or return them where they are gates of what comes next."""
+    layout: gl.constexpr = _sums_layout(TOKENS, WARPS)
+    row = gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, layout)))
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    y = raised(gl.sum(sums.load(layout), 0), dtype, HAS_ZERO, HAS_LEVELS)
+    if HAS_BIAS:
+        n = block_of(at, row_blocks, PARTS) * 16 + row
+        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    n = at[0] * 16 + row
+    y_ptrs = y_ptr + ((gl.program_id(1) * M + token).to(gl.int64)[None, :] * N + n[:, None])
+    inside = (n < N)[:, None] & (token < M)[None, :]
+    if PARTS == 1:
+        gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+    elif at[1] == 0:
+        gate = y.to(dtype).to(gl.float32)
+    else:
+        y = gate / (1.0 + gl.exp(-gate)) * y.to(dtype).to(gl.float32)
+        gl.store(y_ptrs, y.to(dtype), mask=inside)
+    return gate
 
 
 @gluon.jit
@@ -149,15 +190,18 @@ def multiply(
     mine = (row_blocks // PARTS - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     slot = 0
     now = first_place()
-    # Sums of all warps go through shared memory once: a reduction over warps would take several times as long.
-    of_sums: gl.constexpr = _sums_layout(TOKENS, WARPS)
+    # The warps' sums of a row block are added up beside the next one's products, behind a barrier that is there anyway.
     sums = gl.allocate_shared_memory(gl.float32, [WARPS, 16, TOKENS], PLAIN)
-    row = gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, of_sums)))
-    token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(0, of_sums)))
-    gate = gl.zeros([16, TOKENS], gl.float32, gl.SliceLayout(0, of_sums))
+    gate = gl.zeros([16, TOKENS], gl.float32, gl.SliceLayout(0, _sums_layout(TOKENS, WARPS)))
+    last = row_blocks, 0, 0  # none
     for _ in range(0, mine * PARTS * STEPS):
         async_copy.wait_group(STAGES - 1)
         barrier()
+        if STEPS == 1 or now[2] == 0:
+            gate = _write(
+                *(sums, last, gate, bias_ptr, y_ptr, M, N, row_blocks, dtype, TOKENS),
+                *(HAS_ZERO, HAS_LEVELS, HAS_BIAS, PARTS, WARPS),
+            )
         for d in gl.static_range(TILES):
             # (warp, lane, word) to (warp, output, pair of inputs): only names change, no register moves
             pairs = word_ring.index(slot).slice(d, 1, 0).load(of_warp).reshape([WARPS, 8, 4, 2, 2])
@@ -180,33 +224,18 @@ def multiply(
                     if TOKENS == 1:
                         x = spread(x, like_x, 2)
                     acc = acc[1:] + (mma_v2(weights, x, acc[0]),)
+        if STEPS == 1 or now[2] == STEPS - 1:
+            sums.store(_added_up(acc, TOKENS))
+            acc, last = _sums(nothing), now
         fetch(rings, places, slot, at, row_blocks, tiles, groups, GROUP, WHOLE, HAS_ZERO, PARTS, WARPS * TILES)
         at = next_place(at, PARTS, STEPS)
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
-        done = True
-        if STEPS > 1:
-            done = now[2] == STEPS - 1
-        if done:
-            total = _added_up(acc)
-            acc = _sums(nothing)
-            if TOKENS == 1:
-                total = gl.expand_dims(gl.max(total, 2), 2)  # of columns that are the same
-            sums.store(total)
-            y = raised(gl.sum(sums.load(of_sums), 0), dtype, HAS_ZERO, HAS_LEVELS)
-            if HAS_BIAS:
-                n = block_of(now, row_blocks, PARTS) * 16 + row
-                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-            n = now[0] * 16 + row
-            at_y = y_ptr + ((gl.program_id(1) * M + token).to(gl.int64)[None, :] * N + n[:, None])
-            inside = (n < N)[:, None] & (token < M)[None, :]
-            if PARTS == 1:
-                gl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=inside)
-            elif now[1] == 0:
-                gate = y.to(dtype).to(gl.float32)
-            else:
-                y = gate / (1.0 + gl.exp(-gate)) * y.to(dtype).to(gl.float32)
-                gl.store(at_y, y.to(dtype), mask=inside)
         now = next_place(now, PARTS, STEPS)
+    barrier()
+    _write(
+        *(sums, last, gate, bias_ptr, y_ptr, M, N, row_blocks, dtype, TOKENS),
+        *(HAS_ZERO, HAS_LEVELS, HAS_BIAS, PARTS, WARPS),
+    )
     if EARLY == 2:
         let_next_kernel_start()
     async_copy.wait_group(0)
