@@ -14,8 +14,8 @@ With levels, 16 of them, W_NK = round_to_x_dtype(levels[u_NK] * float32(scale)) 
 
 Three ways, behind one operator (``int4_plans`` chooses by shape, never by a search at run time; ``int4_run`` launches):
 
-- ``int4_decode`` and ``int4_batch``: 16-bit x and a codebook, or the scale in the dtype of x and an integer zero point,
-  on NVIDIA GPUs since Ampere;
+- ``int4_decode``, on Hopper ``int4_stream``, ``int4_few`` and ``int4_batch``: 16-bit x and a codebook, or the scale in
+  the dtype of x and an integer zero point, on NVIDIA GPUs since Ampere;
 - ``int4_portable``: everything else, on every GPU, while the tokens are few;
 - dequantize the weight, then torch's matmul, with torch's settings for it (a sum may be reduced in bf16): where the
   tokens are many.

@@ -162,7 +162,7 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
         if plans:
             return plans[0]
     if tokens <= 8 or (tokens <= 16 and not hopper):
-        return _decode(8 if tokens <= 8 else 16, blocks, tiles, capability, multiprocessors)
+        return _decode(8 if tokens <= 8 else 16, blocks, capability, multiprocessors)
     if not hopper or tokens > MANY_TOKENS:
         return Dequantize()
     if tokens > 64:
@@ -176,15 +176,10 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
     return Batch(8, 8, block_m, 8, 2, 4, 4, split, 2, 1)
 
 
-def _decode(block_m: int, blocks: int, tiles: int, capability: int, multiprocessors: int) -> Decode:
-    if capability != 90:  # as little as 99 KiB of shared memory, and nothing measured
-        shape = (8, 1) if blocks <= 3 * multiprocessors else (4, 2)
-        return Decode(*shape, block_m, 32 // block_m, 2, 2 if capability > 90 else 0)
-    if blocks <= 2 * multiprocessors:  # three stages leave room for two programs a multiprocessor, so none stack up
-        return Decode(8, 1, block_m, 4, 3, 1) if tiles >= 128 else Decode(4, 1, block_m, 8, 3, 1)
-    if blocks <= 3 * multiprocessors:
-        return Decode(4, 1, block_m, 8, 2, 2)
-    return Decode(4, 4, block_m, 2, 2, 2)
+def _decode(block_m: int, blocks: int, capability: int, multiprocessors: int) -> Decode:
+    """Return a plan that needs as little as 99 KiB of shared memory; nothing measured."""
+    shape = (8, 1) if blocks <= 3 * multiprocessors else (4, 2)
+    return Decode(*shape, block_m, 32 // block_m, 2, 2 if capability >= 90 else 0)
 
 
 def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> Batch:
@@ -229,7 +224,7 @@ def _deepest(plan: Stream, tiles: int) -> Stream | None:
 def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
     """Return the plans for 2 to 16 tokens, by what they take: counted in K tiles that a multiprocessor reads.
 
-    A row block costs ten beside its tiles; x, which each program loads, three for each tile of 8 tokens; a sum of parts
+    A row block costs ten beside its tiles; x, which each program loads, four for each tile of 8 tokens; a sum of parts
     200 (measured on an H200, where a tile takes 16 ns).
     """
     block_m = 8 if tokens <= 8 else 16
@@ -243,7 +238,7 @@ def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list
         blocks = -(-row_blocks // programs)
         stages = max(2, min(blocks, MOST_STAGES if span <= 64 else 2))
         early = 3 if blocks <= stages else 2 if split > 1 else 1
-        cost = blocks * (span + 10) + 0.4 * span * block_m + (200 if split > 1 else 0)
+        cost = blocks * (span + 10) + 0.5 * span * block_m + (200 if split > 1 else 0)
         plans.append((cost, Few(warps, block_m, ahead, stages, programs, split, early)))
     return [plan for _, plan in sorted(plans)]
 

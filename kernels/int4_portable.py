@@ -2,7 +2,7 @@
 
 Both read the layout of ``int4_layout``. The dequantized weight is computed in float32 and rounded once, so it has the
 bits of ``qat.numerics.dequantize`` for any scale. ``dequantize_kernel`` is the fast path for many tokens on every GPU;
-``matmul_kernel`` is the twin of ``int4_decode`` and ``int4_batch``, which take two codes an instruction instead.
+``matmul_kernel`` is the twin of the kernels for NVIDIA, which take two codes an instruction instead.
 """
 
 import triton

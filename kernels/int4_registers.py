@@ -1,4 +1,4 @@
-"""Int4 weights in the registers of NVIDIA tensor cores, in Gluon, for ``int4_decode``, ``_stream`` and ``_batch``.
+"""Int4 weights in registers of NVIDIA tensor cores, in Gluon, for ``int4_decode``, ``_few``, ``_stream``, ``_batch``.
 
 These kernels compute y^T = W x^T, so that the weight is the left operand, which tensor cores take from registers. They
 read the layout of ``int4_layout`` with 16-byte loads, a few K tiles ahead, and make two weights an instruction, u being

@@ -99,7 +99,7 @@ def suits_nvidia(x: Tensor, weight: Int4Weight) -> bool:
 
 
 def suits_kernels(dtype: torch.dtype, weight: Int4Weight, device: int) -> bool:
-    """Return whether ``int4_decode`` and ``int4_batch`` take the weight, with x in ``dtype``, on that NVIDIA GPU."""
+    """Return whether the kernels for NVIDIA take the weight, with x in ``dtype``, on that NVIDIA GPU."""
     if dtype == torch.float32:
         return False
     integers = weight.zero_point is None or weight.zero_point.dtype == torch.int8

@@ -3,7 +3,7 @@
 Weights come through the ring of ``int4_ring``, STAGES steps ahead of the products and across the ends of row blocks, so
 that neither sums nor stores leave the memory idle. What a program takes of a multiprocessor leaves room for the first
 one of the next kernel, which fills its ring while this one ends (EARLY: see ``int4_registers``). x is put into shared
-memory as a whole: as it is, by ``stream_kernel`` here, or as ``int4_after_norm`` makes it.
+memory as a whole, as it is by ``stream_kernel`` here, or as ``int4_after_norm`` makes it. ``int4_few`` has more tokens.
 
 The products are those of ``int4_decode``: mma.m16n8k16, whose left operand is made of ``int4_layout``'s words; all of
 its eight columns are x.
