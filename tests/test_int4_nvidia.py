@@ -234,6 +234,8 @@ def test_few_tokens_compile(compiled, case):
     assert ptx.count("ld.global.v4") == plan.tiles * plan.block_m // 4  # x 16 bytes at a time
     assert ptx.index("cp.async.commit_group") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global.v4")
     assert found["shared"] <= 227 * 1024 and found["spilled"] <= (0 if plan.warps == 8 else 64)
-    if plan.block_m == 8 and plan.warps == 8:  # a second program has room beside one
+    if (
+        plan.block_m == 8 and plan.warps == 8 and not has_zero and not has_levels
+    ):  # a second program has room beside one
         assert 2 * 256 * -(-found["registers"] // 8) * 8 <= 65536
-        assert has_zero or has_levels or 2 * (found["shared"] + 1024) <= 228 * 1024
+        assert 2 * (found["shared"] + 1024) <= 228 * 1024
