@@ -38,15 +38,16 @@ SIZES = {"Conv1d": (90,), "Conv2d": (24, 18), "Conv3d": (6, 5, 7)}
 
 
 class MadeGradients(TorchDispatchMode):
-    """Keeps which gradients each backward of a convolution is asked for: of input, weight and bias."""
+    """Keeps which gradients each backward of a convolution is asked for: of x, weight and bias; counts forwards."""
 
     def __enter__(self):
-        self.masks = []
+        self.masks, self.forwards = [], 0
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution_backward.default:
             self.masks.append(tuple(args[-1]))
+        self.forwards += func is torch.ops.aten.convolution.default
         return func(*args, **(kwargs or {}))
 
 
@@ -147,15 +148,27 @@ def test_under_autocast_it_is_no_further_from_float64_than_through_the_image(kin
 
 
 def test_float16_keeps_what_float16_gradients_keep():
-    """A scaled loss, and an image of tiny numbers: nothing overflows, and slopes are no smaller for that."""
+    """Slopes of many bits times a large weight, which the network multiplies with small numbers, do not overflow."""
     layer, x = prepared("stem", "lsq")
     with torch.no_grad():
-        layer.activation_quantizer.step_size.mul_(2.0**-8)
+        for tensor, factor in ((layer.activation_quantizer.step_size, 2.0**-8), (layer.weight, 2.0**14)):
+            tensor.mul_(factor)
+        layer.weight_quantizer.step_size.mul_(2.0**14)
     x = x * 2.0**-8
-    grad = gradient_of_the_output(layer, x).half() * 2.0**9
+    grad = gradient_of_the_output(layer, x).half() * 2.0**-3
     terms = in_float64(layer, x, grad, torch.float16)
     found, _ = learned_gradients(layer, x, grad, torch.float16)
     assert (found - terms.sum(1)).abs() <= 2e-3 * terms.square().sum(1).sqrt()
+
+
+def test_a_backward_inside_autocast_stays_in_float32():
+    layer, x = prepared("stem", "lsq")
+    grad = gradient_of_the_output(layer, x)
+    y = layer(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y.backward(grad)
+    found = layer.activation_quantizer.step_size.grad.clone().flatten()
+    assert torch.equal(found, learned_gradients(layer, x, grad)[0])
 
 
 @pytest.mark.parametrize("frozen", ["weight", "offset", "step_size", "activation", ""])
@@ -165,9 +178,11 @@ def test_what_is_frozen(frozen):
         parameter.requires_grad_(not frozen or frozen not in name)
     grad = gradient_of_the_output(layer, x)
     expected = in_float64(layer, x, grad)
+    y = layer(x)
     with MadeGradients() as made:
-        layer(x).backward(grad)
-    assert not any(mask[0] for mask in made.masks)
+        y.backward(grad)
+    learned = [parameter for parameter in layer.activation_quantizer.parameters() if parameter.requires_grad]
+    assert not any(mask[0] for mask in made.masks) and made.forwards == len(learned)
     for parameter, terms in zip(layer.activation_quantizer.parameters(), expected, strict=True):
         assert (parameter.grad is None) == (not parameter.requires_grad)
         if parameter.grad is not None:
