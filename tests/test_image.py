@@ -151,7 +151,7 @@ def test_float16_keeps_what_float16_gradients_keep():
     """Slopes of many bits times a large weight, which the network multiplies with small numbers, do not overflow."""
     layer, x = prepared("stem", "lsq")
     with torch.no_grad():
-        for tensor, factor in ((layer.activation_quantizer.step_size, 2.0**-8), (layer.weight, 2.0**14)):
+        for tensor, factor in ((layer.activation_quantizer.step_size, 2.0**-12), (layer.weight, 2.0**14)):
             tensor.mul_(factor)
         layer.weight_quantizer.step_size.mul_(2.0**14)
     x = x * 2.0**-8
