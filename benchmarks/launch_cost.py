@@ -10,6 +10,7 @@ thread alone, in the fastest batch.
 from __future__ import annotations
 
 import datetime
+import statistics
 import time
 from collections.abc import Callable
 
@@ -21,19 +22,26 @@ import qat
 from . import idle_driver
 
 
-def host_time(call: Callable[[], object], calls: int = 300, batches: int = 9) -> float:
-    """Return the microseconds until a call returns, without waiting for the GPU inside a batch."""
+def host_times(called: dict[str, Callable[[], object]], calls: int = 300, batches: int = 9) -> dict[str, float]:
+    """Return the microseconds until each call returns, without waiting for the GPU inside a batch.
+
+    They take turns, a batch each: what else the machine does for a second or two falls on all of them.
+    """
     if not torch.cuda.is_available():
-        return min(_idle_time(call, 200) for _ in range(100))
-    times = []
-    for _ in range(batches + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-        torch.cuda.synchronize()
-    return sorted(times[1:])[batches // 2]
+        times = [[_idle_time(call, 200) for call in called.values()] for _ in range(100)]
+        return dict(zip(called, map(min, zip(*times, strict=True)), strict=True))
+    times = [[_time(call, calls) for call in called.values()] for _ in range(batches + 1)][1:]
+    return dict(zip(called, map(statistics.median, zip(*times, strict=True)), strict=True))
+
+
+def _time(call: Callable[[], object], calls: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    microseconds = (time.perf_counter() - start) / calls * 1e6
+    torch.cuda.synchronize()
+    return microseconds
 
 
 def _idle_time(call: Callable[[], object], calls: int) -> float:
@@ -55,7 +63,7 @@ def rows(width: int = 1024) -> dict[str, float]:
     if device == "cpu":
         frozen.packed_weight.prepack()
     weight = frozen.packed_weight.gpu_operands[torch.bfloat16]
-    found = {}
+    called = {}
     with torch.no_grad():
         for tokens in (1, 32, 128):
             x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
@@ -66,10 +74,10 @@ def rows(width: int = 1024) -> dict[str, float]:
             if device == "cuda":  # a CPU would multiply
                 calls["F.linear"] = lambda x=x: nn.functional.linear(x, dense.weight)
                 calls["nn.Linear"] = lambda x=x: dense(x)
-            found |= {f"{name}, {tokens} tokens": host_time(call) for name, call in calls.items()}
-        found["int4_dequantize"] = host_time(lambda: int4_dequantize(weight, torch.bfloat16))
-        found["torch.empty of the same"] = host_time(lambda: torch.empty_like(dense.weight))
-    return found
+            called |= {f"{name}, {tokens} tokens": call for name, call in calls.items()}
+        called["int4_dequantize"] = lambda: int4_dequantize(weight, torch.bfloat16)
+        called["torch.empty of the same"] = lambda: torch.empty_like(dense.weight)
+        return host_times(called)
 
 
 def training_rows(width: int = 64) -> dict[str, float]:
@@ -77,7 +85,7 @@ def training_rows(width: int = 64) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, grad = (torch.randn(width, width, device=device) for _ in range(2))
     tensor = qat.QuantSpec(bits=8, granularity="tensor")
-    found = {}
+    called = {}
     for name, activation in (("plain", None), ("W4", None), ("W4A8", tensor), ("W4A8 int8_token", "int8_token")):
         model = nn.Sequential(nn.Linear(width, width, device=device))
         if name != "plain":
@@ -86,8 +94,8 @@ def training_rows(width: int = 64) -> dict[str, float]:
         leaf = x.clone().requires_grad_()
         for mode, layer in (("eager", model[0]), ("traced", torch.compile(model[0], backend="aot_eager"))):
             step = lambda layer=layer, leaf=leaf: layer(leaf).backward(grad)  # noqa: E731
-            found[f"{name}, forward and backward, {mode}"] = host_time(step)
-    return found
+            called[f"{name}, forward and backward, {mode}"] = step
+    return host_times(called)
 
 
 def main() -> None:

@@ -76,9 +76,9 @@ def stored_scale(step_size: Tensor, spec: QuantSpec) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
     """Return (codes - zero_point) * scale in ``dtype``, in the shape of ``codes``."""
     working = _working_dtype(dtype)
-    values, s = _broadcast(codes.to(working), scale.to(working))
+    values, s = broadcast(codes.to(working), scale.to(working))
     if zero_point is not None:
-        values = values - _broadcast(codes, zero_point.to(working))[1]
+        values = values - broadcast(codes, zero_point.to(working))[1]
     return (values * s).to(dtype).reshape(codes.shape)
 
 
@@ -88,9 +88,9 @@ def quantize(x: Tensor, scale: Tensor, spec: QuantSpec, zero_point: Tensor | Non
     if zero_point is None:
         codes = ratio.round()
     elif spec.zero_point_dtype is not None:
-        codes = (ratio + _broadcast(x, zero_point.to(ratio.dtype))[1]).round()
+        codes = (ratio + broadcast(x, zero_point.to(ratio.dtype))[1]).round()
     else:
-        codes = ratio.round() + _broadcast(x, zero_point.to(ratio.dtype))[1]
+        codes = ratio.round() + broadcast(x, zero_point.to(ratio.dtype))[1]
     codes = codes.clamp(-spec.q_n, spec.q_p) + 0.0  # an integer has no -0.0, and neither may its float
     return codes.reshape(x.shape)
 
@@ -211,7 +211,7 @@ def fake_quantize_gradients(
     ratio, _ = _ratio(x, stored_scale(step_size, spec))
     low, high, rounded = -spec.q_n, spec.q_p, None
     if zero_point is not None:
-        shift = _broadcast(x, zero_point.to(ratio.dtype))[1]
+        shift = broadcast(x, zero_point.to(ratio.dtype))[1]
         if spec.zero_point_dtype is not None:  # what is whole is x / s + z
             rounded = (ratio + shift).clamp(low, high).round() - shift
         low, high = low - shift, high - shift
@@ -223,9 +223,14 @@ def fake_quantize_gradients(
         rounded = ratio.clamp(low, high).round() if rounded is None else rounded
         slope = rounded - ratio.masked_fill(~inside, 0)
         terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope
-        total = terms.sum() if step_size.numel() == 1 else terms.reshape(*step_size.shape, -1).sum(-1)
-        grad_step = (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)
+        grad_step = summed_by_scale(terms, step_size, grad_scale)
     return grad_x, grad_step
+
+
+def summed_by_scale(terms: Tensor, step_size: Tensor, grad_scale: float) -> Tensor:
+    """Return ``grad_scale`` times the sum of the terms that share a scale, in the shape and dtype of the step size."""
+    total = terms.sum() if step_size.numel() == 1 else terms.reshape(*step_size.shape, -1).sum(-1)
+    return (total.reshape(step_size.shape) * grad_scale).to(step_size.dtype)
 
 
 def requantize_(
@@ -279,7 +284,7 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _broadcast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def broadcast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """View x and scale so that they broadcast; without groups, x's shape and strides stay as they are."""
     if scale.numel() == 1:
         return x, scale.reshape(())
@@ -290,5 +295,5 @@ def _broadcast(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ratio(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     working = _working_dtype(x.dtype)
-    values, s = _broadcast(exact.rounded(x).to(working), scale.to(working))
+    values, s = broadcast(exact.rounded(x).to(working), scale.to(working))
     return exact.quotient(values, s), s

@@ -63,15 +63,15 @@ MUTANTS = [
     Mutant(
         "clamp before the zero point",
         NUMERICS,
-        "codes = ratio.round() + _broad",
-        "codes = ratio.round().clamp(-spec.q_n, spec.q_p) + _broad",
+        "codes = ratio.round() + broad",
+        "codes = ratio.round().clamp(-spec.q_n, spec.q_p) + broad",
         numerics.check_zero_point,
     ),
     Mutant(
         "zero point added in dequantize",
         NUMERICS,
-        "values = values - _broad",
-        "values = values + _broad",
+        "values = values - broad",
+        "values = values + broad",
         numerics.check_zero_point,
     ),
     Mutant(

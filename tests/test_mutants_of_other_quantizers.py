@@ -46,7 +46,9 @@ MUTANTS = [
         "ratio.clamp(0, spec.q_p)",
         others.check_signed_pact,
     ),
-    Mutant("PACT: the gradient without its scale", PACT, ".sum() * grad_scale", ".sum()", others.check_pact),
+    Mutant(
+        "PACT: the gradient without its scale", PACT, "step_size, grad_scale)", "step_size, 1.0)", others.check_pact
+    ),
     Mutant("PACT: clipped values pass their gradient", PACT, ".masked_fill(~inside, 0)", "", others.check_pact),
     Mutant(
         "PACT: gradients of the unrounded step size",
@@ -58,8 +60,8 @@ MUTANTS = [
     Mutant(
         "PACT: the gradient summed in bf16",
         PACT,
-        "(grad_output.to(working) * slope).sum()",
-        "(grad_output * slope.to(grad_output.dtype)).sum()",
+        "grad_output.to(working) * slope",
+        "grad_output * slope.to(grad_output.dtype)",
         others.check_pact_in_bf16,
     ),
     # Min-max

@@ -246,15 +246,15 @@ MUTANTS = [
     Mutant(
         "LSQ+: the step size's gradient without its scale",
         LSQ_PLUS,
-        "(grad * slope).sum() * grad_scale",
-        "(grad * slope).sum()",
+        "(grad * slope, step_size, grad_scale)",
+        "(grad * slope, step_size, 1.0)",
         lsq_plus.check_values_and_gradients,
     ),
     Mutant(
         "LSQ+: the offset's gradient without its scale",
         LSQ_PLUS,
-        "masked_fill(inside, 0).sum() * grad_scale",
-        "masked_fill(inside, 0).sum()",
+        "masked_fill(inside, 0), step_size, grad_scale)",
+        "masked_fill(inside, 0), step_size, 1.0)",
         lsq_plus.check_values_and_gradients,
     ),
     Mutant(
@@ -274,8 +274,8 @@ MUTANTS = [
     Mutant(
         "LSQ+: gradients swapped",
         LSQ_PLUS,
-        "for value in (grad_step, grad_offset)]",
-        "for value in (grad_offset, grad_step)]",
+        "grad_step, grad_offset\n",
+        "grad_offset, grad_step\n",
         lsq_plus.check_values_and_gradients,
     ),
     Mutant(

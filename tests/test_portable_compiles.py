@@ -16,7 +16,8 @@ SCRIPT = """
 import json
 import triton
 import triton.language as tl
-from qat.kernels import decode_step, fake_quant, int4_portable, int8_codes, int8_portable, joint_weight, nested_scale
+from qat.kernels import decode_step, fake_quant, inner_product, int4_portable, int8_codes, int8_portable, joint_weight
+from qat.kernels import nested_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -71,6 +72,8 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
     compiled(decode_step._attend_cached_kernel, target, constants, pointers, "heads kv_heads C", "factor")
     constants = {"BLOCK": 256, "EARLY": False}
     compiled(decode_step._gated_silu_kernel, target, constants, {"gate_up": "bf16", "y": "bf16"}, "F")
+    pointers = {"a": "bf16", "b": "bf16", "sums": "fp32"}
+    compiled(inner_product._inner_product_kernel, target, {"BLOCK": 4096}, pointers, "size tiles", num_warps=8)
     constants = {"PER_FACTOR": 256, "LEVELS": 256, "BLOCK": 1024}
     pointers, integers = {"code": "u8", "nest": "fp32", "scale": "fp32"}, "size groups N"
     kernel = nested_scale._nested_scale_kernel
@@ -105,6 +108,9 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
         del pointers["y"]
         second = {"offset_sums": "fp32"} if kind == "offset" else {}
         constants |= {} if second else none("offset_sums")
+        compiled(fake_quant._backward_kernel, target, constants, pointers | second, sizes, "factor", num_warps=8)
+        constants |= {"BLOCK_S": 4096, "BLOCK_B": 1} | none("grad_x")  # elements with a step size of their own
+        del pointers["grad_x"]
         compiled(fake_quant._backward_kernel, target, constants, pointers | second, sizes, "factor", num_warps=8)
 print(json.dumps(found))
 """

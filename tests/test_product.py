@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import qat
@@ -262,6 +263,37 @@ def test_on_a_gpu(symmetric, activation, mode):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
             else:
                 assert torch.equal(one, other), name
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a value of a tensor becomes a number or a truth."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", LINEAR_INPUTS, ids=str)
+def test_no_value_is_read(activation):
+    """On a GPU the host would wait for it."""
+    x = torch.randn(4, 32, device=DEVICE)
+    layer = prepared(nn.Linear(32, 6, device=DEVICE), {"bits": 4, "group_size": 8}, activation, x)
+    with NothingIsRead():
+        layer(x.requires_grad_()).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", LINEAR_INPUTS, ids=str)
+def test_the_host_never_waits(activation):
+    """From the second step on: a value read back from the GPU would be an error here."""
+    x = torch.randn(64, 64, device="cuda")
+    layer = prepared(nn.Linear(64, 64, device="cuda"), {"bits": 4, "group_size": 32}, activation, x)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            layer(x.clone().requires_grad_()).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_activation_checkpointing():

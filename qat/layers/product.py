@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import LayerError
 from ..once import Function, once
 from ..quantizers.rounding import Rounding
+from . import image
 
 _SHORT = torch.bfloat16, torch.float16
 _AS_IT_IS = nullcontext()
@@ -71,7 +72,8 @@ def product(
     if torch.compiler.is_dynamo_compiling():
         from .. import compiled_product, traced
 
-        if x_rounding is not None and traced.takes(x, x_rounding):
+        by_slopes = not x.requires_grad and image.takes(x, convolution)
+        if x_rounding is not None and not by_slopes and traced.takes(x, x_rounding):
             x, x_rounding = traced.rounded(x, x_rounding, dtype), None
             if weight_rounding is None:
                 return multiply(x, weight.to(dtype), bias, convolution)
@@ -170,12 +172,16 @@ def gradients(
     def input_side(again: torch.dtype | None) -> None:
         nonlocal grad_x, of_x, x_again
         value = _rounded(weight, weight_rounding, dtype) if weight_again is None else weight_again
+        if not x_wanted and image.takes(x, convolution):
+            of_x = image.gradients(grad, x, value, x_rounding, convolution, both_x[1:])
+            return
         grad_x = _input_gradient(grad, x, value, convolution)
         if x_rounding is not None:
             x_again, grad_x, *of_x = x_rounding.backward_(grad_x, x, both_x, again)
 
     # The side that comes first gets its rounded value for the other in the pass that makes its gradient; with a rounded
-    # input, that is the input's, which is larger as a rule. A weight that is kept is there already.
+    # input, that is the input's, which is larger as a rule. A weight that is kept is there already. An image that needs
+    # no gradient has no such pass.
     if not any(both_x):
         if any(both_weight):
             weight_side(None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..numerics import dequantize, quantize, stored_scale
+from ..numerics import broadcast, dequantize, quantize, stored_scale, summed_by_scale
 from ..ranks import sum_over_ranks_
 from ..spec import Init, QuantSpec
 from .least_error import CANDIDATES
@@ -129,17 +129,15 @@ def gradients(
         return _kernels().fake_quantize_gradients(grad_output, x, step_size, *how, offset=offset)
     scale = stored_scale(step_size, spec)
     working = torch.promote_types(x.dtype, torch.float32)
-    ratio = x.to(working) / scale.to(working).reshape(())
-    zero = zero_point(scale, offset, spec).to(working).reshape(())
+    values, scale = broadcast(x.to(working), scale.to(working))
+    ratio, zero = values / scale, zero_point(scale, offset.reshape(scale.shape), spec).to(working)
     inside = (ratio > -spec.q_n - zero) & (ratio < spec.q_p - zero)
     ends = torch.where(ratio >= spec.q_p - zero, float(spec.q_n + spec.q_p), 0.0)  # codes counted from the lowest
     slope = torch.where(inside, ratio.round() - ratio, ends)
     grad = grad_output.to(working)
-    grad_step = (grad * slope).sum() * grad_scale
-    grad_offset = grad.masked_fill(inside, 0).sum() * grad_scale
-    grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
-    shaped = [value.to(step_size.dtype).reshape(step_size.shape) for value in (grad_step, grad_offset)]
-    return grad_x, *shaped
+    grad_step = summed_by_scale(grad * slope, step_size, grad_scale)
+    grad_offset = summed_by_scale(grad.masked_fill(inside, 0), step_size, grad_scale)
+    return grad_output.masked_fill(~inside, 0).to(x.dtype), grad_step, grad_offset
 
 
 def requantize_(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..numerics import stored_scale
+from ..numerics import broadcast, stored_scale, summed_by_scale
 from ..spec import QuantSpec
 from .lsq import LearnedActivation
 from .rounding import Rounding
@@ -42,12 +42,13 @@ def gradients(
 ) -> tuple[Tensor, Tensor, None]:
     """Return the gradients of x and of the step size."""
     working = torch.promote_types(x.dtype, torch.float32)
-    ratio = x.to(working) / stored_scale(step_size, spec).to(working).reshape(())
+    values, scale = broadcast(x.to(working), stored_scale(step_size, spec).to(working))
+    ratio = values / scale
     inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
     slope = ratio.clamp(-spec.q_n, spec.q_p).masked_fill(inside, 0)
-    grad_step = (grad_output.to(working) * slope).sum() * grad_scale
+    grad_step = summed_by_scale(grad_output.to(working) * slope, step_size, grad_scale)
     grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
-    return grad_x, grad_step.to(step_size.dtype).reshape(step_size.shape), None
+    return grad_x, grad_step, None
 
 
 def requantize_(

@@ -73,6 +73,22 @@ class Rounding(NamedTuple):
         again, *grads = self.rule.requantize_(grad, x, self.step_size, self.offset, *how)
         return again, *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
+    def slopes(self, x: Tensor, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+        """Return what a gradient of 1 for each rounded element of x adds to those of step size and offset.
+
+        It is the gradient of a step size that the element has to itself, float32 (or float64) and laid out as x.
+        """
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        in_order = x.permute(order)
+        flat = in_order.reshape(-1, 1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tensors = self.step_size, self.offset
+        own = [None if tensor is None else tensor.to(dtype).expand(len(flat), 1) for tensor in tensors]
+        alone = self._replace(step_size=own[0], offset=own[1])
+        made = alone.backward_(torch.ones_like(flat), flat, (False, *wanted), None)[2:]
+        back = [order.index(axis) for axis in range(x.dim())]
+        return [slope if slope is None else slope.view(in_order.shape).permute(back) for slope in made]
+
 
 def _state(tensor: Tensor) -> tuple:
     """Return what differs where a tensor is another one, or has changed in place. It keeps the memory it names."""
