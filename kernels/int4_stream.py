@@ -231,7 +231,6 @@ def multiply(
         at = next_place(at, PARTS, STEPS)
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
         now = next_place(now, PARTS, STEPS)
-    barrier()
     _write(
         *(sums, last, gate, bias_ptr, y_ptr, M, N, row_blocks, dtype, TOKENS),
         *(HAS_ZERO, HAS_LEVELS, HAS_BIAS, PARTS, WARPS),

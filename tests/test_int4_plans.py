@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from qat.kernels import int4_plans
 from qat.kernels.int4_plans import Batch, Decode, Dequantize, Few, Int8, Stream
@@ -96,12 +96,14 @@ def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multi
 @given(
     tokens=st.integers(2, 16), row_blocks=st.integers(1, 10000), tiles=st.integers(1, 1000), gpu=st.integers(20, 200)
 )
+@example(tokens=8, row_blocks=256, tiles=64, gpu=132)  # two row blocks a program, which the ring holds
+@example(tokens=16, row_blocks=256, tiles=513, gpu=132)  # nine parts
 def test_the_plan_of_few_tokens_takes_the_fewest_tiles_in_a_row(tokens, row_blocks, tiles, gpu):
     plan = int4_plans.heuristic(tokens, 16 * row_blocks, 64 * tiles, 90, gpu)
     if not isinstance(plan, Few):
         assert tiles > (1024 if tokens <= 8 else 512)  # more parts than sums are worth
         return
-    assert plan.programs * plan.split <= gpu
+    assert plan.programs * plan.split <= gpu and plan.split <= 8
 
     def in_a_row(span):
         return -(-row_blocks // (gpu // -(-tiles // span))) * span
