@@ -18,7 +18,7 @@ from qat.errors import LayerError
 
 from .decode_step import add_rms_norm, gated_silu
 from .int4_layout import ROWS, SIZES, TENSORS, Int4Weight
-from .int4_linear import int4_linear
+from .int4_linear import check, int4_linear
 
 try:
     from triton.experimental import gluon
@@ -139,12 +139,12 @@ def norm_linear(
     """Return (h, y): the sum of x (B, K) and an update like it, if there is one, and the product (B, N) of its norm.
 
     Args:
-        x, update: bf16, fp16 or fp32.
-        norm: (K,) in the dtype of x.
+        x, update: of one dtype, bf16, fp16 or fp32.
+        norm: (K,) in that dtype.
         weight, bias: of ``int4_linear``.
 
     Raises:
-        LayerError: shapes that do not fit, or what ``int4_linear`` does not take.
+        LayerError: a shape, dtype or device other than these, or what ``int4_linear`` does not take.
     """
     return torch.ops.qat.norm_linear(x, update, norm, eps, *weight.tensors(), bias, *weight.sizes(), False)
 
@@ -169,13 +169,24 @@ def _plan(x: Tensor, others: tuple[Tensor | None, ...], weight: Int4Weight, gate
     return plan._replace(early=3) if isinstance(plan, Stream) and plan.early else None
 
 
-def _check(x: Tensor, update: Tensor | None, norm: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
-    """Raise LayerError where shapes do not fit: a kernel would read past their ends."""
-    outputs, inputs = weight.out_features, weight.in_features
-    wanted = {"x": (len(x), inputs), "update": (len(x), inputs), "norm": (inputs,), "bias": (outputs,)}
-    for name, tensor in (("x", x), ("update", update), ("norm", norm), ("bias", bias)):
-        if tensor is not None and tuple(tensor.shape) != wanted[name]:
-            raise LayerError(f"{name} is {tuple(tensor.shape)}: {outputs} x {inputs} weights take {wanted[name]}")
+def _check(
+    x: Tensor, update: Tensor | None, norm: Tensor, weight: Int4Weight, bias: Tensor | None, gated: bool
+) -> None:
+    """Raise LayerError for what does not fit: the kernel would read past its end, or as another dtype."""
+    check(x, weight, bias)
+    if x.dim() != 2:
+        raise LayerError(f"x has shape {tuple(x.shape)}: a norm before a product takes (tokens, {weight.in_features})")
+    for name, tensor, shape in (("update", update, x.shape), ("norm", norm, x.shape[1:])):
+        wanted = tuple(shape), x.dtype, x.device
+        found = wanted if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+        if found != wanted:
+            raise LayerError(f"{name} is {_described(*found)}: beside x, {_described(*wanted)} fits")
+    if gated and weight.out_features % 2:
+        raise LayerError(f"{weight.out_features} outputs: gates and what they gate are as many")
+
+
+def _described(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype} {shape} on {device}"
 
 
 _library = torch.library.Library("qat", "FRAGMENT")
@@ -189,7 +200,7 @@ _library.define(
 def _norm_linear(x, update, norm, eps, words, scale, zero_point, levels, nest, bias, *sizes_and_gated):
     *sizes, gated = sizes_and_gated
     weight = Int4Weight.of(words, scale, zero_point, levels, nest, *sizes)
-    _check(x, update, norm, weight, bias)
+    _check(x, update, norm, weight, bias, gated)
     plan = _plan(x, (update, norm, bias), weight, gated)
     if plan is None:
         return reference(x, update, norm, eps, weight, bias, gated)
@@ -205,5 +216,7 @@ def _norm_linear(x, update, norm, eps, words, scale, zero_point, levels, nest, b
 
 @torch.library.register_fake("qat::norm_linear", lib=_library)
 def _norm_linear_fake(x, update, norm, eps, words, scale, zero_point, levels, nest, bias, *sizes_and_gated):
-    outputs, gated = sizes_and_gated[0], sizes_and_gated[-1]
-    return torch.empty_like(x), x.new_empty(x.shape[0], outputs // (2 if gated else 1))
+    *sizes, gated = sizes_and_gated
+    weight = Int4Weight.of(words, scale, zero_point, levels, nest, *sizes)
+    _check(x, update, norm, weight, bias, gated)
+    return torch.empty_like(x), x.new_empty(x.shape[0], weight.out_features // (2 if gated else 1))

@@ -118,7 +118,7 @@ def _product(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     y = None if int4_run is None else int4_run.int4_recipe.repeat(x, weight, bias)
     if y is not None:
         return y
-    _check(x, weight, bias)
+    check(x, weight, bias)
     if backend(x.device) == "torch reference":
         return int4_linear_reference(x, weight, bias)
     if not x.is_contiguous() or x.data_ptr() % 16:
@@ -174,7 +174,7 @@ def _dequantize_impl(*arguments):
 @torch.library.register_fake("qat::int4_linear", lib=_library)
 def _linear_fake(x, words, scale, zero_point, levels, nest, bias, *sizes):
     weight = Int4Weight.of(words, scale, zero_point, levels, nest, *sizes)
-    _check(x, weight, bias)
+    check(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.out_features)
 
 
@@ -186,7 +186,8 @@ def _dequantize_fake(words, scale, zero_point, levels, nest, out_features, in_fe
 torch.library.register_autograd("qat::int4_linear", _backward, setup_context=_setup_context, lib=_library)
 
 
-def _check(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
+    """Raise LayerError for what ``int4_linear`` does not take: a kernel would read past the ends of its arguments."""
     n, k, group_size = weight.out_features, weight.in_features, weight.group_size
     if k < 1 or x.dim() < 1 or x.shape[-1] != k:
         raise LayerError(f"x has shape {tuple(x.shape)}, and in_features={k}: its last axis must be that long")

@@ -139,14 +139,29 @@ def test_arguments_are_in_the_kernels_order(monkeypatch, with_update, gated):
 def test_what_does_not_fit_is_named():
     weight, _ = make(32, 64, 32, torch.bfloat16)
     x, norm, short = torch.zeros(2, 64).bfloat16(), torch.ones(64).bfloat16(), torch.ones(63).bfloat16()
-    for name, arguments in (
-        ("x", (x[:, :32], None, norm, None)),
-        ("update", (x, x[:1], norm, None)),
-        ("norm", (x, None, short, None)),
-        ("bias", (x, None, norm, short)),
+    for message, arguments in (
+        ("x has shape .* in_features=64", (x[:, :32], None, norm, None)),
+        (r"x has shape \(1, 2, 64\): .*\(tokens, 64\)", (x[None], None, norm, None)),
+        ("x is torch.float64", (x.double(), None, norm, None)),
+        (r"update is .*\(1, 64\).*\(2, 64\)", (x, x[:1], norm, None)),
+        ("update is torch.float32 .*torch.bfloat16", (x, x.float(), norm, None)),
+        (r"norm is .*\(63,\).*\(64,\)", (x, None, short, None)),
+        ("norm is torch.float32 .*torch.bfloat16", (x, None, norm.float(), None)),
+        (r"norm is .*on meta: .*on cpu", (x, None, norm.to("meta"), None)),
+        (r"bias has shape \(63,\): 32 outputs", (x, None, norm, short)),
+        ("bias is on meta and x on cpu", (x, None, norm, norm[:32].to("meta"))),
     ):
-        with pytest.raises(LayerError, match=rf"{name} is .*32 x 64"):
+        with pytest.raises(LayerError, match=message):
             module.norm_linear(*arguments[:3], 1e-5, weight, arguments[3])
+    with pytest.raises(LayerError, match="31 outputs"):
+        module.norm_gated(x, None, norm, 1e-5, make(31, 64, 32, torch.bfloat16)[0])
+
+
+def test_a_compiled_call_is_checked_as_well():
+    weight, _ = make(32, 64, 32, torch.bfloat16)
+    x, norm = torch.zeros(2, 64).bfloat16(), torch.ones(64)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(LayerError, match="norm is"):
+        module.norm_linear(x, None, norm, 1e-5, weight)
 
 
 def test_when_the_kernel_runs(monkeypatch):
