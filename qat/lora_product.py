@@ -23,7 +23,7 @@ from qat.kernels.int4_layout import SIZES, TENSORS, Int4Weight
 
 from .layers import PackedWeight
 from .layers.linear import FrozenLinear, compute_dtype
-from .layers.product import in_a_graph, without_autocast
+from .layers.product import in_a_graph, rows, without_autocast
 from .once import Function, once
 
 
@@ -44,20 +44,16 @@ def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: 
         weight = layer.packed_weight.gpu_operands[x.dtype]
         bias = None if layer.bias is None else layer.bias.detach()
         return torch.ops.qat.lora_linear(x, a, b, bias, *weight.tensors(), *weight.sizes(), scaling)[0]
-    y, low = layer(x), _rows(x) @ a.t()
-    return torch.addmm(_rows(y), low, b.t(), alpha=scaling).view(y.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    y, low = layer(x), rows(x) @ a.t()
+    return torch.addmm(rows(y), low, b.t(), alpha=scaling).view(y.shape)
 
 
 def _forward(
     x: Tensor, a: Tensor, b: Tensor, scaling: float, base: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the product and x A^T; a and b are in the dtype of x."""
-    y, low = base(x).contiguous(), _rows(x) @ a.t()
-    _rows(y).addmm_(low, b.t(), alpha=scaling)
+    y, low = base(x).contiguous(), rows(x) @ a.t()
+    rows(y).addmm_(low, b.t(), alpha=scaling)
     return y, low
 
 
@@ -65,11 +61,11 @@ def _backward(
     grad: Tensor, x: Tensor, low: Tensor, a: Tensor, b: Tensor, scaling: float, weight: Callable[[], Tensor] | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of x, A and B; that of x where there is something to make the base's weight."""
-    rows, grad_x = _rows(grad), None
-    grad_low = rows @ b
+    grad, grad_x = rows(grad), None
+    grad_low = grad @ b
     if weight is not None:
-        grad_x = (rows @ weight()).addmm_(grad_low, a, alpha=scaling).view(x.shape)
-    return grad_x, (grad_low.t() @ _rows(x)).mul_(scaling), (rows.t() @ low).mul_(scaling)
+        grad_x = (grad @ weight()).addmm_(grad_low, a, alpha=scaling).view(x.shape)
+    return grad_x, (grad_low.t() @ rows(x)).mul_(scaling), (grad.t() @ low).mul_(scaling)
 
 
 class _LoraProduct(Function):

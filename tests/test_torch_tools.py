@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import qat
+from qat.joint_lora import joint_lora
+from qat.qa_lora import qa_lora
 
 POLICIES = {
     "weights": {"weight": {"bits": 4}},
@@ -184,3 +186,38 @@ def test_the_mean_of_two_models_states_ships_what_it_computes():
     model.load_state_dict(mean)
     trained = model(x)
     assert torch.equal(qat.freeze(model)(x), trained)
+
+
+@pytest.mark.parametrize("kind", ["prepared", "frozen", "joint", "qa_lora"])
+def test_one_vector_has_the_gradients_of_a_batch_of_one(kind):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(16, 4))
+    policy = qat.QuantPolicy.from_dict({"weight": {"bits": 4, "group_size": 8}})
+    if kind == "joint":
+        joint_lora(layer, policy, rank=2, alpha=4.0)
+    elif kind == "qa_lora":
+        qa_lora(layer, policy, rank=2, alpha=4.0)
+    else:
+        qat.prepare(layer, policy, verbose=False)
+        layer = qat.freeze(layer) if kind == "frozen" else layer
+    layer[0].bias.requires_grad_()
+    x, found = torch.randn(16, requires_grad=True), []
+    for shape in ((16,), (1, 16)):
+        layer(x.view(shape)).square().sum().backward()
+        learning = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        found.append([parameter.grad for parameter in learning])
+        for parameter in learning:
+            parameter.grad = None
+    assert len(found[0]) == {"prepared": 4, "frozen": 2, "joint": 5, "qa_lora": 4}[kind]
+    torch.testing.assert_close(*found)
+
+
+def test_transforms_of_torch_func_run_a_frozen_weight():
+    layer, x = frozen_linear(random_tensor()), torch.randn(3, 64, dtype=torch.float64)
+    weight = layer.packed_weight.dequantize(torch.float64)
+    assert torch.equal(torch.func.jacrev(layer)(x[0]), weight)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x[0]), weight)
+    slopes = torch.vmap(torch.func.grad(lambda row: layer(row).square().sum() / 2))(x)
+    torch.testing.assert_close(slopes, layer(x) @ weight)
+    whole = torch.autograd.functional.jacobian(layer, x[0], vectorize=True)
+    torch.testing.assert_close(whole, weight)

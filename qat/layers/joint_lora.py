@@ -21,7 +21,7 @@ from ..quantizers import WeightLSQ
 from ..quantizers.rounding import Rounding
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen
-from .product import widened, without_autocast
+from .product import rows, widened, without_autocast
 
 if TYPE_CHECKING:
     from qat.kernels.joint_weight import LowRankSum
@@ -100,9 +100,9 @@ class _JointProduct(Function):
         from qat.kernels.joint_weight import joint_weight, joint_weight_backward
 
         x, a, b, step_size = ctx.saved_tensors
-        layer, spec, rows = ctx.layer, ctx.layer.weight_quantizer.spec, grad.flatten(0, -2)
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[1] else None
-        grad_weight, parts = rows.t() @ x.flatten(0, -2), layer._sum(a, b)
+        layer, spec = ctx.layer, ctx.layer.weight_quantizer.spec
+        grad_bias = rows(grad).sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight, parts = rows(grad).t() @ rows(x), layer._sum(a, b)
         grad_step = None
         if step_size is None:
             weight = joint_weight(parts, None, spec, x.dtype)

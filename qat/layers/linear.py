@@ -21,7 +21,7 @@ from ..quantizers.rounding import Rounding
 from . import cpu_int4, int8_product
 from .fake_quant import FakeQuant
 from .packed import Frozen, PackedWeight
-from .product import autocast_dtype, in_a_graph, product, widened, without_autocast
+from .product import autocast_dtype, in_a_graph, product, rows, widened, without_autocast
 
 if TYPE_CHECKING:
     from ..fusion import FusedProjections
@@ -100,7 +100,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x = grad @ ctx.weight.dequantize(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_bias = rows(grad).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
 

@@ -120,8 +120,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def in_a_graph() -> bool:
-    """Return whether what runs now is compiled, exported or traced: such graphs hold operators, no Python functions."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Return whether what runs now is compiled, exported, traced or transformed by torch.func.
+
+    Such graphs hold operators, no Python functions.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    return transformed or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, convolution: Convolution | None) -> Tensor:
@@ -194,7 +198,7 @@ def gradients(
         input_side(dtype)
         weight_side(None)
     if bias_wanted and grad_bias is None:
-        grad_bias = _rows(grad).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
+        grad_bias = rows(grad).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
     return grad_x, grad_weight, grad_bias, of_x[0], of_weight[0], of_x[1], of_weight[1]
 
 
@@ -218,12 +222,13 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient of the weight, and that of the bias where it is wanted and falls out of the same operator."""
     if convolution is None:
-        return _rows(grad).t() @ _rows(x), None
+        return rows(grad).t() @ rows(x), None
     like = weight if weight.dtype == grad.dtype else torch.empty_like(weight, dtype=grad.dtype)
     return _convolution_backward(grad, x, like, convolution, [False, True, bias_wanted])[1:]
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
+    """Return x (..., K) as a matrix (M, K); one vector is one row."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 

@@ -22,7 +22,7 @@ from ..quantizers import FixedDtype
 from ..spec import QuantSpec, ScaleDtype
 from .linear import QuantLinear, match_dtypes
 from .packed import Frozen, PackedWeight
-from .product import widened, without_autocast
+from .product import rows, widened, without_autocast
 
 
 class ZeroPointLora(FixedDtype):
@@ -106,10 +106,9 @@ class _Product(Function):
     @once
     def backward(ctx, grad: Tensor):
         x, a, b = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
         grad_x = grad @ ctx.quantizer.quantize().dequantize(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[1] else None
-        sums = x.flatten(0, -2).unflatten(-1, (a.shape[1], -1)).sum(-1)
-        update = ctx.quantizer.scaling * (rows.t() @ sums).float()
+        grad_bias = rows(grad).sum(0) if ctx.needs_input_grad[1] else None
+        sums = rows(x).unflatten(-1, (a.shape[1], -1)).sum(-1)
+        update = ctx.quantizer.scaling * (rows(grad).t() @ sums).float()
         with without_autocast(grad):  # which a compiled backward would be in, as its forward was
             return grad_x, grad_bias, b.t() @ update, update @ a.t(), None
