@@ -82,6 +82,18 @@ def test_blocks_of_one_value_are_kept(value):
     torch.testing.assert_close(quantizer(torch.full((3, 8), value)), torch.full((3, 8), value), rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("init", ["minmax", "hqq"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("value", "spread"), [(1.0, 1e-6), (-10.0, 3e-5), (0.01, 3e-7), (0.3, 1e-3), (0.0, 1e-7)])
+def test_blocks_of_nearly_one_value_are_kept(value, spread, dtype, init):
+    """Whose zero points are past what float16 holds, or whose step size is smaller than what is stored."""
+    weight = value + spread * torch.randn(3, 8)
+    quantizer = AsymmetricLSQ(
+        qat.QuantSpec(bits=2, symmetric=False, zero_point_dtype=dtype), weight, "w", qat.spec.Init(init)
+    )
+    torch.testing.assert_close(quantizer(weight), weight, rtol=2**-7, atol=2.0**-17)
+
+
 @settings(deadline=None, max_examples=30)
 @given(bits=st.integers(2, 8), group=st.sampled_from([None, 8]), seed=st.integers(0, 999))
 def test_real_zero_points_round_and_learn_by_the_definition(bits, group, seed):

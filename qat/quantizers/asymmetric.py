@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..numerics import QuantizedTensor, quantize_tensor, scale_shape, stored_zero_point, zero_point_dtype
+from ..numerics import MIN_SCALE, QuantizedTensor, quantize_tensor, scale_shape, stored_zero_point, zero_point_dtype
 from ..spec import Init, QuantSpec
 from .half_quadratic import half_quadratic
 from .lsq import LearnedWeight
@@ -57,12 +57,19 @@ class AsymmetricLSQ(LearnedWeight):
 def range_of(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return the step size (rows, groups) that spans each block's values, and the zero point: float32.
 
-    With zero points among the codes, and in a block of one value, 0 is spanned too.
+    0 is spanned too with zero points among the codes, and in a block of one value, or of values so much nearer to each
+    other than to 0 that no stored step size and real zero point reach them.
     """
     blocks = weight.detach().float().reshape(*scale_shape(weight.shape, spec), -1)
     low, high = blocks.amin(-1), blocks.amax(-1)
-    real = (low < high) & (spec.zero_point_dtype is not None)
-    low, high = torch.where(real, low, low.clamp_max(0)), torch.where(real, high, high.clamp_min(0))
+    with_zero = low.clamp_max(0), high.clamp_min(0)
+    if spec.zero_point_dtype is None:
+        low, high = with_zero
+    else:
+        width = (high - low) / (spec.q_n + spec.q_p)
+        farthest = width * torch.finfo(zero_point_dtype(spec)).max
+        reached = (width >= MIN_SCALE) & (torch.maximum(low.abs(), high.abs()) <= farthest)
+        low, high = torch.where(reached, low, with_zero[0]), torch.where(reached, high, with_zero[1])
     step_size = (high - low) / (spec.q_n + spec.q_p)
     zero_point = torch.where(step_size > 0, -low / step_size, 0.0) - spec.q_n
     if spec.zero_point_dtype is not None:
