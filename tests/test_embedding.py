@@ -107,7 +107,7 @@ def test_rows_and_gradients_are_those_of_the_whole_quantized_weight(spec, indice
 @given(
     SPECS,
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from([(), (3,), (2, 3), (1, 2, 2)]),
+    st.sampled_from([(), (3,), (2, 3), (1, 2, 2), (0,), (2, 0)]),
     st.booleans(),
 )
 def test_frozen_is_trained_to_the_bit(spec, dtype, shape, narrow):
@@ -122,6 +122,12 @@ def test_frozen_is_trained_to_the_bit(spec, dtype, shape, narrow):
     assert found.dtype == dtype and torch.equal(found, expected) and found.shape == (*shape, 12)
     assert torch.equal(frozen(torch.arange(7)), whole) and torch.equal(tensor.dequantize(dtype), whole)
     assert frozen.double()(indices).dtype == torch.float64
+
+
+def test_no_indices_leave_the_gradients_empty():
+    layer = prepared(qat.QuantSpec(group_size=4))
+    layer(torch.empty(2, 0, dtype=torch.int64)).sum().backward()
+    assert not layer.weight.grad.any()
 
 
 def test_zero_points_of_rows():

@@ -31,7 +31,7 @@ class QuantEmbedding(FakeQuant, nn.Embedding):
         if isinstance(quantizer, WeightMinMax):  # its range is that of all rows
             return F.embedding(input, quantizer(self.weight), *options)
         rows = F.embedding(input, self.weight, *options, self.sparse)
-        if not quantizer.enabled:
+        if not quantizer.enabled or not rows.numel():
             return rows
         quantizer.require_initialised()
         step_size = quantizer.step_size

@@ -194,6 +194,8 @@ class PackedWeight(FixedDtype):
 
     def dequantize_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows of the weight in ``dtype``: (n, ...) for integers (n,)."""
+        if not rows.numel():  # nothing that scales could be spread over
+            return self.packed.new_empty(0, *self.shape[1:], dtype=dtype)
         parameters = [self.scale, self.zero_point]
         if self.scale.shape[0] == self.shape[0]:
             parameters = [None if part is None else part[rows] for part in parameters]
