@@ -150,4 +150,6 @@ def _fields(entry: QuantizedLayer) -> str:
     where = f"granularity={spec.granularity.value}" if spec.group_size is None else f"group_size={spec.group_size}"
     what = f"bits={spec.bits}" if spec.codebook is None else f"codebook={spec.codebook.value}"
     zero_points = "" if spec.symmetric else ", symmetric=false"
+    if spec.zero_point_dtype is not None:
+        zero_points += f", zero_point_dtype={spec.zero_point_dtype.value}"
     return f"{what}, {where}{zero_points} and scale_dtype={spec.scale_dtype.value}"

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 import qat
 from qat.double_quantization import dynamic_map, nest
-from qat.numerics import QuantizedTensor, scale_shape
+from qat.numerics import QuantizedTensor, scale_shape, zero_point_dtype
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -23,7 +23,10 @@ def random_tensor(rows, inputs, spec, seed=0):
     if spec.codebook == "nf4_double":
         nested = nest(scale, dynamic_map())
         return QuantizedTensor(integers(rows, inputs), nested.values(), spec, nested=nested)
-    return QuantizedTensor(integers(rows, inputs), scale, spec, None if spec.symmetric else integers(*shape))
+    codes, zero_point = integers(rows, inputs), None if spec.symmetric else integers(*shape)
+    if spec.zero_point_dtype is not None:
+        zero_point = (zero_point + 0.25).to(zero_point_dtype(spec))
+    return QuantizedTensor(codes, scale, spec, zero_point)
 
 
 def weight(bits=4, group_size=None, **options):

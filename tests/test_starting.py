@@ -56,6 +56,7 @@ def same_codes(found, source):
         ("mlx", {"group_size": 32, "bits": 3}),
         ("torchao", {"group_size": 32, "bits": 5}),
         ("native", {"bits": 2}),
+        ("native", {"bits": 2, "group_size": 32, "symmetric": False, "zero_point_dtype": "float16"}),
     ],
 )
 def test_the_first_forward_has_the_stored_codes(to, spec, tmp_path):
@@ -118,6 +119,11 @@ def test_nf4_blocks_come_back(tmp_path):
         ({"group_size": 64, "scale_dtype": "float16"}, {"group_size": 64}, "scale_dtype=float16"),
         ({"group_size": 64}, {"codebook": "nf4"}, "policy.weight.bits=4"),
         ({"group_size": 64, "symmetric": False}, {"group_size": 64}, "symmetric=false and scale_dtype=bfloat16"),
+        (
+            {"bits": 2, "symmetric": False, "zero_point_dtype": "float16"},
+            {"bits": 2, "symmetric": False},
+            "symmetric=false, zero_point_dtype=float16 and scale_dtype=bfloat16",
+        ),
     ],
 )
 def test_another_grid_is_refused_by_name(stored, policy, said):
