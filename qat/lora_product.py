@@ -24,7 +24,7 @@ from qat.kernels.int4_layout import SIZES, TENSORS, Int4Weight
 from .layers import PackedWeight
 from .layers.linear import FrozenLinear, compute_dtype
 from .layers.product import in_a_graph, rows, without_autocast
-from .once import Function, once
+from .once import Function, no_view, once
 
 
 def lora_product(x: Tensor, layer: FrozenLinear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -75,7 +75,7 @@ class _LoraProduct(Function):
             y, low = _forward(x, a.to(x.dtype), b.to(x.dtype), scaling, layer)
         ctx.save_for_backward(x, low, a, b)
         ctx.weight, ctx.scaling = layer.packed_weight, scaling
-        return y
+        return no_view(y)
 
     @staticmethod
     @once

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import backend, codebook, double_quantization, exact
 from .double_quantization import NestedScale
 from .errors import LayerError
-from .once import Function, once
+from .once import Function, no_view, once
 from .spec import Codebook, Granularity, QuantSpec
 
 # The smallest scale: from here up to 65536 a bf16 scale, and a 4-bit code times it, are exact in fp16.
@@ -258,7 +258,7 @@ class _FakeQuantize(Function):
     def forward(ctx, x: Tensor, step_size: Tensor, zero_point: Tensor | None, spec: QuantSpec, grad_scale: float):
         ctx.save_for_backward(x, step_size, zero_point)
         ctx.spec, ctx.grad_scale = spec, grad_scale
-        return arithmetic(x, step_size).fake_quantized(x, step_size, spec, x.dtype, zero_point)
+        return no_view(arithmetic(x, step_size).fake_quantized(x, step_size, spec, x.dtype, zero_point))
 
     @staticmethod
     @once

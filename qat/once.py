@@ -1,7 +1,7 @@
 """What fake quantization's autograd functions are not for is one error: second derivatives, and torch.func.
 
 Torch's own errors name a decorator, or a method to override; and of a second derivative that would run through saved
-tensors alone, torch leaves that part out without a word.
+tensors alone, torch leaves that part out without a word. What such a function returns may be changed in place.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ class Function(torch.autograd.Function):
         if torch._C._is_tracing():
             warnings.warn(TRACED, stacklevel=2)
         return super().apply(*arguments)
+
+
+def no_view(y: Tensor) -> Tensor:
+    """Return y as no view: a view that an autograd function gave, torch lets nobody change, as ``y += x`` does."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # which see operators alone
+        return torch.ops.aten._unsafe_view(y, y.shape)
+    return y.data  # a tenth of the operator's time
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 import qat
 from qat.joint_lora import joint_lora
+from qat.lora_product import lora_product
 from qat.qa_lora import qa_lora
 
 POLICIES = {
@@ -221,3 +222,59 @@ def test_transforms_of_torch_func_run_a_frozen_weight():
     torch.testing.assert_close(slopes, layer(x) @ weight)
     whole = torch.autograd.functional.jacobian(layer, x[0], vectorize=True)
     torch.testing.assert_close(whole, weight)
+
+
+class InPlace(nn.Module):
+    """Changes what each layer gives, or a copy of it."""
+
+    def __init__(self, copied):
+        super().__init__()
+        self.copied = copied
+        self.embedding, self.first, self.last = nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 6)
+
+    def forward(self, x):
+        for layer in (self.embedding, self.first, self.last):
+            x = layer(x)
+            x = x.clone() if self.copied else x
+            x += 1
+            x.relu_()
+        return x
+
+
+class Lora(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.a, self.b = layer, nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x):
+        return lora_product(x, self.layer, self.a, self.b, 0.5)
+
+
+@pytest.mark.parametrize("kind", [*POLICIES, "frozen", "joint", "qa_lora", "lora"])
+def test_what_a_layer_gives_may_be_changed_in_place(kind):
+    """Of three dimensions it is a view inside, which torch would not let anybody change."""
+    found = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        model = InPlace(copied)
+        rules = [{"match": "Embedding", "weight": {"bits": 8, "codebook": None, "symmetric": True}}]
+        made = POLICIES.get(kind, POLICIES["weights"]) | {"rules": [] if kind == "qa_lora" else rules}
+        policy = qat.QuantPolicy.from_dict(made)
+        if kind in ("joint", "qa_lora"):
+            adapt = joint_lora if kind == "joint" else qa_lora
+            adapt(model, policy, rank=2, alpha=4.0)
+        else:
+            qat.prepare(model, policy, verbose=False)
+            model.copied = True
+            qat.calibrate(model, [tokens(16)])
+            model.copied = copied
+        if kind in ("frozen", "lora"):
+            qat.freeze(model)
+        if kind == "lora":
+            model.last = Lora(model.last)
+        x = torch.randn(4, 5, 16, requires_grad=True)
+        model.embedding.register_forward_hook(lambda *call, x=x: call[-1].add_(x))
+        y = model(tokens())
+        y.square().sum().backward()
+        found.append([y, x.grad, *(each.grad for each in model.parameters() if each.requires_grad)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..once import Function, once
+from ..once import Function, no_view, once
 from ..quantizers import WeightLSQ
 from ..quantizers.rounding import Rounding
 from .linear import QuantLinear, match_dtypes
@@ -92,7 +92,7 @@ class _JointProduct(Function):
         ctx.layer, ctx.grad_scale = layer, 1.0 if rounding is None else rounding.grad_scale
         with without_autocast(x):
             weight = joint_weight(layer._sum(a, b), step_size, layer.weight_quantizer.spec, x.dtype)
-            return F.linear(x, weight, bias)
+            return no_view(F.linear(x, weight, bias))
 
     @staticmethod
     @once

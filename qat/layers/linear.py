@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..once import no_view
 from ..quantizers import (
     DynamicActivation,
     FrozenActivation,
@@ -95,7 +96,7 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         with without_autocast(x):
-            return F.linear(x, weight.dequantize(x.dtype), bias)
+            return no_view(F.linear(x, weight.dequantize(x.dtype), bias))
 
     @staticmethod
     def backward(ctx, grad: Tensor):

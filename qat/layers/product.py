@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LayerError
-from ..once import Function, once
+from ..once import Function, no_view, once
 from ..quantizers.rounding import Rounding
 from . import image
 
@@ -249,7 +249,7 @@ class _Product(Function):
         *roundings, ctx.convolution, ctx.dtype = how
         # Without their tensors, which autograd keeps: it may have moved them meanwhile.
         ctx.grids = [None if r is None else (r.grid, r.grad_scale, r.rule, r.kept) for r in roundings]
-        return value(x, weight, bias, *how)
+        return no_view(value(x, weight, bias, *how))
 
     @staticmethod
     @once

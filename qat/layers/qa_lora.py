@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics import QuantizedTensor, stored_zero_point
-from ..once import Function, once
+from ..once import Function, no_view, once
 from ..quantizers import FixedDtype
 from ..spec import QuantSpec, ScaleDtype
 from .linear import QuantLinear, match_dtypes
@@ -100,7 +100,7 @@ class _Product(Function):
         ctx.save_for_backward(x, a, b)
         ctx.quantizer = quantizer
         with without_autocast(x):
-            return F.linear(x, quantizer.quantize().dequantize(x.dtype), bias)
+            return no_view(F.linear(x, quantizer.quantize().dequantize(x.dtype), bias))
 
     @staticmethod
     @once
