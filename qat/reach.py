@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import StateError
 from .layers import is_prepared, quant_layers
 from .modes import in_eval_mode
+from .wrappers import unwrapped
 
 
 def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None) -> list[str]:
@@ -20,7 +21,8 @@ def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
 
     A fake-quant layer rounds in its own forward. ``F.linear(x, layer.weight)`` anywhere else takes the weight as it is,
     while the frozen layer's is rounded: training and what ships differ. What only makes one number of a weight, such as
-    its norm, is no such use.
+    its norm, is no such use; nor is that of an embedding in full precision whose weight a quantized head shares, as
+    the embedding keeps it.
 
     Args:
         model: a prepared and calibrated model.
@@ -38,7 +40,8 @@ def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
     layers = dict(quant_layers(model))
     watch = _Watch(layers)
     hooks = []
-    for name, layer in layers.items():
+    watched = ((name, module) for name, module in unwrapped(model).named_modules() if watch.has_weight_of(name, module))
+    for name, layer in watched:
         hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
         hooks.append(layer.register_forward_hook(lambda *_, name=name: watch.leave(name), always_call=True))
     try:
@@ -70,12 +73,21 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.reached: set[str] = set()
         self.past: dict[str, str] = {}
-        self._inside: list[str] = []
+        self._layers, self._inside = layers, []
         self._owners: dict[int, list[str]] = {}
         for name, layer in layers.items():
             weight = layer._parameters.get("weight")  # codes of a frozen base give a new tensor at each look
             if layer.weight_quantizer is not None and weight is not None:
                 self._owners.setdefault(id(weight), []).append(name)
+
+    def has_weight_of(self, name: str, module: nn.Module) -> bool:
+        """Return whether a module is one of the layers, or has the weight of one as its own, which it then may take."""
+        if name in self._layers:
+            return True
+        shared = [self._owners[id(each)] for each in module._parameters.values() if id(each) in self._owners]
+        for names in shared:
+            names.append(name)
+        return bool(shared)
 
     def enter(self, name: str) -> None:
         """Begin a layer's forward."""
