@@ -121,6 +121,15 @@ def test_fake_quantization_starts_at_its_step_and_ends_on():
     assert recorder.losses[:4] == plain.losses[:4] and recorder.losses[4] != plain.losses[4]
 
 
+@pytest.mark.parametrize(("step", "comes"), [(5, True), (6, False)])
+def test_a_delayed_start_that_never_comes_is_said_and_what_ships_is_measured(step, comes, capsys):
+    quantized, epoch = task(W4A4), {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 6, "limit_val_batches": 1}
+    trainer(Calibration(1), FakeQuantStart(step), **epoch).fit(quantized, datamodule=data())
+    said = "warning     fake quantization never ran: training ended at step 6, and callbacks.fake_quant_start.step=6"
+    assert (said not in capsys.readouterr().out) == comes
+    assert quantized.measured_at == (6 if comes else None)
+
+
 def test_delayed_start_is_followed_by_a_resumed_run(tmp_path):
     trainer(Calibration(1), FakeQuantStart(4), Checkpoints(tmp_path), max_steps=3).fit(task(W4A4), datamodule=data())
     recorder = Recorder()
@@ -169,6 +178,17 @@ def test_best_checkpoint_is_the_best(tmp_path):
     with pytest.raises(TrainingError, match=r"monitor=scoer is not logged: choose from .*score"):
         fit = trainer(Scripted(), Checkpoints(tmp_path, monitor="scoer"), max_steps=-1, max_epochs=1)
         fit.fit(task(), datamodule=data())
+
+
+def test_the_best_checkpoint_is_of_a_quantized_network(tmp_path):
+    class Scripted(Callback):
+        def on_validation_epoch_end(self, trainer, task) -> None:
+            task.log("score", torch.tensor([0.9, 0.5, 0.4][trainer.current_epoch]))
+
+    callbacks = Calibration(1), FakeQuantStart(2), Scripted(), Checkpoints(tmp_path, monitor="score")
+    fit = trainer(*callbacks, max_steps=-1, max_epochs=3, limit_train_batches=2, limit_val_batches=1)
+    fit.fit(task(W4A4), datamodule=data())
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 1
 
 
 def test_log_rewinds_to_the_checkpoint(tmp_path):

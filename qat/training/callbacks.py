@@ -111,6 +111,8 @@ class MemoryEstimate(Callback):
 class FakeQuantStart(Callback):
     """Trains in full precision until a step; step sizes start to learn there. Derived from the global step alone.
 
+    What is measured before that is of the network in full precision, and chooses no best checkpoint.
+
     Args:
         step: the first optimizer step that runs fake-quantized.
     """
@@ -130,7 +132,13 @@ class FakeQuantStart(Callback):
             self._follow(trainer, task)
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
-        """Leave a model that is quantized."""
+        """Leave a model that is quantized; say so where it never trained as one."""
+        if fake_quant_waits(task):
+            rank_zero_only(print)(
+                f"warning     fake quantization never ran: training ended at step {trainer.global_step}, and "
+                f"callbacks.fake_quant_start.step={self.step}; let it start earlier, or train on with resume=auto"
+            )
+            task.measured_at = None  # what ships is measured, not what was validated
         set_fake_quant(task, True)
 
     def _follow(self, trainer: Trainer, task: Task) -> None:
@@ -142,6 +150,11 @@ def set_fake_quant(task: Task, enabled: bool) -> None:
     for module in task.model.modules():
         if isinstance(module, Quantizer):
             module.enabled = enabled
+
+
+def fake_quant_waits(task: Task) -> bool:
+    """Return whether a task's network runs in full precision for now, before a delayed start."""
+    return any(isinstance(module, Quantizer) and not module.enabled for module in task.model.modules())
 
 
 class KeptWeights(Callback):

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
-from .callbacks import all_finite, divergence
+from .callbacks import all_finite, divergence, fake_quant_waits
 from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -80,12 +80,12 @@ class Checkpoints(Checkpoint):
             TrainingError: the monitor is not logged.
         """
         self._stop(trainer)
-        if self.monitor is not None and self.monitor in trainer.callback_metrics:
+        if self.monitor in trainer.callback_metrics and not fake_quant_waits(task):
             value = float(trainer.callback_metrics[self.monitor])
             if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
                 self.best = value
                 self._save(trainer, task, BEST)
-        elif self.monitor is not None and trainer.callback_metrics:
+        elif self.monitor not in (None, *trainer.callback_metrics) and trainer.callback_metrics:
             known = ", ".join(trainer.callback_metrics)
             raise TrainingError(f"callbacks.checkpoints.monitor={self.monitor} is not logged: choose from {known}")
         self._save_if_due(trainer, task)
