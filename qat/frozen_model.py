@@ -43,7 +43,7 @@ def from_model(model: nn.Module) -> QuantizedModel:
 
     Raises:
         StateError: the model is not frozen, or its adapter cannot lie beside it.
-        ArtifactError: its state dict holds what is no tensor.
+        ArtifactError: its state dict holds what is no dense tensor.
     """
     from .models import architecture_of
 
@@ -75,6 +75,12 @@ def from_model(model: nn.Module) -> QuantizedModel:
             raise ArtifactError(
                 f"{name!r} in the model's state dict is a {type(value).__name__}, and artifacts hold tensors: let "
                 "get_extra_state give a tensor, or leave it out"
+            )
+        if value.layout != torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            raise ArtifactError(
+                f"{name!r} is {layout}, and artifacts hold dense tensors: make it one with to_dense(), or keep it out "
+                "of the state dict with register_buffer(..., persistent=False)"
             )
     dense, tied = _untie(state)
     return QuantizedModel(

@@ -112,6 +112,9 @@ def test_buffers_of_all_kinds_survive(tmp_path):
     model.extra = torch.ones(2, dtype=torch.complex128)
     with pytest.raises(ArtifactError, match=r"'_extra_state' is torch.complex128, which safetensors does not store"):
         qat.save(model, tmp_path / "out")
+    model.extra = torch.eye(2).to_sparse()  # as a graph's adjacency
+    with pytest.raises(ArtifactError, match=r"'_extra_state' is sparse_coo, and artifacts .*persistent=False"):
+        qat.save(model, tmp_path / "out")
     assert torch.equal(qat.load(tmp_path / "out", model=Buffers(torch.tensor(0)))(x), model(x))
 
 
