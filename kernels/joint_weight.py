@@ -56,7 +56,7 @@ def merged_reference(parts: LowRankSum) -> Tensor:
     if base_scale is not None:
         codes = base.to(torch.float32) - 128
         base = (codes.view(*base_scale.shape, -1) * base_scale.float()[..., None]).view(base.shape)
-    merged = torch.empty(base.shape, device=base.device)
+    merged = torch.empty(base.shape, dtype=torch.float32, device=base.device)
     for rows in (slice(start, start + ROWS) for start in range(0, len(base), ROWS)):
         update = torch.zeros_like(merged[rows])
         for column, row in zip(b[rows].split(1, 1), a.split(1, 0), strict=True):
@@ -189,7 +189,7 @@ def _launch(
     groups = [None if scales is None else tuple(scales.shape) for scales in (base_scale, step)]
     how = spec.q_n, spec.q_p, spec.scale_dtype
     launch, programs = _joint_launch(rows, columns, len(a), *groups, *how)
-    sums = torch.empty(rows, programs, device=base.device) if grad is not None else None
+    sums = torch.empty(rows, programs, dtype=torch.float32, device=base.device) if grad is not None else None
     launch(base, base_scale, a, b, step, grad, y, grad_w, sums)
     if sums is None:
         return None

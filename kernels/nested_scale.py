@@ -80,7 +80,7 @@ def nested_scale(codes: Tensor, nest: Tensor, out_features: int) -> Tensor:
         nest: from ``join``.
         out_features: N.
     """
-    scale = torch.empty(codes.shape, device=codes.device)
+    scale = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     size = codes.numel()
     if size:
         _scale_launch(size, codes.shape[1], out_features)(codes, nest, scale)

@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant(
         "LSQ+: starts from the magnitude of the lowest value",
         LSQ_PLUS,
-        "torch.tensor([[-negative]])",
-        "torch.tensor([[negative]])",
+        "[[-negative]]",
+        "[[negative]]",
         lsq_plus.check_start_at_the_range,
     ),
     Mutant(

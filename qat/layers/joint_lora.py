@@ -71,13 +71,13 @@ class JointLoraLinear(Frozen, QuantLinear):
 def make_joint_(layer: nn.Linear, quantizer: WeightLSQ, rank: int, scaling: float) -> None:
     """Turn a linear layer, plain, fake-quant or frozen, into a JointLoraLinear, in place."""
     packed = getattr(layer, "packed_weight", None)
-    device = layer.weight.device
+    like = {"dtype": torch.float32, "device": layer.weight.device}
     layer.__class__ = JointLoraLinear
     layer.packed_weight, layer.scaling = packed, scaling
     layer.weight_quantizer = quantizer
     layer.activation_quantizer = getattr(layer, "activation_quantizer", None)
-    layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, device=device))
-    layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+    layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **like))
+    layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, **like))
     nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)  # as peft does
 
 

@@ -72,9 +72,9 @@ class PackedWeight(FixedDtype):
             size, dtype = parts.get(name, (None, None))
             self.register_buffer(name, None if size is None else torch.empty(size, dtype=dtype))
         own = codebook.stored_shape(shape, spec)
-        levels = None
-        if spec.codebook is not None:
-            levels = codebook.named_levels(spec, self.packed.device) if own is None else torch.empty(own)
+        levels = None if own is None else torch.empty(own, dtype=torch.float32)
+        if spec.codebook is not None and own is None:
+            levels = codebook.named_levels(spec, self.packed.device)
         self.register_buffer("levels", levels, persistent=own is not None)
         self.cpu_operands: tuple[Tensor, Tensor] | None = None
         self.gpu_operands: dict[torch.dtype, Int4Weight] = {}

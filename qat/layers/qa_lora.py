@@ -39,8 +39,9 @@ class ZeroPointLora(FixedDtype):
         rows, groups = weight.shape[0], weight.scale.shape[1]
         self.spec = replace(weight.spec, symmetric=False, zero_point_dtype=ScaleDtype.float16)
         self.scaling, self._weight = scaling, (weight,)  # in a tuple: it is the layer's
-        self.lora_A = nn.Parameter(torch.empty(rank, groups, device=weight.packed.device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.packed.device))
+        like = {"dtype": torch.float32, "device": weight.packed.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, groups, **like))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     @torch.no_grad()

@@ -205,7 +205,7 @@ def clip_layer(name: str, layer: QuantLayer, moments: Moments) -> None:
     step_size = largest
     if not any(part in name.rsplit(".", 1)[-1] for part in NOT_CLIPPED):
         errors = torch.stack([group_errors(weight, largest * share, spec, moments) for share in SHRINKS])
-        shares = torch.tensor(SHRINKS, device=weight.device)[errors.argmin(0)]
+        shares = torch.tensor(SHRINKS, dtype=torch.float32, device=weight.device)[errors.argmin(0)]
         step_size = largest * shares
     set_layer(layer, weight, step_size)
 

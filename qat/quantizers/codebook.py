@@ -34,12 +34,13 @@ class WeightCodebook(FixedDtype):
     def __init__(self, spec: QuantSpec, weight: Tensor, name: str, init: Init = Init.minmax) -> None:
         super().__init__()
         self.spec, self.name, self.enabled, self.init = replace(spec, signed=True), name, True, init
-        waits = torch.zeros((), device=weight.device) if init.reads_data else None
+        waits = torch.zeros((), dtype=torch.float32, device=weight.device) if init.reads_data else None
         self.register_buffer("initialised", waits)
         self.shape = scale_shape(weight.shape, spec)
         own = codebook.stored_shape(weight.shape, spec)
         device = torch.device("cpu") if weight.is_meta else weight.device  # no checkpoint would fill a named one's
-        levels = codebook.named_levels(spec, device) if own is None else torch.zeros(own, device=weight.device)
+        unset = None if own is None else torch.zeros(own, dtype=torch.float32, device=weight.device)
+        levels = codebook.named_levels(spec, device) if unset is None else unset
         self.register_buffer("levels", levels, persistent=own is not None)
         double = spec.codebook is Codebook.nf4_double
         self.register_buffer("scale_levels", dynamic_map(device) if double else None)

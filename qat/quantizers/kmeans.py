@@ -48,5 +48,6 @@ def normal_levels(bits: int) -> Tensor:
     From quantiles or even steps k-means ends in worse optima: a block's largest magnitude, at 1 or -1, weighs most.
     """
     normal, end = torch.distributions.Normal(0.0, 1.0), 0.9677083  # the quantile of bitsandbytes' create_normal_map
-    halves = [normal.icdf(torch.linspace(end, 0.5, 2 ** (bits - 1) + more)[:-1]) for more in (0, 1)]
-    return torch.cat([-halves[0], torch.zeros(1), halves[1].flip(0)]) / halves[1][0]
+    counts = 2 ** (bits - 1), 2 ** (bits - 1) + 1
+    halves = [normal.icdf(torch.linspace(end, 0.5, count, dtype=torch.float32)[:-1]) for count in counts]
+    return torch.cat([-halves[0], halves[0].new_zeros(1), halves[1].flip(0)]) / halves[1][0]

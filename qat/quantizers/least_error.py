@@ -52,4 +52,4 @@ def _squared_errors(x: Tensor, largest: Tensor, spec: QuantSpec, weights: Tensor
 
 def best_step_size(errors: Tensor, largest: Tensor) -> Tensor:
     """Return the candidates of least error, (rows, groups) float32."""
-    return largest * ((errors.argmin(0) + 1) / CANDIDATES)
+    return largest * ((errors.argmin(0) + 1).float() / CANDIDATES)

@@ -80,7 +80,7 @@ class LearnedStepSize(FixedDtype):
         self.step_size = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         # In float32, as are all buffers here: averages of buffers, such as Lightning's WeightAveraging makes, take no
         # bool, and cut the fraction off the mean of two equal integers.
-        self.register_buffer("initialised", torch.zeros((), device=device))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.float32, device=device))
         self._ready = False  # the buffer's value, read without a device synchronisation
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class LearnedActivation(LearnedStepSize):
     def __init__(self, spec: QuantSpec, device: torch.device, name: str, init: Init = Init.lsq) -> None:
         super().__init__(spec, (1, 1), name, init, device)
         self.observer: ActivationStatistics | None = None
-        self.register_buffer("signed", torch.tensor(float(spec.signed is not False), device=device))
+        self.register_buffer("signed", self.initialised.new_full((), float(spec.signed is not False)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fake-quantized activation in its own dtype, or observe it during calibration."""
@@ -253,9 +253,9 @@ class LearnedActivation(LearnedStepSize):
         """
         mean, negative, positive = self.observed(statistics)
         self._set_signed(negative > 0 if self.spec.signed is None else self.spec.signed)
-        step_size = minmax_step_size(torch.tensor(max(negative, positive)), self.spec)
+        step_size = minmax_step_size(torch.tensor(max(negative, positive), dtype=torch.float32), self.spec)
         if self.init is Init.lsq:
-            step_size = lsq_step_size(torch.tensor(mean), self.spec)
+            step_size = lsq_step_size(torch.tensor(mean, dtype=torch.float32), self.spec)
         elif self.init is Init.mse:
             step_size = statistics.least_error_step_size(step_size, self.spec)
         self.set_step_size(step_size)

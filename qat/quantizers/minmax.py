@@ -137,7 +137,7 @@ class ActivationRange(_Follows, ActivationLSQPlus):
 
 def seen_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of all ranks' x, 0 included: float32 scalars."""
-    ends = torch.zeros(2, device=x.device)
+    ends = torch.zeros(2, dtype=torch.float32, device=x.device)
     if x.numel():
         low, high = x.detach().aminmax()
         ends = torch.maximum(ends, torch.stack([-low.float(), high.float()]))

@@ -23,7 +23,7 @@ class ActivationStatistics:
     def __init__(self, device: torch.device, keep_sample: bool = False) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.extremes = torch.zeros(2, dtype=torch.float64, device=device)  # of -x and x; 0 is always representable
-        self.keep_sample, self.sample = keep_sample, [torch.zeros(0, device=device)]
+        self.keep_sample, self.sample = keep_sample, [torch.zeros(0, dtype=torch.float32, device=device)]
 
     def update(self, x: Tensor) -> None:
         """Add a batch; an empty one, such as an expert that got no token, counts nothing."""
