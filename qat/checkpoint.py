@@ -80,8 +80,8 @@ def random_input(example: dict[str, Any], batch: int = 2, seed: int = 0) -> Tens
     generator = torch.Generator().manual_seed(seed)
     shape, low, high = [batch, *example["shape"]], example["low"], example["high"]
     if example["dtype"] == "int64":
-        return torch.randint(int(low), int(high) + 1, shape, generator=generator)
-    return torch.rand(shape, generator=generator) * (high - low) + low
+        return torch.randint(int(low), int(high) + 1, shape, generator=generator, device="cpu")
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * (high - low) + low
 
 
 def describe(

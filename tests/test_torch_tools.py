@@ -280,43 +280,53 @@ def test_what_a_layer_gives_may_be_changed_in_place(kind):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "policy",
-    [
-        *POLICIES.values(),
-        {"weight": {"codebook": "custom", "bits": 3}},
-        {"weight": {"bits": 2, "symmetric": False, "zero_point_dtype": "float16"}, "init": "hqq"},
-        {"weight": {"bits": 3}, "activation": {"bits": 3}, "init": "mse"},
-        {"weight": {"bits": 3}, "activation": {"bits": 3, "symmetric": False}, "init": "mse"},
-        {"weight": {"bits": 3}, "activation": {"bits": 3}, "activation_quantizer": "minmax"},
-        {"weight": {"bits": 3}, "activation": {"bits": 3, "symmetric": False}, "activation_quantizer": "minmax"},
-        {"weight": {"bits": 3, "group_size": 8}, "init": "awq"},
-        "joint",
-        "qa_lora",
-    ],
-    ids=str,
-)
-def test_torchs_default_dtype_changes_nothing(policy, dtype, tmp_path):
-    """Scripts set it while they build a model; ours is built before, in float32."""
+QUANTIZERS = [
+    *POLICIES.values(),
+    {"weight": {"codebook": "custom", "bits": 3}},
+    {"weight": {"bits": 2, "symmetric": False, "zero_point_dtype": "float16"}, "init": "hqq"},
+    {"weight": {"bits": 3}, "activation": {"bits": 3}, "init": "mse"},
+    {"weight": {"bits": 3}, "activation": {"bits": 3, "symmetric": False}, "init": "mse"},
+    {"weight": {"bits": 3}, "activation": {"bits": 3}, "activation_quantizer": "minmax"},
+    {"weight": {"bits": 3}, "activation": {"bits": 3, "symmetric": False}, "activation_quantizer": "minmax"},
+    {"weight": {"bits": 3, "group_size": 8}, "init": "awq"},
+    {"weight": {"bits": 3}, "init": "blockwise"},
+    "joint",
+    "qa_lora",
+]
+
+
+def shipped(policy, folder, set_default):
+    """Train a model that was built in float32 on the CPU, where torch then has other defaults; return its artifact."""
+    torch.manual_seed(0)
+    model, fresh = (nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 4)) for _ in range(2))
     x, adapt = torch.randn(16, 16), {"joint": joint_lora, "qa_lora": qa_lora}.get(str(policy))
-    given = {"weight": {"bits": 4, "group_size": 8}} if adapt else policy
-    artifacts = []
-    for default in (torch.float32, dtype):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 4))
-        torch.set_default_dtype(default)
-        try:
-            if adapt:
-                adapt(model, qat.QuantPolicy.from_dict(given), rank=2, alpha=4.0)
-            else:
-                qat.calibrate(qat.prepare(model, given, verbose=False), [x], verbose=False)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            for _ in range(2):
-                model(x).square().sum().backward()
-                optimizer.step()
-            qat.save(qat.freeze(model), tmp_path / str(default))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        artifacts.append((tmp_path / str(default) / "model.safetensors").read_bytes())
-    assert artifacts[0] == artifacts[1]
+    set_default()
+    try:
+        if adapt:
+            adapt(model, qat.QuantPolicy.from_dict({"weight": {"bits": 4, "group_size": 8}}), rank=2, alpha=4.0)
+        else:
+            qat.calibrate(qat.prepare(model, policy, verbose=False), [x], verbose=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(x).square().sum().backward()
+            optimizer.step()
+        qat.save(qat.freeze(model), folder, example=x)
+        assert torch.equal(qat.load(folder, model=fresh)(x), model(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("policy", QUANTIZERS, ids=str)
+def test_torchs_default_dtype_changes_nothing(policy, dtype, tmp_path):
+    found = shipped(policy, tmp_path / "found", lambda: torch.set_default_dtype(dtype))
+    assert found == shipped(policy, tmp_path / "expected", lambda: None)
+
+
+@pytest.mark.parametrize("policy", QUANTIZERS, ids=str)
+def test_torchs_default_device_changes_nothing(policy, tmp_path):
+    """The meta device stands for a GPU: what is made there by mistake is missed."""
+    found = shipped(policy, tmp_path / "found", lambda: torch.set_default_device("meta"))
+    assert found == shipped(policy, tmp_path / "expected", lambda: None)

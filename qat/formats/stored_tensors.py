@@ -46,7 +46,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         stream, start, entry = self._files[name]
         begin, end = entry["data_offsets"]
-        data = torch.empty(end - begin, dtype=torch.uint8)
+        data = torch.empty(end - begin, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
         _read(stream, memoryview(data.numpy()), start + begin)
         return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 

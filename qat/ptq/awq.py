@@ -87,8 +87,9 @@ def find_producer(unit: Unit, stage: list[str]) -> nn.Module | None:
     for candidate in unit.module.modules():
         if candidate in layers or not makes(candidate, width) or has_tied(candidate, unit.tied):
             continue
-        scales = torch.exp2((torch.arange(width) % 5 - 2).float())  # powers of two: folding and undoing them is exact
-        scales = scales[torch.randperm(width, generator=torch.Generator().manual_seed(0))].to(layers[0].weight.device)
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(0), device="cpu")
+        # Powers of two: folding and undoing them is exact.
+        scales = torch.exp2((order % 5 - 2).float()).to(layers[0].weight.device)
         fold(candidate, layers, scales)
         found = first(unit.run(unit.module, batch))
         fold(candidate, layers, 1 / scales)

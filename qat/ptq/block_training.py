@@ -158,7 +158,7 @@ def descend(
     generator = torch.Generator().manual_seed(0)
     least, best = total_loss(unit, targets), [parameter.detach().clone() for parameter in parameters]
     for index in range(steps):
-        batch = int(torch.randint(unit.batches, (), generator=generator))
+        batch = int(torch.randint(unit.batches, (), generator=generator, device="cpu"))
         with torch.enable_grad():
             gradients = torch.autograd.grad(batch_loss(unit, batch, targets), parameters)
         step(gradients, index / steps)

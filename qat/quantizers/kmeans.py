@@ -6,6 +6,8 @@ differences of running sums in float64, so that the result is the same on every 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,8 @@ def normal_levels(bits: int) -> Tensor:
 
     From quantiles or even steps k-means ends in worse optima: a block's largest magnitude, at 1 or -1, weighs most.
     """
-    normal, end = torch.distributions.Normal(0.0, 1.0), 0.9677083  # the quantile of bitsandbytes' create_normal_map
+    end = 0.9677083  # the quantile of bitsandbytes' create_normal_map
     counts = 2 ** (bits - 1), 2 ** (bits - 1) + 1
-    halves = [normal.icdf(torch.linspace(end, 0.5, count, dtype=torch.float32)[:-1]) for count in counts]
+    shares = [torch.linspace(end, 0.5, count, dtype=torch.float32, device="cpu")[:-1] for count in counts]
+    halves = [torch.erfinv(2 * share - 1) * math.sqrt(2) for share in shares]
     return torch.cat([-halves[0], halves[0].new_zeros(1), halves[1].flip(0)]) / halves[1][0]

@@ -253,9 +253,9 @@ class LearnedActivation(LearnedStepSize):
         """
         mean, negative, positive = self.observed(statistics)
         self._set_signed(negative > 0 if self.spec.signed is None else self.spec.signed)
-        step_size = minmax_step_size(torch.tensor(max(negative, positive), dtype=torch.float32), self.spec)
+        step_size = minmax_step_size(self.step_size.new_tensor(max(negative, positive)), self.spec)
         if self.init is Init.lsq:
-            step_size = lsq_step_size(torch.tensor(mean, dtype=torch.float32), self.spec)
+            step_size = lsq_step_size(self.step_size.new_tensor(mean), self.spec)
         elif self.init is Init.mse:
             step_size = statistics.least_error_step_size(step_size, self.spec)
         self.set_step_size(step_size)

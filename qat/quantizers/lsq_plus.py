@@ -55,7 +55,7 @@ class ActivationLSQPlus(LearnedActivation):
             StateError: nothing was observed, or NaN or infinity was.
         """
         _, negative, positive = self.observed(statistics)
-        low, high = torch.tensor([[[-negative]], [[positive]]], dtype=torch.float32)
+        low, high = self.offset.new_tensor([[[-negative]], [[positive]]])
         if self.init is Init.mse:
             low, high = least_error_range(statistics.sampled(), low, high, self.spec)
         self.set_range(low, high)
