@@ -1,9 +1,11 @@
 """Artifacts: what is saved is what is read, and an artifact is replaced whole or not at all."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -116,6 +118,14 @@ def test_buffers_of_all_kinds_survive(tmp_path):
     with pytest.raises(ArtifactError, match=r"'_extra_state' is sparse_coo, and artifacts .*persistent=False"):
         qat.save(model, tmp_path / "out")
     assert torch.equal(qat.load(tmp_path / "out", model=Buffers(torch.tensor(0)))(x), model(x))
+
+
+def test_loading_leaves_no_file_open(tmp_path, recwarn):
+    saved(tmp_path / "out")
+    warnings.simplefilter("always", ResourceWarning)
+    qat.load(tmp_path / "out", model=Net())
+    gc.collect()
+    assert not [str(each.message) for each in recwarn if each.category is ResourceWarning]
 
 
 def test_save_wants_a_frozen_model(tmp_path):

@@ -50,6 +50,11 @@ class StoredTensors(Mapping[str, Tensor]):
         _read(stream, memoryview(data.numpy()), start + begin)
         return data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
+    def __del__(self) -> None:
+        """Close the files, of which Python would warn."""
+        for stream in {stream for stream, _, _ in getattr(self, "_files", {}).values()}:
+            stream.close()
+
     def header(self, name: str) -> tuple[list[int], str]:
         """Return a tensor's shape and its dtype as safetensors names it, without reading it."""
         entry = self._files[name][2]
