@@ -145,6 +145,26 @@ def test_it_keeps_what_the_plain_layer_keeps(activation, weight):
     assert kept_bytes(lambda x: composed(layer, x), x) > plain_bytes + x.numel() * 4
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_frozen_weight_lets_go_of_the_input(bias):
+    """As the plain layer's does: only the weight's gradient takes it, and it may be changed."""
+    x, layer = torch.randn(64, 64, device=DEVICE), nn.Linear(64, 64, device=DEVICE)
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_(bias)
+    plain_bytes = kept_bytes(layer, x)
+    layer = prepared(layer, {"group_size": 32}, None, x)
+    layer.weight_quantizer.requires_grad_(False)
+    steps = layer.weight_quantizer.step_size
+    assert kept_bytes(layer, x) == plain_bytes + steps.numel() * 4 < x.numel() * 4 * 2
+    start = x.clone().requires_grad_()
+    x = start * 1
+    y = layer(x)
+    x += 1
+    y.sum().backward()
+    expected = layer.weight_quantizer(layer.weight).sum(0).expand(64, -1)
+    torch.testing.assert_close(start.grad, expected)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "step_size", "x"])
 def test_frozen_parameters(frozen):
     x = torch.randn(4, 32, device=DEVICE)

@@ -241,12 +241,15 @@ def _convolution_backward(grad, x, weight, convolution: Convolution, wanted: lis
 
 
 class _Product(Function):
-    """Keeps x, the weight, the step sizes and offsets."""
+    """Keeps the weight, the step sizes and offsets, and x where a gradient takes it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, x_step, weight_step, x_offset, weight_offset, how) -> Tensor:
-        ctx.save_for_backward(x, weight, x_step, weight_step, x_offset, weight_offset)
         *roundings, ctx.convolution, ctx.dtype = how
+        wanted = ctx.needs_input_grad
+        takes_x = roundings[0] is not None or ctx.convolution is not None or wanted[1] or wanted[4] or wanted[6]
+        kept = x if takes_x else None
+        ctx.save_for_backward(kept, weight, x_step, weight_step, x_offset, weight_offset)
         # Without their tensors, which autograd keeps: it may have moved them meanwhile.
         ctx.grids = [None if r is None else (r.grid, r.grad_scale, r.rule, r.kept) for r in roundings]
         return no_view(value(x, weight, bias, *how))
