@@ -48,7 +48,8 @@ def calibrate(
 
     Raises:
         StateError: the model is not prepared, one tensor or dict in place of batches, no batch at all, dicts that the
-            model does not take, a layer that no batch reached, or one that saw NaN.
+            model does not take, a layer that no batch reached, or one that saw NaN: no activation's step size is set
+            then.
         CalibrationError: data that an init cannot work with.
     """
     if isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable):
@@ -75,6 +76,8 @@ def calibrate(
             quantizer.observer.all_reduce()
         if not seen and not any(quantizer.observer.sums[1] for quantizer in waiting):  # on no rank
             raise StateError("calibration got no batch: give it at least one")
+        for quantizer in waiting:
+            quantizer.observed(quantizer.observer)  # raises before any of them is set
         for quantizer in waiting:
             quantizer.initialise(quantizer.observer)
     return model

@@ -98,6 +98,7 @@ def check_never_reached(calibration):
     model = prepared()
     with pytest.raises(StateError, match="'rare' was never reached"):
         calibration.calibrate(model, batches(), lambda module, batch: module(batch, rare=False))
+    assert not any(each.is_initialised for each in calibration.activation_quantizers(model))  # it starts anew, whole
 
 
 def check_nan(calibration):
