@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,9 @@ def load_state(
     if problems:
         raise error(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
     ties = _ties(model)
-    model.load_state_dict(state, assign=True)  # which keeps the stored dtypes, and parts what was tied
+    stored = OrderedDict(state)
+    stored._metadata = getattr(own, "_metadata", None)  # versions, for which some modules ask
+    model.load_state_dict(stored, assign=True)  # which keeps the stored dtypes, and parts what was tied
     for name, owner in ties:
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, model.get_parameter(owner))

@@ -120,6 +120,23 @@ def test_buffers_of_all_kinds_survive(tmp_path):
     assert torch.equal(qat.load(tmp_path / "out", model=Buffers(torch.tensor(0)))(x), model(x))
 
 
+class Versioned(nn.Linear):
+    """Asks for the version of what it loads, as MNASNet of torchvision does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_modules_that_ask_for_a_version_are_loaded(tmp_path):
+    model = qat.prepare(nn.Sequential(nn.Linear(8, 8), Versioned(8, 4)), {"weight": {"bits": 4}}, verbose=False)
+    qat.save(qat.freeze(model), tmp_path / "out")
+    x, loaded = torch.randn(2, 8), qat.load(tmp_path / "out", model=nn.Sequential(nn.Linear(8, 8), Versioned(8, 4)))
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_loading_leaves_no_file_open(tmp_path, recwarn):
     saved(tmp_path / "out")
     warnings.simplefilter("always", ResourceWarning)
