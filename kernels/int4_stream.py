@@ -224,12 +224,12 @@ def multiply(
                     if TOKENS == 1:
                         x = spread(x, like_x, 2)
                     acc = acc[1:] + (mma_v2(weights, x, acc[0]),)
-        if STEPS == 1 or now[2] == STEPS - 1:
-            sums.store(_added_up(acc, TOKENS))
-            acc, last = _sums(nothing), now
         fetch(rings, places, slot, at, row_blocks, tiles, groups, GROUP, WHOLE, HAS_ZERO, PARTS, WARPS * TILES)
         at = next_place(at, PARTS, STEPS)
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
+        if STEPS == 1 or now[2] == STEPS - 1:
+            sums.store(_added_up(acc, TOKENS))
+            acc, last = _sums(nothing), now
         now = next_place(now, PARTS, STEPS)
     _write(
         *(sums, last, gate, bias_ptr, y_ptr, M, N, row_blocks, dtype, TOKENS),
