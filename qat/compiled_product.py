@@ -17,6 +17,7 @@ from .compiled import RULES, flat, grid
 from .layers import product as products
 from .layers.conv import CHANNELS_LAST, in_channels_last
 from .layers.product import Convolution
+from .once import no_view
 from .quantizers.rounding import Rounding
 from .spec import Dynamic
 
@@ -134,7 +135,7 @@ def _value(x, weight, bias, x_step, weight_step, x_offset, weight_offset, how) -
     of_x, of_weight, convolution, dtype = _how(how)
     roundings = _with_tensors(of_x, x_step, 1.0, x_offset), _with_tensors(of_weight, weight_step, 1.0, weight_offset)
     y = products.value(x, weight, bias, *roundings, convolution, dtype)
-    return y.contiguous(memory_format=_memory_format(x))
+    return no_view(y.contiguous(memory_format=_memory_format(x)))
 
 
 @torch.library.impl(_library, "product_gradients", "CompositeExplicitAutograd")

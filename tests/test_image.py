@@ -190,6 +190,19 @@ def test_what_is_frozen(frozen):
     assert (layer.weight.grad is None) == (frozen == "weight")
 
 
+@pytest.mark.parametrize("kind", INPUTS)
+def test_no_images_leave_a_gradient_of_0(kind):
+    layer, x = prepared("stem", kind)
+    learned, others = learned_gradients(layer, x[:0], layer(x[:0]))
+    assert not any(grad.any() for grad in (learned, *others))
+
+
+def test_the_meta_device_gives_shapes():
+    layer, x = prepared("stem", "lsq")
+    layer.to("meta")(x.to("meta")).sum().backward()
+    assert layer.activation_quantizer.step_size.grad.shape == (1, 1)
+
+
 def test_other_layers_are_left_alone():
     """More channels than an image has, and groups."""
     for layer in (nn.Conv2d(5, 6, 3), nn.Conv2d(4, 6, 3, groups=2)):

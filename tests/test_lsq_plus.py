@@ -209,3 +209,17 @@ def test_an_offset_learns_what_a_symmetric_grid_cannot_hold():
 
     plus, signed, unsigned = trained(symmetric=False), trained(signed=True), trained(signed=False)
     assert plus < 0.75 * min(signed, unsigned)
+
+
+def test_torchs_default_dtype_changes_no_gradient():
+    """Whose sum is float32's, as that of float64 would differ in last bits."""
+    found, x = [], torch.randn(64, 999, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64):
+        quantizer = made(4, 0.25, 4)
+        torch.set_default_dtype(dtype)
+        try:
+            quantizer(x.requires_grad_()).square().sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([parameter.grad for parameter in quantizer.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)

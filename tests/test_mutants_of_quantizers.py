@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant(
         "LSQ+: codes of the step size's gradient count from the middle",
         LSQ_PLUS,
-        "float(spec.q_n + spec.q_p), 0.0)",
-        "float(spec.q_p), -float(spec.q_n))",
+        ".to(working) * (spec.q_n + spec.q_p)",
+        ".to(working) * (spec.q_n + spec.q_p) - spec.q_n",
         lsq_plus.check_values_and_gradients,
     ),
     Mutant(

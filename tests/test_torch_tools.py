@@ -280,6 +280,16 @@ def test_what_a_layer_gives_may_be_changed_in_place(kind):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_a_compiled_layer_gives_may_be_changed_in_place(backend):
+    torch.manual_seed(0)
+    model, x = qat.prepare(InPlace(copied=False), POLICIES["weights"], verbose=False), tokens()
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend=backend)(x)
+    assert torch.equal(found, model(x))
+    found.sum().backward()
+
+
 QUANTIZERS = [
     *POLICIES.values(),
     {"weight": {"codebook": "custom", "bits": 3}},

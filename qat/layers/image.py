@@ -34,13 +34,13 @@ def takes(x: Tensor, convolution: Convolution | None) -> bool:
     With more channels, and for a linear map, the gradient of x takes no longer. Kernels count step sizes in 31 bits.
     """
     is_image = convolution is not None and convolution.groups == 1 and 2 * x.shape[1] <= CHANNELS
-    return is_image and x.numel() < 2**31
+    return is_image and 0 < x.numel() < 2**31
 
 
 def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, rounding: Rounding, convolution: Convolution, wanted: tuple[bool, bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of x's step size and offset; None for one not wanted.
+    """Return the gradients of x's step size and offset, outside autocast; None for one not wanted.
 
     Args:
         grad: of the output, (B, N, ...).
@@ -68,8 +68,7 @@ def _sum(slope: Tensor, weight: Tensor, convolution: Convolution, grad: Tensor) 
         x = F.pad(torch.cat((x, (slope - x).to(x.dtype)), 1), room)
         weight = F.pad(torch.cat((weight, weight), 1), room)
     stride, padding, dilation, groups = convolution
-    with torch.autocast(grad.device.type, enabled=False):
-        y = torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
+    y = torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
     if backend.fused(y):
         return _kernels().inner_product(y, grad)
     dtype = torch.promote_types(y.dtype, torch.float32)

@@ -177,7 +177,8 @@ def gradients(
         nonlocal grad_x, of_x, x_again
         value = _rounded(weight, weight_rounding, dtype) if weight_again is None else weight_again
         if not x_wanted and image.takes(x, convolution):
-            of_x = image.gradients(grad, x, value, x_rounding, convolution, both_x[1:])
+            with without_autocast(grad):
+                of_x = image.gradients(grad, x, value, x_rounding, convolution, both_x[1:])
             return
         grad_x = _input_gradient(grad, x, value, convolution)
         if x_rounding is not None:

@@ -188,7 +188,7 @@ class WeightLSQ(LearnedWeight):
 
 def features(x: Tensor) -> int:
     """Return LSQ's N for an activation: its elements without the batch axis."""
-    return x.numel() // x.shape[0] if x.dim() > 1 and x.shape[0] else max(1, x.numel())
+    return x.numel() // x.shape[0] if x.dim() > 1 and x.numel() else max(1, x.numel())
 
 
 class LearnedActivation(LearnedStepSize):

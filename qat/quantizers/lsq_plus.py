@@ -132,7 +132,7 @@ def gradients(
     values, scale = broadcast(x.to(working), scale.to(working))
     ratio, zero = values / scale, zero_point(scale, offset.reshape(scale.shape), spec).to(working)
     inside = (ratio > -spec.q_n - zero) & (ratio < spec.q_p - zero)
-    ends = torch.where(ratio >= spec.q_p - zero, float(spec.q_n + spec.q_p), 0.0)  # codes counted from the lowest
+    ends = (ratio >= spec.q_p - zero).to(working) * (spec.q_n + spec.q_p)  # codes counted from the lowest
     slope = torch.where(inside, ratio.round() - ratio, ends)
     grad = grad_output.to(working)
     grad_step = summed_by_scale(grad * slope, step_size, grad_scale)
