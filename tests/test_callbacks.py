@@ -180,15 +180,18 @@ def test_best_checkpoint_is_the_best(tmp_path):
         fit.fit(task(), datamodule=data())
 
 
-def test_the_best_checkpoint_is_of_a_quantized_network(tmp_path):
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_best_checkpoint_is_of_a_quantized_network(every, tmp_path):
+    """Also at the end of an epoch without validation, when fake quantization runs and the metrics are from before."""
+
     class Scripted(Callback):
         def on_validation_epoch_end(self, trainer, task) -> None:
-            task.log("score", torch.tensor([0.9, 0.5, 0.4][trainer.current_epoch]))
+            task.log("score", torch.tensor([0.9, 0.5, 0.4][trainer.current_epoch // every]))
 
-    callbacks = Calibration(1), FakeQuantStart(2), Scripted(), Checkpoints(tmp_path, monitor="score")
-    fit = trainer(*callbacks, max_steps=-1, max_epochs=3, limit_train_batches=2, limit_val_batches=1)
-    fit.fit(task(W4A4), datamodule=data())
-    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 1
+    callbacks = Calibration(1), FakeQuantStart(2 * every), Scripted(), Checkpoints(tmp_path, monitor="score")
+    epochs = {"max_steps": -1, "max_epochs": 3 * every, "check_val_every_n_epoch": every}
+    trainer(*callbacks, limit_train_batches=2, limit_val_batches=1, **epochs).fit(task(W4A4), datamodule=data())
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2 * every - 1
 
 
 def test_log_rewinds_to_the_checkpoint(tmp_path):

@@ -41,6 +41,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self._saved_at = 0
         self._stops = False  # SIGTERM came during validation
+        self._of_full_precision = False  # what was measured last, before a delayed start
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Count from the step that a resumed run is at."""
@@ -65,6 +66,10 @@ class Checkpoints(Checkpoint):
         if trainer.received_sigterm and not trainer.sanity_checking:
             self._stops, trainer._signal_connector.received_sigterm = True, False
 
+    def on_validation_end(self, trainer: Trainer, task: Task) -> None:
+        """Remember of which network the metrics are, which stay until the next validation."""
+        self._of_full_precision = fake_quant_waits(task)
+
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_index: int) -> None:
         """Stop after the next step, which is saved."""
         self._stop(trainer)
@@ -80,7 +85,7 @@ class Checkpoints(Checkpoint):
             TrainingError: the monitor is not logged.
         """
         self._stop(trainer)
-        if self.monitor in trainer.callback_metrics and not fake_quant_waits(task):
+        if self.monitor in trainer.callback_metrics and not (self._of_full_precision or fake_quant_waits(task)):
             value = float(trainer.callback_metrics[self.monitor])
             if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
                 self.best = value
