@@ -1,7 +1,7 @@
 """What fake quantization's autograd functions are not for is one error: second derivatives, and torch.func.
 
 Torch's own errors name a decorator, or a method to override; and of a second derivative that would run through saved
-tensors alone, torch leaves that part out without a word. What such a function returns may be changed in place.
+tensors alone, torch leaves that part out without a word. What a layer gives may be changed in place: see ``no_view``.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ CHANNELS = 8  # of 16 bits, that tensor cores take at once
 def takes(x: Tensor, convolution: Convolution | None) -> bool:
     """Return whether ``gradients`` is for x, if x needs no gradient: an image whose channels fit twice into eight.
 
-    With more channels, and for a linear map, the gradient of x takes no longer. Kernels count step sizes in 31 bits.
+    With more channels, and for a linear map, the gradient of x takes no longer. Kernels count step sizes in 31 bits,
+    and of an empty image there are none.
     """
     is_image = convolution is not None and convolution.groups == 1 and 2 * x.shape[1] <= CHANNELS
     return is_image and 0 < x.numel() < 2**31
