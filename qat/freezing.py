@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """Replace each fake-quantized weight by packed codes, in place, and put the model in eval mode.
 
     An error leaves the model as it was. Activation quantizers stay, with scales that no longer learn. Layers that share
-    a weight share its packed codes.
+    a weight share its packed codes. A quantizer that is switched off is frozen as any other, with a warning.
 
     Raises:
         StateError: the model is not prepared, a step size was never initialised, or an adapter is merged.
@@ -47,10 +48,20 @@ def freeze(model: nn.Module) -> nn.Module:
     quantized = {name for name, _ in layers}
     if names := ", ".join(name for name in computed_weights(model) if name in quantized):
         raise LayerError(f"weights computed at each forward cannot be frozen ({names}): {MAKE_PARAMETERS}")
-    for _, layer in layers:
+    off = []
+    for name, layer in layers:
         for quantizer in (layer.weight_quantizer, layer.activation_quantizer):
             if isinstance(quantizer, LearnedStepSize | WeightCodebook):
                 quantizer.require_initialised()
+            if not getattr(quantizer, "enabled", True) and name not in off:
+                off.append(name)
+    if off:
+        some = ", ".join(map(repr, off[:4])) + (" and more" if len(off) > 4 else "")
+        warnings.warn(
+            f"fake quantization is off (enabled=False) in {len(off)} of {len(layers)} layers ({some}): what ships is "
+            "quantized there all the same; to see it before, set enabled=True and evaluate again",
+            stacklevel=2,
+        )
     packed: dict[int, PackedWeight] = {}
     frozen = []  # of all layers before the first one changes, so that an error leaves the model as it was
     for name, layer in layers:

@@ -4,6 +4,7 @@
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -261,3 +262,20 @@ def test_a_quantizer_of_the_users_own_ships_what_it_trains_with_or_is_refused(tm
     with pytest.raises(LayerError, match=r"'0': Own would ship other weights than it trains with: \d+ of 2048 differ"):
         qat.freeze(model)
     assert torch.equal(model(x), trained)  # as it was
+
+
+def test_what_is_switched_off_is_frozen_with_a_warning():
+    def prepared():
+        torch.manual_seed(0)
+        return qat.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), QuantPolicy(weight=QuantSpec(bits=2)))
+
+    model, x = prepared(), torch.randn(4, 8)
+    wanted = model(x)
+    model[1].weight_quantizer.enabled = False
+    assert not torch.equal(model(x), wanted)
+    with pytest.warns(UserWarning, match=r"enabled=False\) in 1 of 2 layers \('1'\)"):
+        qat.freeze(model)
+    assert torch.equal(model(x), wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qat.freeze(prepared())

@@ -110,6 +110,7 @@ def test_where_layers_keep_their_present_path(monkeypatch):
 @pytest.mark.parametrize("activation", ["int8_token", {"bits": 8, "granularity": "tensor", "signed": False}], ids=str)
 def test_a_compiled_model_is_one_graph(activation):
     """For each choice, and another when it changes."""
+    torch._dynamo.reset()
     _, shipped, x = frozen(activation, dtype=torch.bfloat16)
     compiled = torch.compile(shipped, fullgraph=True, backend="aot_eager")
     outputs = []
