@@ -133,6 +133,23 @@ def test_verify_notices_a_mutant(tmp_path, mutant):
         mlx.verify(tmp_path, model)
 
 
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"model_type": "mistral", "sliding_window": 32}, True),
+        ({"model_type": "mistral", "sliding_window": None}, False),
+        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}, False),
+        ({"model_type": "gemma2", "sliding_window": 64}, False),  # no text is longer
+        ({"model_type": "gemma3_text", "sliding_window": 32}, False),  # mlx-lm has its windows
+    ],
+)
+def test_a_sliding_window_that_mlx_lm_does_not_have_is_said(tmp_path, entries, said):
+    model = model_of({ONE: random_tensor(8, 128, weight(group_size=32))})
+    model.architecture["transformers"].update(max_position_embeddings=64, **entries)
+    notes = mlx.write(model, tmp_path)
+    assert any("mlx-lm attends beyond the model's sliding window of 32 tokens" in note for note in notes) == said
+
+
 @pytest.mark.clients
 @given(
     bits=st.integers(2, 8),

@@ -67,6 +67,14 @@ def fused_expert_notes(model: QuantizedModel) -> list[str]:
     return [f"warning: only transformers reads {experts[0]!r} and its like, experts that it stacks"]
 
 
+def window_notes(config: dict[str, Any], client: str) -> list[str]:
+    """Return what to say of a client that knows no sliding windows, where a model of transformers has one."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if not window or window >= (config.get("max_position_embeddings") or float("inf")):
+        return []
+    return [f"{client} attends beyond the model's sliding window of {window} tokens: keep texts shorter"]
+
+
 def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:
     """Return the matrices that a loader might take for quantized layers: all but the vocabulary's."""
     vocabulary = model.architecture["transformers"].get("vocab_size")

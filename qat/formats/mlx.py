@@ -34,6 +34,8 @@ METHOD = "mlx"
 PARTS = ("weight", "scales", "biases")
 GROUP_SIZES = (128, 64, 32)
 BITS = (2, 3, 4, 5, 6, 8)
+# The kinds of models whose sliding windows mlx-lm 0.32 has; of others, such as Mistral and Gemma 2, it attends to all.
+WINDOWS = ("cohere2", "exaone4", "gemma3_text", "gpt_oss", "ministral3", "olmo3")
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
@@ -71,7 +73,9 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     entries = {"quantization": description, "quantization_config": description}
     hf.write_folder(model, folder, METHOD, entries, "mlx_lm.generate --model . --prompt 'Hello'")
     rounding = "" if dtype == torch.float32 else f"; it multiplies in {str(dtype).removeprefix('torch.')}"
-    return [f"{METHOD}: {hf.WEIGHTS_ONLY}{rounding}"]
+    config = model.architecture["transformers"]
+    windows = [] if config.get("model_type") in WINDOWS else hf.window_notes(config, "mlx-lm")
+    return [f"{METHOD}: {hf.WEIGHTS_ONLY}{rounding}", *windows]
 
 
 def read(folder: Path) -> QuantizedModel:
