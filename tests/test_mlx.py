@@ -215,3 +215,23 @@ def test_a_model_that_mlx_lm_does_not_open_is_said(tmp_path):
     mlx.write(model, tmp_path)
     with pytest.raises(ArtifactError, match="mlx-lm does not open"):
         mlx.verify(tmp_path, model)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(
+    ("kind", "sizes", "said"),
+    [
+        ("stablelm", {}, "mlx-lm does not open"),  # it looks for a key that transformers 5 writes elsewhere
+        ("gemma3_text", {"head_dim": 64, "pad_token_id": 0}, "mlx-lm opens .* and does not run it"),
+    ],
+)
+def test_a_model_that_mlx_lm_fails_at_is_said(tmp_path, kind, sizes, said):
+    pytest.importorskip("mlx_lm")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **{**LLAMA, "num_hidden_layers": 2, **sizes})
+    policy = qat.QuantPolicy(weight=weight(group_size=32), rules=[{"match": "lm_head", "weight": None}])
+    model = from_model(qat.freeze(qat.prepare(AutoModelForCausalLM.from_config(config), policy, verbose=False)))
+    mlx.write(model, tmp_path)
+    with pytest.raises(ArtifactError, match=said):
+        mlx.verify(tmp_path, model)

@@ -143,11 +143,14 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
         return [*rows, not_compared("mlx-lm", "this is no small language model in float32")]
     try:
         client, _ = load_model(folder)
-    except ValueError as error:  # a kind of model that it does not know, or whose heads it does not
+    except (ValueError, TypeError, LookupError) as error:  # of a kind of model, heads or a config that it does not know
         raise ArtifactError(f"mlx-lm does not open {folder}: {error}") from error
 
     def logits(tokens: Tensor) -> Tensor:
-        return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
+        try:
+            return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ArtifactError(f"mlx-lm opens {folder} and does not run it: {error}") from error
 
     return [*rows, compare_logits(model, logits, "mlx-lm")]
 
