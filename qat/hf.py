@@ -41,6 +41,7 @@ from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
 from .surgery import weight_quantizer
 
+FOREIGN = ("gguf", "mlx", "onnx")
 METHODS = ("bitsandbytes_4bit", "gptq", "awq", "compressed-tensors", "torchao")  # as transformers calls them
 
 
@@ -168,7 +169,8 @@ def from_pretrained(
         options: of its ``from_pretrained``.
 
     Raises:
-        ArtifactError: damaged, or a kind of its format that cannot be read; the message says which.
+        ArtifactError: damaged, or a kind of its format that cannot be read, or a format that transformers does not
+            open; the message says which.
     """
     if policy is not None:
         options["quantization_config"] = QATConfig(policy)
@@ -179,6 +181,13 @@ def from_pretrained(
             raise ArtifactError(
                 f"{name} holds a pickle with more than tensors, which is never executed: take a copy in safetensors"
             ) from None
+        except (OSError, ValueError) as error:
+            if (found := formats.format_of(Path(name))) not in FOREIGN:
+                raise
+            raise ArtifactError(
+                f"{name} is in the format {found}, which transformers does not open: python -m qat.convert {name} "
+                "--out DIR makes an artifact of the same codes, which it does"
+            ) from error
 
 
 class _Quantize(ConversionOps):

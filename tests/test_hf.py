@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, Llam
 import qat
 import qat.hf
 from qat import formats
+from qat.convert import convert
 from qat.errors import ArtifactError, LayerError, PolicyError
 from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, frozen_layers, quant_layers
@@ -167,6 +168,21 @@ def test_other_formats_open_as_a_frozen_base(tmp_path, method, spec):
     opened.save_pretrained(tmp_path / "a")
     assert_same(qat.load(tmp_path / "a"), opened)
     assert (tmp_path / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize("method", ["gguf", "mlx"])
+def test_a_format_that_transformers_does_not_open_is_converted_first(tmp_path, method):
+    """And what the error says opens."""
+    pytest.importorskip("gguf")
+    frozen = qat.freeze(prepared(weight=qat.QuantSpec(group_size=32)))
+    folder, out = tmp_path / "base", tmp_path / "out"
+    folder.mkdir()
+    formats.module(method).write(from_model(frozen), folder)
+    with pytest.raises(ArtifactError, match=rf"is in the format {method}.* python -m qat.convert \S+base --out DIR"):
+        qat.hf.from_pretrained(folder)
+    convert(folder, out)
+    codes = qat.quantized_tensors(qat.hf.from_pretrained(out))
+    assert all(torch.equal(tensor.codes, codes[name].codes) for name, tensor in qat.quantized_tensors(frozen).items())
 
 
 def test_other_methods_stay_with_their_own_packages():
