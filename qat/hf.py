@@ -12,8 +12,10 @@ Layers are read by ``qat.formats``, everything else by transformers itself, with
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from .formats.companions import PATTERNS, copy_files
 from .frozen_model import from_model, frozen_activation, matching_layer
 from .kv_cache import int8_cache as int8_cache
 from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix, split_attentions_
+from .models import require_layers_that_end
 from .policy import Decision, QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
@@ -171,7 +174,12 @@ def from_pretrained(
     Raises:
         ArtifactError: damaged, or a kind of its format that cannot be read, or a format that transformers does not
             open; the message says which.
+        ModelError: a folder's config.json counts layers that would be built for ever.
     """
+    config = None
+    with suppress(OSError, ValueError):
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    require_layers_that_end(config)
     if policy is not None:
         options["quantization_config"] = QATConfig(policy)
     with patch.dict(AUTO_QUANTIZATION_CONFIG_MAPPING, dict.fromkeys(METHODS, QATConfig)):

@@ -16,7 +16,7 @@ import qat
 import qat.hf
 from qat import formats
 from qat.convert import convert
-from qat.errors import ArtifactError, LayerError, PolicyError
+from qat.errors import ArtifactError, LayerError, ModelError, PolicyError
 from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, frozen_layers, quant_layers
 
@@ -297,6 +297,17 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, pol
     with pytest.raises(ArtifactError, match="a pickle with more than tensors, which is never executed"):
         qat.hf.from_pretrained(tmp_path / "m", policy=policy)
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("policy", [None, {"weight": {"group_size": 64}, "rules": HEAD}])
+def test_layers_without_end_are_one_error(tmp_path, policy):
+    """transformers would build them until memory ends."""
+    model = llama() if policy else qat.freeze(prepared())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(ModelError, match="num_hidden_layers=1000000000: no model has more"):
+        qat.hf.from_pretrained(tmp_path, policy=policy)
 
 
 def test_several_shards_are_quantized_while_loading(tmp_path):
