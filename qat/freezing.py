@@ -25,6 +25,7 @@ from .quantizers import (
 )
 from .spec import QuantSpec
 from .surgery import prepare
+from .unsaved_buffers import warn_of_rounded
 from .wrappers import MAKE_PARAMETERS, computed_weights
 
 
@@ -62,6 +63,7 @@ def freeze(model: nn.Module) -> nn.Module:
             "quantized there all the same; to see it before, set enabled=True and evaluate again",
             stacklevel=2,
         )
+    warn_of_rounded(model)
     packed: dict[int, PackedWeight] = {}
     frozen = []  # of all layers before the first one changes, so that an error leaves the model as it was
     for name, layer in layers:

@@ -12,8 +12,10 @@ Layers are read by ``qat.formats``, everything else by transformers itself, with
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,13 @@ from .formats.companions import PATTERNS, copy_files
 from .frozen_model import from_model, frozen_activation, matching_layer
 from .kv_cache import int8_cache as int8_cache
 from .layers import FrozenLayer, PackedWeight, is_frozen, make_frozen_, matrix, split_attentions_
+from .models import require_layers_that_end
 from .policy import Decision, QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
 from .surgery import weight_quantizer
 
+FOREIGN = ("gguf", "mlx", "onnx")
 METHODS = ("bitsandbytes_4bit", "gptq", "awq", "compressed-tensors", "torchao")  # as transformers calls them
 
 
@@ -168,8 +172,14 @@ def from_pretrained(
         options: of its ``from_pretrained``.
 
     Raises:
-        ArtifactError: damaged, or a kind of its format that cannot be read; the message says which.
+        ArtifactError: damaged, or a kind of its format that cannot be read, or a format that transformers does not
+            open; the message says which.
+        ModelError: a folder's config.json counts layers that would be built for ever.
     """
+    config = None
+    with suppress(OSError, ValueError):
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    require_layers_that_end(config)
     if policy is not None:
         options["quantization_config"] = QATConfig(policy)
     with patch.dict(AUTO_QUANTIZATION_CONFIG_MAPPING, dict.fromkeys(METHODS, QATConfig)):
@@ -179,6 +189,13 @@ def from_pretrained(
             raise ArtifactError(
                 f"{name} holds a pickle with more than tensors, which is never executed: take a copy in safetensors"
             ) from None
+        except (OSError, ValueError) as error:
+            if (found := formats.format_of(Path(name))) not in FOREIGN:
+                raise
+            raise ArtifactError(
+                f"{name} is in the format {found}, which transformers does not open: python -m qat.convert {name} "
+                "--out DIR makes an artifact of the same codes, which it does"
+            ) from error
 
 
 class _Quantize(ConversionOps):

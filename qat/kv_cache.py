@@ -39,8 +39,13 @@ def int8_cache(model: PreTrainedModel, max_length: int | None = None) -> Cache:
         max_length: tokens of prompt and answer, for which memory is taken at once; None grows with the text.
 
     Raises:
-        LayerError: the model keeps something other than keys and values.
+        LayerError: the model has an encoder, or keeps something other than keys and values.
     """
+    if model.config.is_encoder_decoder:
+        raise LayerError(
+            f"{type(model).__name__} has an encoder, whose keys and values are a second cache: no int8 cache for it, "
+            "leave past_key_values out"
+        )
     if max_length is None:
         plain = DynamicCache(config=model.config)
     else:

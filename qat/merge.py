@@ -52,7 +52,8 @@ def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
     Layers that are not quantized, such as stacked experts, take the update in their own dtype, as peft merges it.
 
     Raises:
-        StateError: this is no peft model with a frozen base, or a layer that is not quantized shares its weight.
+        StateError: this is no peft model with a frozen base, its adapter is of another kind than LoRA, a layer that is
+            not quantized shares its weight, or one without a bias would get one.
     """
     from .adapters import wrapping_layers
     from .layers import FrozenLinear, PackedWeight
@@ -73,6 +74,7 @@ def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
         merged = requantize(tensor, target)
         costs.append(_cost(name.removeprefix("base_model.model."), weight, target, merged.dequantize(), tensor, merged))
         layer.packed_weight = PackedWeight.from_tensor(merged)
+        _merge_bias(name, wrapper)
     for name, wrapper in wrapped:
         base.set_submodule(name.removeprefix("base_model.model."), wrapper.get_base_layer())
     return base, costs
@@ -167,6 +169,11 @@ def _merge_plain(name: str, wrapper: nn.Module, base: nn.Module) -> None:
 
 def _with_update(name: str, wrapper: nn.Module, weight: Tensor) -> Tensor:
     """Return the float32 weight that base and active adapters make together."""
+    if not hasattr(wrapper, "lora_variant"):
+        raise StateError(
+            f"{name!r} has an adapter of another kind than LoRA ({type(wrapper).__module__}), which merge does not "
+            "know: ship it beside its base"
+        )
     for adapter in wrapper.active_adapters:
         if adapter not in wrapper.lora_A:
             continue
@@ -178,6 +185,19 @@ def _with_update(name: str, wrapper: nn.Module, weight: Tensor) -> Tensor:
     if not weight.isfinite().all():
         raise StateError(f"{name!r}: its adapter holds NaN or infinity")
     return weight.detach()
+
+
+def _merge_bias(name: str, wrapper: nn.Module) -> None:
+    """Add what active adapters with lora_bias=True add to every output."""
+    layer = wrapper.base_layer
+    for adapter in wrapper.active_adapters:
+        if not wrapper.lora_bias.get(adapter):
+            continue
+        if layer.bias is None:
+            raise StateError(
+                f"{name!r} has no bias to merge the adapter's into (lora_bias=True): ship it beside its base"
+            )
+        layer.bias.data += (wrapper.lora_B[adapter].bias.float() * wrapper.scaling[adapter]).to(layer.bias.dtype)
 
 
 def _cost(name: str, weight: Tensor, target: Tensor, merged: Tensor, before, after) -> Cost:

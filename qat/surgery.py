@@ -27,6 +27,7 @@ from .quantizers import (
 )
 from .spec import ActivationQuantizer, Dynamic, Init, WeightQuantizer
 from .table import table
+from .unsaved_buffers import warn_of_rounded
 from .wrappers import call_every_layer_, require_materialised
 
 
@@ -62,6 +63,7 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
             "network of your own, give it model=MyNet()"
         )
     require_materialised(model)
+    warn_of_rounded(model)
     undo = split_attentions_(model)
     try:
         decisions = decide(model, policy)

@@ -11,12 +11,12 @@ from qat import QuantSpec
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def random_tensor(shape=(32, 64), bits=4, group=32, seed=0):
-    """Return a QuantizedTensor of random codes and bf16 scales."""
+def random_tensor(shape=(32, 64), bits=4, group=32, seed=0, scale_dtype=torch.bfloat16):
+    """Return a QuantizedTensor of random codes and scales."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, dtype=torch.int8, generator=generator)
-    spec = QuantSpec(bits=bits, group_size=group, signed=True)
-    scale = (torch.rand(qat.numerics.scale_shape(shape, spec), generator=generator) + 0.01).bfloat16()
+    spec = QuantSpec(bits=bits, group_size=group, signed=True, scale_dtype=str(scale_dtype)[6:])
+    scale = (torch.rand(qat.numerics.scale_shape(shape, spec), generator=generator) + 0.01).to(scale_dtype)
     return qat.numerics.QuantizedTensor(codes, scale, spec)
 
 

@@ -178,6 +178,21 @@ def test_clients_run_the_trained_integers(tmp_path, kind, spec, config):
 
 
 @pytest.mark.clients
+def test_next_tokens_that_are_half_a_character_are_compared(tmp_path):
+    """Half of a byte-level tokenizer's bytes are part of a longer character, which llama.cpp waits for."""
+    pytest.importorskip("xllamacpp")
+    model = from_model(llama())
+    texts = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    vocab = {text: number for number, text in enumerate([*texts[:2], "<s>", *texts[2:], "he"])}
+    bpe = {"vocab": vocab, "merges": ["h e"]}
+    model.files = tokenizer_folder(tmp_path, bpe, {"type": "ByteLevel"}, bos_token="<s>")
+    out = tmp_path / "out"
+    out.mkdir()
+    gguf.write(model, out)
+    assert dict(gguf.verify(out, model))["llama.cpp"].startswith("next token equal in 8 of 8 texts")
+
+
+@pytest.mark.clients
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_a_file_read_back_is_the_same_model(tmp_path, kind):
     model = from_model(llama(kind=kind, attention_bias=True) if kind == "Llama" else llama(kind=kind))

@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, Llam
 import qat
 import qat.hf
 from qat import formats
-from qat.errors import ArtifactError, LayerError, PolicyError
+from qat.convert import convert
+from qat.errors import ArtifactError, LayerError, ModelError, PolicyError
 from qat.frozen_model import from_model
 from qat.layers import FrozenLinear, frozen_layers, quant_layers
 
@@ -169,6 +170,21 @@ def test_other_formats_open_as_a_frozen_base(tmp_path, method, spec):
     assert (tmp_path / "config.json").read_text() == config
 
 
+@pytest.mark.parametrize("method", ["gguf", "mlx"])
+def test_a_format_that_transformers_does_not_open_is_converted_first(tmp_path, method):
+    """And what the error says opens."""
+    pytest.importorskip("gguf")
+    frozen = qat.freeze(prepared(weight=qat.QuantSpec(group_size=32)))
+    folder, out = tmp_path / "base", tmp_path / "out"
+    folder.mkdir()
+    formats.module(method).write(from_model(frozen), folder)
+    with pytest.raises(ArtifactError, match=rf"is in the format {method}.* python -m qat.convert \S+base --out DIR"):
+        qat.hf.from_pretrained(folder)
+    convert(folder, out)
+    codes = qat.quantized_tensors(qat.hf.from_pretrained(out))
+    assert all(torch.equal(tensor.codes, codes[name].codes) for name, tensor in qat.quantized_tensors(frozen).items())
+
+
 def test_other_methods_stay_with_their_own_packages():
     """Only qat.hf.from_pretrained takes them, and only while it runs."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -281,6 +297,17 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, pol
     with pytest.raises(ArtifactError, match="a pickle with more than tensors, which is never executed"):
         qat.hf.from_pretrained(tmp_path / "m", policy=policy)
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("policy", [None, {"weight": {"group_size": 64}, "rules": HEAD}])
+def test_layers_without_end_are_one_error(tmp_path, policy):
+    """transformers would build them until memory ends."""
+    model = llama() if policy else qat.freeze(prepared())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(ModelError, match="num_hidden_layers=1000000000: no model has more"):
+        qat.hf.from_pretrained(tmp_path, policy=policy)
 
 
 def test_several_shards_are_quantized_while_loading(tmp_path):

@@ -111,6 +111,13 @@ def test_beams_and_memory():
     assert keys.shape[0] == 6 and keys.numel() * keys.element_size() == plain * 66 // 128
 
 
+def test_a_model_with_an_encoder_is_refused():
+    sizes = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    with pytest.raises(LayerError, match=r"T5ForConditionalGeneration has an encoder.* leave past_key_values out"):
+        int8_cache(model)
+
+
 def test_other_caches_are_refused():
     config = transformers.Qwen3NextConfig(
         **{"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64, "head_dim": 32}

@@ -168,6 +168,40 @@ def test_dora_is_merged_as_it_is_computed():
     assert (logits(base) - expected).norm() < 0.05 * expected.norm()
 
 
+def peft_model(base, kind="LoraConfig", **options):
+    import peft
+
+    torch.manual_seed(1)
+    config = getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **options)
+    model = peft.get_peft_model(base, config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_a_bias_of_an_adapter_is_merged():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": 1, "attention_bias": True})).eval()
+    base = qat.freeze(qat.prepare(model, qat.QuantPolicy.from_dict(POLICY), verbose=False))
+    model = peft_model(base, r=4, lora_alpha=8, lora_bias=True)
+    for _, wrapper in wrapping_layers(model):  # no change to the codes
+        wrapper.lora_A["default"].weight.data.zero_()
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(frozen()), atol=0.1)
+    merged, costs = merge.merge(model)
+    assert all(cost.exact for cost in costs)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(StateError, match=r"q_proj' has no bias to merge the adapter's into \(lora_bias=True\)"):
+        merge.merge(peft_model(frozen(), r=4, lora_bias=True))
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "VeraConfig"])
+def test_another_kind_of_adapter_is_not_merged(kind):
+    with pytest.raises(StateError, match="q_proj' has an adapter of another kind than LoRA"):
+        merge.merge(peft_model(frozen(), kind))
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 5])
 def test_loftq_and_pissa_split_a_weight(iterations):
     torch.manual_seed(0)

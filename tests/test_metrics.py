@@ -13,7 +13,7 @@ from qat.errors import DataError
 from qat.models import build
 from qat.training.evaluation import evaluate
 from qat.training.image_data import ImageData
-from qat.training.metrics import LanguageMetrics
+from qat.training.metrics import ClassificationMetrics, LanguageMetrics
 from qat.training.text_data import TextData
 
 
@@ -36,6 +36,32 @@ def test_divergence_and_agreement_over_batches():
     assert values["agreement"].item() == pytest.approx(same / count)
     assert values["loss"].item() == pytest.approx(loss / count, rel=1e-5)
     assert values["perplexity"].item() == pytest.approx(math.exp(loss / count), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["to", "method"])
+def test_metrics_of_a_half_precision_run_are_sums_in_float32(dtype, cast):
+    """bf16-true casts the task and all in it: a sum in bf16 stops growing, one in fp16 ends at 65504."""
+    generator = torch.Generator().manual_seed(0)
+    for metrics in (LanguageMetrics(), ClassificationMetrics()):
+        holder = torch.nn.ModuleDict({"metrics": metrics})
+        half = {torch.bfloat16: holder.bfloat16, torch.float16: holder.half}[dtype]
+        holder.to(dtype) if cast == "to" else half()
+        right, loss = 0, 0.0
+        for batch in range(600):  # the first ones are the worst
+            targets = torch.randint(0, 5, (4, 32), generator=generator)
+            logits = torch.randn(4, 32, 5, generator=generator) * (3 if batch < 300 else 0.1)
+            if isinstance(metrics, ClassificationMetrics):
+                logits, targets = logits.flatten(0, 1), targets.flatten()
+            metrics.update(logits.to(dtype), targets)
+            log_p = logits.to(dtype).double().log_softmax(-1)
+            loss -= log_p.gather(-1, targets[..., None]).sum().item()
+            right += (logits.to(dtype).argmax(-1) == targets).sum().item()
+        values = metrics.compute()
+        assert values["loss"].dtype == torch.float32
+        assert values["loss"].item() == pytest.approx(loss / (600 * 128), rel=1e-5)
+        if "accuracy" in values:
+            assert values["accuracy"].item() == pytest.approx(right / (600 * 128), rel=1e-6)
 
 
 def test_a_model_agrees_with_itself():

@@ -92,7 +92,8 @@ def check_operator_fits(cpu_int4):
     assert not cpu_int4.fits(x.bfloat16().requires_grad_(), weight)
     with torch.no_grad():
         assert cpu_int4.fits(x.bfloat16().requires_grad_(), weight)
-    for other in (random_tensor((24, 64)), random_tensor(bits=3), random_tensor(group=16)):
+    finer = [random_tensor(scale_dtype=dtype) for dtype in (torch.float16, torch.float32)]  # it would round them
+    for other in (random_tensor((24, 64)), random_tensor(bits=3), random_tensor(group=16), *finer):
         assert not cpu_int4.fits(x.bfloat16(), qat.layers.packed.PackedWeight.from_tensor(other))
 
 
@@ -114,6 +115,10 @@ def check_operator(cpu_int4):
     assert torch.equal(
         cpu_int4.int4_linear(strided, weight, None), cpu_int4.int4_linear(strided.contiguous(), weight, None)
     )
+    for columns in (torch.randn(256, 5).bfloat16().t(), torch.randn(5, 512).bfloat16()[:, ::2], strided[:, 0]):
+        assert torch.equal(
+            cpu_int4.int4_linear(columns, weight, None), cpu_int4.int4_linear(columns.contiguous(), weight, None)
+        )
 
 
 def test_packed_weight():

@@ -153,6 +153,28 @@ def test_blocks_give_what_whole_forwards_give(monkeypatch, rules, init):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize("init", ["gptq", "signround", "blockwise"])
+def test_a_decoder_with_a_config_of_its_own_keeps_no_keys_either(init):
+    """T5's: its blocks would take keys and values of an earlier run, and add to them at every further one."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    assert model.decoder.config is not model.config and model.decoder.config.use_cache
+    policy = qat.QuantPolicy(weight=spec(group_size=16), init=init, rules=[{"match": "lm_head", "weight": None}])
+    model, kept = qat.prepare(model, policy, verbose=False), []
+    for block in model.decoder.block:
+        block.register_forward_pre_hook(lambda _, args, named: kept.append(named["past_key_values"]), with_kwargs=True)
+
+    def forward(model, batch):
+        return model(input_ids=batch, decoder_input_ids=batch)
+
+    data = [torch.randint(0, 64, (4, 16)) for _ in range(2)]
+    qat.calibrate(model, data, forward=forward, options=Options(steps=2), verbose=False)
+    assert kept and all(cache is None for cache in kept)
+    assert model.config.use_cache and model.decoder.config.use_cache and not model.encoder.config.use_cache
+
+
 def test_a_key_value_cache_does_not_grow_from_run_to_run():
     """A config that asks for one gives the codes of a config that does not."""
     transformers = pytest.importorskip("transformers")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -27,6 +28,8 @@ from .comparison import compare, compare_logits, not_compared, small
 from .onnx_parts import session
 
 CLIENT = "onnxruntime-genai"
+# What its loader takes apart, as Phi-3 has it, into rows of these.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # Without these its builder would round the head, the embedding, and the inputs of all products.
 OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
 
@@ -74,13 +77,9 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
         return [(CLIENT, f"not compared: its loader does not take this model ({error})")]
 
     def one(name: str) -> tuple[Tensor, Tensor]:
-        path = name.removeprefix("model.").split(".")
-        module = reduce(lambda owner, part: owner[int(part)] if part.isdigit() else getattr(owner, part), path, loaded)
-        rows, groups, half = module.qweight.shape
-        codes = unpack(module.qweight.view(rows, -1), 4, groups * half * 2)
-        zero_points = unpack(module.qzeros.view(rows, -1), 4, groups)
-        codes = codes.int() - zero_points.int().repeat_interleave(half * 2, 1)
-        return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
+        owner, _, last = name.rpartition(".")
+        pieces = [_operands(loaded, f"{owner}.{part}") for part in FUSED.get(last, (last,))]
+        return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
 
     rows = compare(model, one, CLIENT)
     whole = [layer.shape[1] for layer in model.layers.values() if layer.weight and layer.weight.group_size is None]
@@ -98,6 +97,17 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
         return [*rows, compare_logits(model, run, CLIENT)]
 
 
+def _operands(loaded: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return the codes less their zero points, and the float32 weight, of a module that the loader has made."""
+    path = name.removeprefix("model.").split(".")
+    module = reduce(lambda owner, part: owner[int(part)] if part.isdigit() else getattr(owner, part), path, loaded)
+    rows, groups, half = module.qweight.shape
+    codes = unpack(module.qweight.view(rows, -1), 4, groups * half * 2)
+    zero_points = unpack(module.qzeros.view(rows, -1), 4, groups)
+    codes = codes.int() - zero_points.int().repeat_interleave(half * 2, 1)
+    return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
+
+
 def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor], Tensor]:
     """Let the builder make an ONNX model of a "gptq" or "awq" folder; return what runs it: tokens (B, T) -> logits.
 
@@ -108,7 +118,7 @@ def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor],
         size: of one of them.
 
     Raises:
-        ArtifactError: it cannot.
+        ArtifactError: it cannot, or what it makes does not run.
     """
     command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(made)]
     command += ["-c", str(made), "-p", "int4", "-e", "cpu", "--extra_options", *OPTIONS]
@@ -125,4 +135,8 @@ def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor],
         wanted = {value.name: feeds[value.name] for value in client.get_inputs()}
         return torch.from_numpy(client.run(["logits"], wanted)[0])
 
+    try:
+        logits(torch.zeros(1, 1, dtype=torch.int64))
+    except Exception as error:  # onnxruntime's, which have no class of their own, such as of a sliding window's cache
+        raise ArtifactError(f"its model does not run without its own loop: {str(error).splitlines()[0]}") from error
     return logits

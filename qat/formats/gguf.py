@@ -21,6 +21,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from ..spec import Dynamic
 from . import gguf_blocks, gguf_client
+from . import huggingface as hf
 from .companions import copy_companions
 from .gguf_names import (
     ARCHITECTURES,
@@ -257,10 +258,7 @@ def _notes(model: QuantizedModel, config: dict[str, Any], kinds: dict[str, str],
         notes.append(
             f"{len(small)} layers of other than 4 or 8 bits take the room of 4 or 8: {', '.join(small[:3])}..."
         )
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window and window < config["max_position_embeddings"]:
-        notes.append(f"llama.cpp attends beyond the model's sliding window of {window} tokens: keep texts shorter")
-    return notes
+    return notes + hf.window_notes(config, "llama.cpp")
 
 
 def _need_package() -> None:

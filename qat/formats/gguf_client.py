@@ -257,8 +257,11 @@ params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)
 found, most = [], int(sys.argv[3])
+# A token that ends within a character is held back, its probabilities too: one of plain text is generated, before which
+# all tokens have the same ones.
+held = {"grammar": "root ::= [ -~]+"}
 for tokens in json.loads(sys.argv[2]):
-    request = {"prompt": tokens, "max_tokens": 1, "logprobs": most, "temperature": 0.0, "cache_prompt": False}
+    request = {"prompt": tokens, "max_tokens": 1, "logprobs": most, "temperature": 0.0, "cache_prompt": False, **held}
     answer = server.handle_completions(request)["choices"][0]["logprobs"]["content"][0]
     found.append([(token["id"], token["logprob"]) for token in answer["top_logprobs"]])
 print("found", json.dumps(found))

@@ -67,6 +67,14 @@ def fused_expert_notes(model: QuantizedModel) -> list[str]:
     return [f"warning: only transformers reads {experts[0]!r} and its like, experts that it stacks"]
 
 
+def window_notes(config: dict[str, Any], client: str) -> list[str]:
+    """Return what to say of a client that knows no sliding windows, where a model of transformers has one."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if not window or window >= (config.get("max_position_embeddings") or float("inf")):
+        return []
+    return [f"{client} attends beyond the model's sliding window of {window} tokens: keep texts shorter"]
+
+
 def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:
     """Return the matrices that a loader might take for quantized layers: all but the vocabulary's."""
     vocabulary = model.architecture["transformers"].get("vocab_size")
@@ -107,15 +115,28 @@ def write_config(model: QuantizedModel, folder: Path, entries: dict[str, Any]) -
     """Write config.json with further entries; return the config without them."""
     config = {key: value for key, value in model.architecture["transformers"].items() if key != "_name_or_path"}
     config["dtype"] = str(model_dtype(model)).removeprefix("torch.")
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # of transformers 5; other readers look for the older keys, or take a default unasked
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config.update(_older_rope_keys(config))
     if config.get("tie_word_embeddings") and not ties_embeddings(model):
         config["tie_word_embeddings"] = False  # the head has codes of its own
     (folder / CONFIG).write_text(json.dumps({**config, **entries}, indent=1), encoding="utf-8")
     return config
+
+
+def _older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what transformers 5 has in rope_parameters as others look for it, who take a default unasked."""
+    rope, keys = config.get("rope_parameters") or {}, {}
+    if "full_attention" in rope:  # one for each kind of attention, such as Gemma 3's
+        keys["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:
+        return {}
+    neox = config.get("model_type") == "gpt_neox"
+    keys["rotary_emb_base" if neox else "rope_theta"] = rope["rope_theta"]
+    keys["rotary_pct" if neox else "partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    if rope.get("rope_type", "default") != "default":
+        apart = ("rope_theta", "partial_rotary_factor")
+        keys["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def read_folder(folder: Path, method: str) -> tuple[dict[str, Any], dict[str, Any], StoredTensors]:

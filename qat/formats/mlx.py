@@ -34,6 +34,8 @@ METHOD = "mlx"
 PARTS = ("weight", "scales", "biases")
 GROUP_SIZES = (128, 64, 32)
 BITS = (2, 3, 4, 5, 6, 8)
+# The kinds of models whose sliding windows mlx-lm 0.32 has; of others, such as Mistral and Gemma 2, it attends to all.
+WINDOWS = ("cohere2", "exaone4", "gemma3_text", "gpt_oss", "ministral3", "olmo3")
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
@@ -71,7 +73,9 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     entries = {"quantization": description, "quantization_config": description}
     hf.write_folder(model, folder, METHOD, entries, "mlx_lm.generate --model . --prompt 'Hello'")
     rounding = "" if dtype == torch.float32 else f"; it multiplies in {str(dtype).removeprefix('torch.')}"
-    return [f"{METHOD}: {hf.WEIGHTS_ONLY}{rounding}"]
+    config = model.architecture["transformers"]
+    windows = [] if config.get("model_type") in WINDOWS else hf.window_notes(config, "mlx-lm")
+    return [f"{METHOD}: {hf.WEIGHTS_ONLY}{rounding}", *windows]
 
 
 def read(folder: Path) -> QuantizedModel:
@@ -139,11 +143,14 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
         return [*rows, not_compared("mlx-lm", "this is no small language model in float32")]
     try:
         client, _ = load_model(folder)
-    except ValueError as error:  # a kind of model that it does not know, or whose heads it does not
+    except (ValueError, TypeError, LookupError) as error:  # of a kind of model, heads or a config that it does not know
         raise ArtifactError(f"mlx-lm does not open {folder}: {error}") from error
 
     def logits(tokens: Tensor) -> Tensor:
-        return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
+        try:
+            return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ArtifactError(f"mlx-lm opens {folder} and does not run it: {error}") from error
 
     return [*rows, compare_logits(model, logits, "mlx-lm")]
 

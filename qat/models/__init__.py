@@ -34,9 +34,7 @@ def build(architecture: dict[str, Any]) -> nn.Module:
     """
     if not isinstance(architecture, dict) or not isinstance(architecture.get("args") or {}, dict):
         raise ModelError(f"{architecture!r:.80} is no architecture: give {{'builder': NAME, 'args': {{...}}}}")
-    for key, value in _numbers(architecture):
-        if value > MOST_LAYERS and _COUNTS.search(key):
-            raise ModelError(f"the architecture says {key}={value}: no model has more than {MOST_LAYERS} of them")
+    require_layers_that_end(architecture)
     if set(architecture) == {"transformers"}:
         return _build_transformers(architecture["transformers"])
     for key in architecture:
@@ -59,6 +57,13 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         model = BUILDERS[name](**args)
     model.architecture = {"builder": name, "args": args}
     return model
+
+
+def require_layers_that_end(architecture: Any) -> None:
+    """Raise ModelError where an architecture, or the config of a transformers model, counts more than MOST_LAYERS."""
+    for key, value in _numbers(architecture):
+        if value > MOST_LAYERS and _COUNTS.search(key):
+            raise ModelError(f"the architecture says {key}={value}: no model has more than {MOST_LAYERS} of them")
 
 
 def architecture_of(model: nn.Module) -> dict[str, Any] | None:

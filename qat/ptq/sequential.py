@@ -243,10 +243,11 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
     quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize | WeightCodebook)]
     enabled = {quantizer: quantizer.enabled for quantizer in quantizers}
-    config = getattr(model, "config", None)
-    use_cache, precision = getattr(config, "use_cache", None), torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
+    configs = {id(config): config for part in model.modules() if (config := part.__dict__.get("config")) is not None}
+    configs = {key: config for key, config in configs.items() if getattr(config, "use_cache", False)}
     torch.set_float32_matmul_precision("highest")
-    if use_cache:
+    for config in configs.values():  # T5's decoder has one of its own
         config.use_cache = False  # blocks that run again and again would add to it
     for quantizer in quantizers:
         waits = quantizer.waits_for_data if isinstance(quantizer, WeightCodebook) else not quantizer.is_initialised
@@ -257,6 +258,6 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, value in enabled.items():
             quantizer.enabled = value
-        if use_cache:
-            config.use_cache = use_cache
+        for config in configs.values():
+            config.use_cache = True
         torch.set_float32_matmul_precision(precision)

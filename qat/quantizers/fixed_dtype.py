@@ -9,8 +9,14 @@ class FixedDtype(nn.Module):
     """``model.bfloat16()`` and Lightning's bf16-true move this module but never round what it holds."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return super()._apply(keeping_dtype(fn), recurse)
 
-        return super()._apply(keep_dtype, recurse)
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what moves a tensor as ``fn`` does, and leaves its dtype as it is."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return moved

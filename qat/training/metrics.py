@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..errors import DataError, QATError
+from ..quantizers.fixed_dtype import keeping_dtype
 
 IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
 
@@ -111,12 +113,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 
 
 class Mean(Metric):
-    """A mean over batches and ranks in which NaN stays NaN: torchmetrics' MeanMetric drops it, or else the weights."""
+    """A mean over batches and ranks in which NaN stays NaN: torchmetrics' MeanMetric drops it, or else the weights.
+
+    It sums in float32 whatever its model is cast to: in bf16, as Lightning's bf16-true makes of the task, a sum of
+    256 batches no longer grows.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(keeping_dtype(fn), exclude_state)
 
     def update(self, total: Tensor, count: int | Tensor) -> None:
         """Add the sum over so many values."""
@@ -180,7 +189,7 @@ class LanguageMetrics(nn.Module):
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """Return KL(reference || model) in nats, summed over predictions, for logits (..., C); 1024 at a time."""
-    total = torch.zeros((), device=logits.device)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for taught, found in zip(reference.flatten(0, -2).split(1024), logits.flatten(0, -2).split(1024), strict=True):
         log_p, log_q = taught.float().log_softmax(-1), found.float().log_softmax(-1)
         total += F.kl_div(log_q, log_p, reduction="sum", log_target=True)

@@ -18,6 +18,7 @@ from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
 from ..spec import as_member
 from ..surgery import prepare
+from ..unsaved_buffers import dtypes_kept
 from .compilation import Compilation
 from .data_modules import example_of
 from .losses import mean_prediction
@@ -98,6 +99,10 @@ class Task(LightningModule):
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
         self.changed_at_end = False  # a callback changed the network after the last step
         self._ran = self._targets_fit = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        with dtypes_kept(self):  # bf16-true casts all of the task
+            return super()._apply(fn, recurse)
 
     def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
         """Return the network's logits."""
