@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
+from ..layers.product import CONVOLUTIONS
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
@@ -31,13 +32,29 @@ class Exported(nn.Module):
         super().__init__()
         self.layer, self.name, self.entry, self.multiply = layer, name, entry, multiply
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x as the layer does."""
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """Map x, the first argument or the only one called ``input`` or ``x``, as the layer does."""
+        x, *rest = args or [options.pop(name) for name in ("input", "x") if name in options]
+        return self._map(x, *rest, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a network asks its layer for, such as ``out_channels``; of a ``weight`` not the values."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "weight" and self.entry.weight is not None:
+                return torch.empty(self.entry.shape, dtype=self.layer.like.dtype, device="meta")
+            return getattr(self.layer, name)
+
+    def _map(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         layer = self.layer
         if isinstance(layer, FrozenEmbedding):
             if self.multiply:
                 return self._placeholder("embedding", x, (*x.shape, self.entry.shape[1]))
             return F.embedding(x, self._placeholder("weight", x, self.entry.shape))
+        padded = getattr(layer, "padding_mode", "zeros") != "zeros"
+        if padded:  # with values of x, before they are rounded: OpenVINO 2026.4 errs on a reflection of 8-bit codes
+            x = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
         if self.entry.activation is not None:
             x = self._placeholder("activation", x, x.shape)
         if self.multiply:
@@ -47,8 +64,12 @@ class Exported(nn.Module):
         if isinstance(layer, FrozenLinear):
             y, bias = F.linear(x, weight), layer.bias
         else:
-            transposed = isinstance(layer, FrozenConvTranspose)
-            y = convolve(layer, x, weight, None) if transposed else layer._conv_forward(x, weight, None)
+            if isinstance(layer, FrozenConvTranspose):
+                y = convolve(layer, x, weight, None, output_size)
+            elif padded:
+                y = CONVOLUTIONS[len(layer.stride)](x, weight, None, layer.stride, 0, layer.dilation, layer.groups)
+            else:
+                y = layer._conv_forward(x, weight, None)
             bias = None if layer.bias is None else layer.bias.view(-1, *[1] * len(layer.kernel_size))
         # A node of its own: inside Conv and Gemm, onnxruntime rounds it to the product of the two scales.
         return y if bias is None else y + bias
