@@ -7,7 +7,9 @@ from onnx_models import PER_TENSOR, clients, frozen, written
 from torch import nn
 
 import qat
-from qat.formats import onnx
+from qat import verify
+from qat.errors import ArtifactError
+from qat.formats import onnx, onnx_parts
 
 
 class Skips(nn.Module):
@@ -101,3 +103,63 @@ def test_layers_that_are_called_in_other_ways(tmp_path, activation_bits):
     activation = activation_bits and qat.QuantSpec(bits=activation_bits, **PER_TENSOR)
     _, rows = written(frozen(Called(), qat.QuantSpec(bits=4), activation), tmp_path, Called())
     assert exact(rows, "onnxruntime")
+
+
+class Heads(nn.Module):
+    """Gives what its tail makes of two heads, as detectors do."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.body, self.classes, self.boxes = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(8, 4)
+        self.tail = tail
+
+    def forward(self, x):
+        mean = torch.relu(self.body(x)).mean((2, 3))
+        return self.tail(self.classes(mean), self.boxes(mean))
+
+
+def by_name():
+    return Heads(lambda classes, boxes: {"logits": classes, "mean": boxes, "input": [boxes * 2, None]})
+
+
+TAILS = {
+    "dict": (by_name, ["logits", "mean", "input_0"]),
+    "tuple": (lambda: Heads(lambda classes, boxes: (classes, boxes)), ["output_0", "output_1"]),
+    "alone": (lambda: Heads(lambda classes, boxes: [torch.cat([classes, boxes], 1)]), ["output"]),
+    "same name": (lambda: Heads(lambda classes, boxes: {"input": classes, "relu": boxes}), ["output.input", "relu"]),
+}
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("tail", TAILS)
+def test_each_output_has_a_name_and_is_compared(tmp_path, monkeypatch, tail):
+    """Several outputs were a traceback of --verify, and all but the first had a name of the exporter's."""
+    build, names = TAILS[tail]
+    clients()
+    model = frozen(build(), qat.QuantSpec(bits=4), qat.QuantSpec(bits=4, **PER_TENSOR))
+    notes = onnx.write(model, tmp_path, build())
+    assert not any("sequences" in note for note in notes)
+    rows = onnx.verify(tmp_path, model, build())
+    assert sum(name.startswith("onnxruntime, output") for name, _ in rows) == len(names)
+    running = onnx_parts.session(tmp_path / onnx.FILE)
+    assert [output.name for output in running.get_outputs()] == names
+    run = onnx.onnx_client._run_onnxruntime
+    monkeypatch.setattr(onnx.onnx_client, "_run_onnxruntime", lambda *of: [*run(*of)[:-1], run(*of)[-1] * 1.1])
+    with pytest.raises(ArtifactError, match="of onnxruntime differ"):
+        onnx.verify(tmp_path, model, build())
+
+
+def test_native_verify_compares_each_output(tmp_path, capsys, monkeypatch):
+    """It was a traceback, of a dict or a tuple."""
+    torch.manual_seed(0)
+    model = qat.prepare(by_name(), "conv_w4a4", verbose=False)
+    images = torch.randn(8, 3, 16, 16)
+    qat.calibrate(model, [images])
+    verify.write_reference(model, images, tmp_path / "reference")
+    qat.save(qat.freeze(model), tmp_path / "out")
+    assert verify.compare(tmp_path / "out", tmp_path / "reference", "test_onnx_networks:by_name")
+    assert "output mean" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "test_onnx_networks.by_name", lambda: Heads(lambda a, b: {"logits": a, "mean": 2 * b, "input": [2 * b]})
+    )
+    assert not verify.compare(tmp_path / "out", tmp_path / "reference", "test_onnx_networks:by_name")

@@ -6,11 +6,13 @@ that run it in its place.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import ArtifactError
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
@@ -20,6 +22,7 @@ from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
 from .onnx_weights import in_blocks
+from .outputs import ONLY, outputs
 
 OPSET = 21
 NETWORK = "network."  # where LogitsOnly holds it
@@ -80,17 +83,17 @@ class Exported(nn.Module):
 
 
 class LogitsOnly(nn.Module):
-    """Gives the logits of a language model, without a cache."""
+    """Gives the logits of a language model, without a cache, or the tensors that another network gives."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.options = {"use_cache": False} if hasattr(network, "config") else {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, or what another network returns."""
-        output = self.network(x, **self.options)
-        return getattr(output, "logits", output)
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the logits, or what another network returns: several tensors by name."""
+        found = outputs(partial(self.network, **self.options), x)
+        return found if len(found) > 1 else next(iter(found.values()))
 
 
 def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> tuple[Any, dict[str, Any]]:
@@ -122,7 +125,6 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     if hf.fused_experts(model):
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     fake_(wrapped)
-    names = {"input_names": ["input_ids" if tokens else "input"], "output_names": ["logits" if tokens else "output"]}
     try:
         program = torch.onnx.export(
             wrapped,
@@ -132,7 +134,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
             dynamic_shapes=(axes,),
             optimize=False,
             verbose=False,
-            **names,
+            input_names=["input_ids" if tokens else "input"],
         )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -146,8 +148,23 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
         graph.inputs.append(value)
     program.optimize()
     del graph.inputs[1:]
+    form = program.exported_program.call_spec.out_spec
+    order = tree_unflatten(range(form.num_leaves), form)
+    single = "logits" if tokens else ONLY
+    _name_outputs(graph, sorted(order, key=order.get) if isinstance(order, dict) else [single])
     used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
     return program.model, {name.removeprefix(NETWORK): value for name, value in used.items()}
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Name a graph's outputs; what else has one of the names gets another, but for the input and initialisers."""
+    kept = {value.name for value in graph.inputs} | set(graph.initializers)
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names:
+                value.name = f"inner.{value.name}"
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = f"output.{name}" if name in kept else name
 
 
 def _is_fake(tensor: Any) -> bool:
