@@ -8,6 +8,7 @@ from torch import nn
 
 import qat
 from qat import verify
+from qat.checkpoint import example_like
 from qat.errors import ArtifactError
 from qat.formats import onnx, onnx_parts
 
@@ -103,6 +104,31 @@ def test_layers_that_are_called_in_other_ways(tmp_path, activation_bits):
     activation = activation_bits and qat.QuantSpec(bits=activation_bits, **PER_TENSOR)
     _, rows = written(frozen(Called(), qat.QuantSpec(bits=4), activation), tmp_path, Called())
     assert exact(rows, "onnxruntime")
+
+
+class Bytes(nn.Module):
+    """Takes an image as a camera gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x.float() / 255 - 0.5)).mean((2, 3)))
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_images_of_whole_numbers(tmp_path, dtype):
+    """They were taken for tokens, of any number of channels."""
+    clients()
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=dtype)
+    model = frozen(Bytes(), qat.QuantSpec(bits=4), None, (), example_like(images))
+    notes, rows = written(model, tmp_path, Bytes())
+    assert exact(rows, "onnxruntime") and not any("sequences" in note for note in notes)
+    (given,) = onnx_parts.session(tmp_path / onnx.FILE).get_inputs()
+    assert (given.name, given.type) == ("input", f"tensor({str(dtype).removeprefix('torch.')})")
+    assert given.shape == ["batch", 3, 16, 16]
 
 
 class Heads(nn.Module):

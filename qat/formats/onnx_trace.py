@@ -111,7 +111,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     Raises:
         ArtifactError: torch cannot export it, or only for the example's own batch or length.
     """
-    tokens = example.dtype == torch.int64
+    tokens = example.dtype == torch.int64 and example.dim() == 2
     axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
     wrapped, exported = LogitsOnly(network).eval(), {}
     for name, layer in frozen_layers(network):
