@@ -72,7 +72,7 @@ class Checkpoint:
 
 def example_like(inputs: Tensor) -> dict[str, Any]:
     """Return shape (without batch), dtype and range of a batch of inputs."""
-    dtype = "float32" if inputs.is_floating_point() else "int64"
+    dtype = "float32" if inputs.is_floating_point() else "uint8" if inputs.dtype == torch.uint8 else "int64"
     return {"shape": list(inputs.shape[1:]), "dtype": dtype, "low": inputs.min().item(), "high": inputs.max().item()}
 
 
@@ -80,8 +80,9 @@ def random_input(example: dict[str, Any], batch: int = 2, seed: int = 0) -> Tens
     """Return random inputs in an example's shape, dtype and range."""
     generator = torch.Generator().manual_seed(seed)
     shape, low, high = [batch, *example["shape"]], example["low"], example["high"]
-    if example["dtype"] == "int64":
-        return torch.randint(int(low), int(high) + 1, shape, generator=generator, device="cpu")
+    if example["dtype"] in ("int64", "uint8"):
+        dtype = getattr(torch, example["dtype"])
+        return torch.randint(int(low), int(high) + 1, shape, generator=generator, dtype=dtype, device="cpu")
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * (high - low) + low
 
 

@@ -1,6 +1,6 @@
 """``python -m qat.verify ARTIFACT REFERENCE``: compare an artifact with the fake-quant model it was made from.
 
-``python -m qat.convert --verify`` writes the reference (codes, dequantized weights, one output) and starts this in a
+``python -m qat.convert --verify`` writes the reference (codes, dequantized weights, outputs) and starts this in a
 fresh process, so that nothing but the files on disk is compared.
 """
 
@@ -15,10 +15,11 @@ from .errors import QATError
 
 
 def write_reference(model, example, path: Path) -> None:
-    """Write what a prepared model's float32 training forward uses: codes, weight bits and one output."""
+    """Write what a prepared model's float32 training forward uses: codes, weight bits and the outputs for one input."""
     import torch
     from safetensors.torch import save_file
 
+    from .formats.outputs import outputs
     from .layers import matrix, quant_layers
     from .packing import pack
 
@@ -31,12 +32,14 @@ def write_reference(model, example, path: Path) -> None:
                 tensors[f"codes/{name}"] = pack(quantized.codes.flatten(1), quantized.spec.bits, -quantized.spec.q_n)
                 digests[name] = _digest(layer.weight_quantizer(matrix(layer)))
         if example is not None:
-            tensors["input"], tensors["output"] = example, _output(model, example)
+            tensors["input"] = example
+            for output, value in outputs(model, example).items():
+                tensors[f"output/{output}"] = value.float().contiguous().clone()  # no file holds one memory twice
     save_file(tensors, path, metadata=digests)
 
 
 def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
-    """Print one row a layer and one for the output; return whether all is equal.
+    """Print a row for each layer that differs, and one for each output; return whether all is equal.
 
     Raises:
         QATError: the artifact cannot be loaded.
@@ -47,6 +50,7 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
     from .artifact import load
     from .convert import build_model
     from .formats.float_error import TOLERANCE
+    from .formats.outputs import outputs
     from .freezing import quantized_tensors
     from .packing import unpack
 
@@ -71,12 +75,16 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
         if "input" not in file.keys():  # noqa: SIM118  safe_open is no dict
             print("output            not compared: the checkpoint recorded no example input")
             return not (differing or weights_off)
+        equal = not (differing or weights_off)
         with torch.no_grad():
-            output = _output(loaded, file.get_tensor("input"))
-        expected = file.get_tensor("output")
-    gap = (output - expected).abs().max().item()
-    print(f"output            differs by at most {gap:g} (largest {expected.abs().max().item():g})")
-    return not (differing or weights_off) and gap <= TOLERANCE * expected.abs().max().item()
+            made = outputs(loaded, file.get_tensor("input"))
+        for output, value in made.items():
+            expected = file.get_tensor(f"output/{output}")
+            gap, largest = (value.float() - expected).abs().max().item(), expected.abs().max().item()
+            what = "output" if len(made) == 1 else f"output {output}"
+            print(f"{what:17} differs by at most {gap:g} (largest {largest:g})")
+            equal &= gap <= TOLERANCE * largest
+    return equal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,11 +101,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("verified: what was trained is what ships" if equal else "error: the artifact differs from its checkpoint")
     return 0 if equal else 1
-
-
-def _output(model, example):
-    output = model(example)
-    return getattr(output, "logits", output).float().contiguous()
 
 
 def _digest(weight) -> str:

@@ -143,7 +143,7 @@ def test_outputs_may_differ_by_what_rounding_makes_of_float32_errors(monkeypatch
     with torch.no_grad():
         with _OtherOrder(seed=99):
             found = model(x)
-        monkeypatch.setattr(executorch_client, "run", lambda file, x: found)
+        monkeypatch.setattr(executorch_client, "run", lambda file, x, which: found)
         ((_, seen),) = executorch_client.compare_outputs(None, model, x)
         assert "times our own float32's" in seen
         found = model(x) * (1 + 1e-6)

@@ -145,6 +145,23 @@ def test_artifact_and_checkpoint_measure_the_same(train, tmp_path, capsys):
     assert (tmp_path / "last.json").read_text() == (tmp_path / "artifact.json").read_text()
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_model_in_16_bits_learns_from_images_and_is_measured(train, tmp_path, capsys, precision):
+    """Data are float32: neither calibration, nor a teacher, nor what measured at the end or later took them."""
+    short = f"{DIGITS} trainer.precision={precision} trainer.max_epochs=3 trainer.check_val_every_n_epoch=2"
+    train(f"{short} name=fp")
+    train(f"{short} name=a policy=conv_w4a4 init_from=runs/fp/last.ckpt teacher=runs/fp/last.ckpt")
+    assert "not checked" not in capsys.readouterr().out
+    checkpoint = tmp_path / "runs" / "a" / "last.ckpt"
+    trained = read_checkpoint(checkpoint)
+    assert trained.state_dict["classifier.weight"].itemsize == 2
+    qat.save(qat.freeze(trained.build()), tmp_path / "artifact")
+    for path in (checkpoint, tmp_path / "artifact"):
+        evaluate_command.main([str(path), "data=digits", "--json", str(tmp_path / f"{path.stem}.json")])
+    measured = json.loads((tmp_path / "artifact.json").read_text())
+    assert json.loads((tmp_path / "last.json").read_text()) == measured and measured["accuracy"] > 0.8
+
+
 @pytest.mark.parametrize("end", ["trainer.check_val_every_n_epoch=2", "callbacks=batch_norm"])
 def test_the_metrics_printed_are_those_of_the_final_weights(train, tmp_path, capsys, end):
     """Also where the last validation was before the last epoch, or the end of training changed something after it."""

@@ -22,6 +22,7 @@ from .executorch_program import lower, lowered_layer, quantized_weights
 from .float_error import TOLERANCE, TYPICAL, float_error
 from .onnx_client import ROUNDING_TOLERANCE
 from .onnx_trace import LogitsOnly
+from .outputs import outputs
 
 NEAR = 2**26  # bytes before the last part that was found, where the next may lie
 
@@ -118,24 +119,34 @@ def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str
     Raises:
         ArtifactError: they differ by more.
     """
-    found, expected = run(file, x), network(x)
+    rows, expected = [], outputs(network, x)
+    for which, name in enumerate(expected):
+        what = "outputs" if len(expected) == 1 else f"output {name!r}"
+        seen = _compare_one(file, run(file, x, which=which), expected[name], what, name, network, x)
+        rows.append((f"ExecuTorch, {what}", seen))
+    return rows
+
+
+def _compare_one(
+    file: Path, found: Tensor, expected: Tensor, what: str, name: str, network: nn.Module, x: Tensor
+) -> str:
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
     try:
-        gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the outputs of {file}")
+        gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the {what} of {file}")
     except ArtifactError as problem:
-        error = float_error(found, network, x)
+        error = float_error(found, network, x, name)
         if not error.explained(overall=TYPICAL):
             raise ArtifactError(f"{problem}: {error}") from None
-        return [("ExecuTorch, outputs", f"{error}; {equal}")]
-    return [("ExecuTorch, outputs", f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}")]
+        return f"{error}; {equal}"
+    return f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}"
 
 
-def run(program: Path | bytes, x: Tensor, batched: bool = False) -> Tensor:
-    """Return what ExecuTorch's runtime makes of x, one row at a time unless the program takes the batch."""
+def run(program: Path | bytes, x: Tensor, batched: bool = False, which: int = 0) -> Tensor:
+    """Return an output of ExecuTorch's runtime for x, one row at a time unless the program takes the batch."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(program).load_method("forward")
-    return torch.cat([method.execute([part])[0].clone() for part in ([x] if batched else x.split(1))])
+    return torch.cat([method.execute([part])[which].clone() for part in ([x] if batched else x.split(1))])
 
 
 def _gap(found: Tensor, expected: Tensor, tolerance: float, what: str) -> tuple[float, float]:

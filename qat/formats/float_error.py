@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .outputs import outputs
+
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 ORDERS = 4  # beside the plain one
 LARGE = 2**20  # elements, from which a weight becomes float64 a piece at a time, where it is used
@@ -53,20 +55,21 @@ class FloatError:
 
 
 @torch.no_grad()
-def float_error(found: Tensor, network: nn.Module, x: Tensor) -> FloatError:
+def float_error(found: Tensor, network: nn.Module, x: Tensor, name: str | None = None) -> FloatError:
     """Return a client's error in units of our own.
 
     Args:
-        found: the client's outputs for x, float32.
+        found: the client's output for x, float32.
         network: a frozen float32 network; it becomes float64 for a while, which is exact both ways.
         x: inputs; language models' are int64.
+        name: which of the network's ``outputs`` was found; None for the only one.
     """
-    ours = [outputs(network, x), *in_other_orders(network, x)]
+    ours = [_output(network, x, name), *in_other_orders(network, x, name)]
     with _OneAfterAnother():
-        ours.append(outputs(network, x))
+        ours.append(_output(network, x, name))
     large = double_(network)
     with _Float64(large):
-        exact = outputs(network, x.double() if x.is_floating_point() else x)
+        exact = _output(network, x.double() if x.is_floating_point() else x, name)
     network.float()
     errors = [_rows(other - exact) for other in (found, *ours)]
     own = torch.stack(errors[1:])
@@ -79,12 +82,12 @@ def float_error(found: Tensor, network: nn.Module, x: Tensor) -> FloatError:
 
 
 @torch.no_grad()
-def in_other_orders(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return a network's outputs for x, ORDERS times, with the sums of each product in other orders."""
+def in_other_orders(network: nn.Module, x: Tensor, name: str | None = None) -> list[Tensor]:
+    """Return a network's output for x, ORDERS times, with the sums of each product in other orders."""
     found = []
     for seed in range(ORDERS):
         with _OtherOrder(seed):
-            found.append(outputs(network, x))
+            found.append(_output(network, x, name))
     return found
 
 
@@ -106,10 +109,9 @@ def root_mean_square(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
 
 
-def outputs(network: nn.Module, x: Tensor) -> Tensor:
-    """Return a network's outputs; of a language model of transformers its logits."""
-    made = network(x)
-    return getattr(made, "logits", made)
+def _output(network: nn.Module, x: Tensor, name: str | None) -> Tensor:
+    made = outputs(network, x)
+    return next(iter(made.values())) if name is None else made[name]
 
 
 def _rows(error: Tensor) -> Tensor:

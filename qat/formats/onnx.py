@@ -235,7 +235,7 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
         notes.append("OpenVINO rounds these inputs to int8 too, unless it is told EXECUTION_MODE_HINT=ACCURACY")
     if hf.fused_experts(model):
         notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
-    if "logits" in [value.name for value in graph.outputs]:
+    if "input_ids" in [value.name for value in graph.inputs]:
         notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
     return notes
 

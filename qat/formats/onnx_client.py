@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..frozen_model import frozen_activation
 from ..quantized_model import QuantizedModel
-from .float_error import TOLERANCE, float_error, outputs
+from .float_error import TOLERANCE, float_error
 from .onnx_parts import WIDE, Parts, compare_wide, session, weight
+from .outputs import outputs
 
 # Where inputs are quantized, a sum at the edge of two integers may fall to either side: one code, not 1e-5.
 ROUNDING_TOLERANCE = 0.05
@@ -65,7 +66,7 @@ def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Ten
     """
     with torch.no_grad():
         expected = outputs(frozen, x)
-    rows = [_compare("onnxruntime", _run_onnxruntime(file, x), expected, frozen, x, model)]
+    rows = _compare("onnxruntime", _run_onnxruntime(file, x), expected, frozen, x, model)
     if find_spec("openvino") is None:
         return [*rows, ("OpenVINO", "not installed: pip install openvino")]
     try:
@@ -73,38 +74,60 @@ def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Ten
     except RuntimeError as error:  # several lines, of which the reason is the last before a summary
         reason = str(error).split("Summary:")[0].strip().splitlines()[-1]
         return [*rows, ("OpenVINO", f"not compared: it does not take this file ({reason:.200})")]
-    return [*rows, _compare("OpenVINO", found, expected, frozen, x, model)]
+    return [*rows, *_compare("OpenVINO", found, expected, frozen, x, model)]
 
 
 def _compare(
-    runtime: str, found: Tensor, expected: Tensor, frozen: nn.Module, x: Tensor, model: QuantizedModel
+    runtime: str, found: list[Tensor], expected: dict[str, Tensor], frozen: nn.Module, x: Tensor, model: QuantizedModel
+) -> list[tuple[str, str]]:
+    if len(found) != len(expected):
+        raise ArtifactError(f"{runtime} gives {len(found)} outputs, not {len(expected)}")
+    rows = []
+    for (name, ours), theirs in zip(expected.items(), found, strict=True):
+        what = "outputs" if len(expected) == 1 else f"output {name!r}"
+        rows.append(_compare_one(runtime, what, name, theirs.float(), ours.float(), frozen, x, model))
+    return rows
+
+
+def _compare_one(
+    runtime: str,
+    what: str,
+    name: str,
+    found: Tensor,
+    expected: Tensor,
+    frozen: nn.Module,
+    x: Tensor,
+    model: QuantizedModel,
 ) -> tuple[str, str]:
     if found.shape != expected.shape:
-        raise ArtifactError(f"{runtime} gives outputs of shape {list(found.shape)}, not {list(expected.shape)}")
+        raise ArtifactError(f"{runtime} gives {what} of shape {list(found.shape)}, not {list(expected.shape)}")
+    if not expected.numel():
+        return f"{runtime}, {what}", "empty"
     gap, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     rounded = any(layer.activation is not None for layer in model.layers.values())
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
     seen = f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}"
     if not gap <= (ROUNDING_TOLERANCE if rounded else TOLERANCE) * largest:
-        error = float_error(found, frozen, x)
+        error = float_error(found, frozen, x, name)
         if not error.explained():
-            raise ArtifactError(f"outputs of {runtime} differ by {gap:g} (largest {largest:g}): {error}")
+            raise ArtifactError(f"{what} of {runtime} differ by {gap:g} (largest {largest:g}): {error}")
         seen += f"; {error}"
-    return f"{runtime}, outputs", seen
+    return f"{runtime}, {what}", seen
 
 
-def _run_onnxruntime(file: Path, x: Tensor) -> Tensor:
+def _run_onnxruntime(file: Path, x: Tensor) -> list[Tensor]:
     running = session(file)
-    return torch.from_numpy(running.run(None, {running.get_inputs()[0].name: x.numpy()})[0])
+    return [torch.from_numpy(made) for made in running.run(None, {running.get_inputs()[0].name: x.numpy()})]
 
 
-def _run_openvino(file: Path, x: Tensor) -> Tensor:
+def _run_openvino(file: Path, x: Tensor) -> list[Tensor]:
     """Run a file as it is: without the hint ACCURACY, OpenVINO rounds the inputs of 4-bit products to int8."""
     import openvino
 
     hints = {"EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", hints)
-    return torch.from_numpy(compiled([x.numpy()])[0].copy())
+    made = compiled([x.numpy()])
+    return [torch.from_numpy(made[index].copy()) for index in range(len(compiled.outputs))]
 
 
 def _edges(scale: float, q_n: int, q_p: int) -> Tensor:

@@ -7,7 +7,7 @@ In the place of one ``insert_quantized`` puts (opset 21; ``onnx_weights`` has th
     any other weight     DequantizeLinear, and Reshape where a convolution has groups
     an activation        Max with -Q_N s and Min with Q_P s where the type is wider than the codes, QuantizeLinear to
                          UINT4, INT4, UINT8 or INT8, DequantizeLinear: the same integers as x / s, round half to even,
-                         clamp. Max too before any 4-bit type, where it changes no integer: see ``_Builder.activation``
+                         clamp. Max too where it changes no integer and a runtime would: see ``_Builder.activation``
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..numerics import QuantizedTensor
-from ..quantized_model import QuantizedModel
+from ..quantized_model import QuantizedLayer, QuantizedModel
 from .onnx_weights import (
     DEQUANTIZE_PARTS,
     MATMUL_PARTS,
@@ -34,6 +34,9 @@ from .onnx_weights import (
     matmul_shapes,
     stored_bits,
 )
+
+JOINED = {"Concat", "ReduceMax", "ReduceMin"}  # over which OpenVINO 2026.4 moves an 8-bit QuantizeLinear, and errs
+PASSED = {"Clip", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def fill(ir_model: Any, values: dict[str, Any], model: QuantizedModel) -> tuple[dict[str, str], dict[str, Any]]:
@@ -127,6 +130,19 @@ def strip_traces(ir_model: Any) -> None:
             value.metadata_props.clear()
 
 
+def _keeps_weight(layer: QuantizedLayer) -> bool:
+    """Return whether only the input of a layer is quantized."""
+    return layer.weight is None and layer.activation is not None
+
+
+def _comes_from(value: Any, kinds: set[str]) -> bool:
+    """Return whether a node of these kinds made a value, or what was only clipped or laid out anew since."""
+    node = value.producer()
+    while node is not None and node.op_type in PASSED:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type in kinds
+
+
 class _Builder:
     """Makes the nodes and initialisers of one placeholder: one use of a layer, which the forward may call again."""
 
@@ -144,9 +160,10 @@ class _Builder:
         z = torch.zeros((), dtype=torch.int8)
         z = z if spec.symmetric else self.model.activation_zero_point(self.name).reshape(())
         zero = self._initialiser("activation_zero_point", kind, (), lambda: z, self.name)
-        if spec.bits != 8:
+        if spec.bits != 8 or _comes_from(x, JOINED) or any(_keeps_weight(each) for each in self.model.layers.values()):
             # onnxruntime 1.32 moves QuantizeLinear before a MaxPool, which has no 4-bit type, and cannot open a graph
-            # in which a Clip (ReLU6) comes before one to 4 bits. Neither happens with a Max between.
+            # in which a Clip (ReLU6) comes before one to 4 bits; between two to 8 bits it rounds a weight in floats to
+            # int8. OpenVINO errs on what was joined. None of this happens with a Max between.
             low = self._initialiser("activation_low", "FLOAT", (), lambda: (-spec.q_n - z.float()) * scale, self.name)
             x = self._node("Max", [x, low])
         if spec.bits not in (4, 8):

@@ -6,19 +6,23 @@ that run it in its place.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import ArtifactError
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
+from ..layers.product import CONVOLUTIONS
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
 from .onnx_weights import in_blocks
+from .outputs import ONLY, outputs
 
 OPSET = 21
 NETWORK = "network."  # where LogitsOnly holds it
@@ -31,13 +35,29 @@ class Exported(nn.Module):
         super().__init__()
         self.layer, self.name, self.entry, self.multiply = layer, name, entry, multiply
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x as the layer does."""
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """Map x, the first argument or the only one called ``input`` or ``x``, as the layer does."""
+        x, *rest = args or [options.pop(name) for name in ("input", "x") if name in options]
+        return self._map(x, *rest, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a network asks its layer for, such as ``out_channels``; of a ``weight`` not the values."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "weight" and self.entry.weight is not None:
+                return torch.empty(self.entry.shape, dtype=self.layer.like.dtype, device="meta")
+            return getattr(self.layer, name)
+
+    def _map(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         layer = self.layer
         if isinstance(layer, FrozenEmbedding):
             if self.multiply:
                 return self._placeholder("embedding", x, (*x.shape, self.entry.shape[1]))
             return F.embedding(x, self._placeholder("weight", x, self.entry.shape))
+        padded = getattr(layer, "padding_mode", "zeros") != "zeros"
+        if padded:  # with values of x, before they are rounded: OpenVINO 2026.4 errs on a reflection of 8-bit codes
+            x = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
         if self.entry.activation is not None:
             x = self._placeholder("activation", x, x.shape)
         if self.multiply:
@@ -47,8 +67,12 @@ class Exported(nn.Module):
         if isinstance(layer, FrozenLinear):
             y, bias = F.linear(x, weight), layer.bias
         else:
-            transposed = isinstance(layer, FrozenConvTranspose)
-            y = convolve(layer, x, weight, None) if transposed else layer._conv_forward(x, weight, None)
+            if isinstance(layer, FrozenConvTranspose):
+                y = convolve(layer, x, weight, None, output_size)
+            elif padded:
+                y = CONVOLUTIONS[len(layer.stride)](x, weight, None, layer.stride, 0, layer.dilation, layer.groups)
+            else:
+                y = layer._conv_forward(x, weight, None)
             bias = None if layer.bias is None else layer.bias.view(-1, *[1] * len(layer.kernel_size))
         # A node of its own: inside Conv and Gemm, onnxruntime rounds it to the product of the two scales.
         return y if bias is None else y + bias
@@ -59,17 +83,17 @@ class Exported(nn.Module):
 
 
 class LogitsOnly(nn.Module):
-    """Gives the logits of a language model, without a cache."""
+    """Gives the logits of a language model, without a cache, or the tensors that another network gives."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.options = {"use_cache": False} if hasattr(network, "config") else {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, or what another network returns."""
-        output = self.network(x, **self.options)
-        return getattr(output, "logits", output)
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the logits, or what another network returns: several tensors by name."""
+        found = outputs(partial(self.network, **self.options), x)
+        return found if len(found) > 1 else next(iter(found.values()))
 
 
 def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> tuple[Any, dict[str, Any]]:
@@ -87,7 +111,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     Raises:
         ArtifactError: torch cannot export it, or only for the example's own batch or length.
     """
-    tokens = example.dtype == torch.int64
+    tokens = example.dtype == torch.int64 and example.dim() == 2
     axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
     wrapped, exported = LogitsOnly(network).eval(), {}
     for name, layer in frozen_layers(network):
@@ -101,7 +125,6 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     if hf.fused_experts(model):
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     fake_(wrapped)
-    names = {"input_names": ["input_ids" if tokens else "input"], "output_names": ["logits" if tokens else "output"]}
     try:
         program = torch.onnx.export(
             wrapped,
@@ -111,7 +134,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
             dynamic_shapes=(axes,),
             optimize=False,
             verbose=False,
-            **names,
+            input_names=["input_ids" if tokens else "input"],
         )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -125,8 +148,23 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
         graph.inputs.append(value)
     program.optimize()
     del graph.inputs[1:]
+    form = program.exported_program.call_spec.out_spec
+    order = tree_unflatten(range(form.num_leaves), form)
+    single = "logits" if tokens else ONLY
+    _name_outputs(graph, sorted(order, key=order.get) if isinstance(order, dict) else [single])
     used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
     return program.model, {name.removeprefix(NETWORK): value for name, value in used.items()}
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Name a graph's outputs; what else has one of the names gets another, but for the input and initialisers."""
+    kept = {value.name for value in graph.inputs} | set(graph.initializers)
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in names:
+                value.name = f"inner.{value.name}"
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = f"output.{name}" if name in kept else name
 
 
 def _is_fake(tensor: Any) -> bool:

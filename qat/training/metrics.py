@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..errors import DataError, QATError
+from ..layers import frozen_layers
 from ..quantizers.fixed_dtype import keeping_dtype
 
+FLOATS = torch.float32, torch.bfloat16, torch.float16
 IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
 
 
@@ -21,14 +23,27 @@ def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
     """Return a model's output for a batch's inputs: one tensor, or named ones, which are its forward's arguments.
 
     A transformers model runs without its key-value cache: in its presence transformers does not keep packed examples
-    apart, and each block would be compiled anew, as it has a cache of its own.
+    apart, and each block would be compiled anew, as it has a cache of its own. Images have the dtype of the model, as
+    Lightning gives them to one in 16 bits while it trains: calibration, teachers and measuring take the data's own.
     """
+    inputs = _in_dtype_of(model, inputs)
     options = {}
     if getattr(getattr(model, "config", None), "use_cache", False):
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):  # peft's takes any
             options = {"use_cache": False}
     return model(**inputs, **options) if isinstance(inputs, dict) else model(inputs, **options)
+
+
+def _in_dtype_of(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """Return floats of up to 32 bits in the dtype of the model, its first parameter's; autocast casts them itself."""
+    if isinstance(inputs, dict):
+        return {name: _in_dtype_of(model, value) for name, value in inputs.items()}
+    if not isinstance(inputs, Tensor) or inputs.dtype not in FLOATS or torch.is_autocast_enabled(inputs.device.type):
+        return inputs
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = next(dtypes, None) or next((layer.like.dtype for _, layer in frozen_layers(model)), None)
+    return inputs.to(dtype) if dtype in FLOATS else inputs
 
 
 def logits_of(output: Any) -> Tensor:

@@ -1,0 +1,41 @@
+"""What a network gives, as tensors with names: one tensor, a language model's logits, or several of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+
+ONLY = "output"  # the name of a tensor that has none
+
+
+def outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return a network's outputs by name; of an output with the field ``logits``, as transformers has, only those.
+
+    A dict gives its keys, a list or tuple "output_0", "output_1" and so on, and what lies inside others both names.
+
+    Raises:
+        ArtifactError: there is no tensor among them.
+    """
+    made = network(x)
+    made = getattr(made, "logits", made)
+    found = {ONLY: made} if isinstance(made, Tensor) else dict(_tensors(made, ""))
+    if not found:
+        raise ArtifactError(
+            f"the network gives a {type(made).__name__} without a tensor in it: let it give its outputs"
+        )
+    return found
+
+
+def _tensors(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(made, Tensor):
+        yield name, made
+    elif isinstance(made, Mapping):
+        for key, value in made.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(made, list | tuple):
+        for index, value in enumerate(made):
+            yield from _tensors(value, f"{name or ONLY}_{index}")
