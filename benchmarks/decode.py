@@ -66,7 +66,7 @@ def generate(model: CachedDecoder, tokens: int, compiled: bool) -> tuple[Callabl
 
     def step() -> None:
         made.index_copy_(1, at, token)
-        token.copy_(model(token, at, turns, caches))
+        torch.argmax(model.logits(token, at, turns, caches), -1, keepdim=True, out=token)
         at.add_(1)
 
     start = token.clone()

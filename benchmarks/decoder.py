@@ -154,12 +154,13 @@ class CachedDecoder(nn.Module):
         self, tokens: Tensor, at: Tensor, turns: tuple[Tensor, Tensor], caches: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """Return the logits (B, vocabulary) of the token that follows."""
-        x, turn = self.embedding(tokens), (turns[0][at], turns[1][at])
+        x = self.embedding(tokens)
         if self.fused and tokens.shape[1] == 1:
             x, update = x[:, 0], None
             for block, (keys, values) in zip(self.blocks, caches, strict=True):
                 x, update = block.step(x, update, turns, at, keys, values)
             return after_norm(self.lm_head, self.norm, x, update)[1]
+        turn = turns[0][at], turns[1][at]
         for block, (keys, values) in zip(self.blocks, caches, strict=True):
             x = block(x, turn, at, keys, values)
         return self.lm_head(self.norm(x[:, -1]))
