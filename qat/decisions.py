@@ -104,13 +104,20 @@ def _decide_embedding(
 
 
 def require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision]) -> None:
-    """Raise LayerError if the policy quantizes what layers get by default, and the model has no layer for it."""
-    if (policy.weight or policy.activation) is None:
+    """Raise LayerError if the policy quantizes what layers get by default, and not one layer of the model."""
+    if (policy.weight or policy.activation) is None or any(d.weight or d.activation for d in decisions):
         return
-    default = set(FAKE_QUANT) - ON_REQUEST
-    if any(plain_type(d.layer) in default or d.weight is not None or d.activation is not None for d in decisions):
-        return
-    _refuse_all(model, [decision.layer for decision in decisions])
+    layers = [decision.layer for decision in decisions]
+    if not any(plain_type(layer) in set(FAKE_QUANT) - ON_REQUEST for layer in layers):
+        _refuse_all(model, layers)
+    reasons: dict[str, list[str]] = {}
+    for decision in decisions:
+        reasons.setdefault(decision.reason, []).append(repr(decision.name))
+    said = "; ".join(
+        f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}: {reason}"
+        for reason, names in reasons.items()
+    )
+    raise LayerError(f"the policy quantizes no layer of {type(unwrapped(model)).__name__} ({said}): change its rules")
 
 
 def _refuse_all(model: nn.Module, layers: list[nn.Module]) -> NoReturn:

@@ -334,3 +334,17 @@ def test_a_subclass_is_left_alone_and_said_to_be_one(capsys):
         prepare(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)), {"rules": [{"match": "0", "weight": {"bits": 4}}]})
     qat.prepare(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)), {"weight": {"bits": 4}})
     assert row_of(capsys.readouterr().out, "0")[-1] == "Scaled (a subclass of Linear) stays in full precision"
+
+
+def test_rules_that_leave_every_layer_out():
+    """Training in full precision would look like training in 4 bits: what is left out, and why, is said at once."""
+
+    class OwnLinear(nn.Linear):
+        pass
+
+    model = nn.Sequential(*(OwnLinear(4, 4) for _ in range(3)), nn.Linear(4, 2))
+    policy = QuantPolicy(weight=QuantSpec(bits=4), rules=[{"match": "3", "weight": None}])
+    said = r"'0', '1' and 1 more: OwnLinear \(a subclass of Linear\) stays in full precision; '3': rule match='3'\)"
+    with pytest.raises(LayerError, match=f"quantizes no layer of Sequential .{said}: change its rules"):
+        prepare(model, policy)
+    assert prepare(model, QuantPolicy(rules=[{"match": "3", "weight": None}])) is model
