@@ -54,6 +54,15 @@ def measure(
     return records
 
 
+def lines_of(records: list[dict]) -> str:
+    """Return the records of one shape as they come, a line a kernel: who waits for a table sees how far it is."""
+    kernels: dict[str, list[str]] = {}
+    for record in records:
+        measured = f"{record['us']:.1f}" if "us" in record else "-"
+        kernels.setdefault(f"{record['shape']} {record['kernel']}", []).append(f"M={record['tokens']} {measured}")
+    return "\n".join(f"{kernel}, us: {', '.join(found)}" for kernel, found in kernels.items())
+
+
 def table(records: list[dict], names: list[str], tokens: tuple[int, ...], ceiling: float) -> str:
     """Return the records of one regime as a Markdown table, a row a shape and number of tokens."""
     found = {(r["shape"], r["tokens"], r["kernel"]): r for r in records}
@@ -188,6 +197,7 @@ def main(
         for outputs, inputs in shapes:
             if time.time() - start < options.seconds:
                 found = measure(outputs, inputs, dtype, tokens, options.kernels, kernels)
+                print(lines_of(found), flush=True)
                 records.setdefault(str(dtype).removeprefix("torch."), []).extend(found)
                 text = report(data, options.out)
                 torch.cuda.empty_cache()
