@@ -57,9 +57,11 @@ def prepared(layout):
     inputs = {name: (torch.randn(shape) * 32).round() / 8 for name, shape in shapes.items()}
     qat.calibrate(qat.prepare(model, policy, verbose=False), [inputs], verbose=False)
     with torch.no_grad():
-        model.layers["pointwise"].activation_quantizer.step_size.fill_(0.25)  # many ties, and the bound itself
-        for name in ("dense", "twice"):  # weights that are clipped, by steps off the stored grid
-            model.layers[name].weight_quantizer.step_size.mul_(0.6123)
+        model.layers["pointwise"].activation_quantizer.step_size.fill_(0.25)  # many ties, and the upper bound itself
+        dense, twice = model.layers["dense"], model.layers["twice"]
+        dense.weight.copy_(torch.randint(-12, 13, dense.weight.shape) / 16)  # both bounds themselves
+        dense.weight_quantizer.step_size.fill_(1 / 16)
+        twice.weight_quantizer.step_size.mul_(0.6123)  # clips, and lies off the stored grid
     inputs = {name: x.to(memory_format=layout).requires_grad_(name != "image") for name, x in inputs.items()}
     return model.to(memory_format=layout).train(), inputs
 
