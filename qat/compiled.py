@@ -141,14 +141,14 @@ def codebook_fake_quantize(x: Tensor, shape: tuple[int, int], levels: Tensor, sc
     return _codebook(x, *shape, levels, scale_levels)
 
 
-@torch.library.custom_op("qat::codebook_fake_quantize", mutates_args=())
+@torch.library.custom_op("qat::round_to_codebook", mutates_args=())
 def _codebook(x: Tensor, rows: int, groups: int, levels: Tensor, scale_levels: Tensor | None) -> Tensor:
-    return codebook.fake_quantized(x, (rows, groups), levels, scale_levels)
+    return codebook.fake_quantized(x, (rows, groups), levels, scale_levels).contiguous()
 
 
 @_codebook.register_fake
 def _(x, rows, groups, levels, scale_levels):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 _codebook.register_autograd(lambda ctx, grad_output: (grad_output, None, None, None, None))
