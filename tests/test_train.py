@@ -105,6 +105,24 @@ def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fai
     assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 5
 
 
+def test_a_folder_of_checkpoints_elsewhere_is_looked_into(train, fails, tmp_path, capfd):
+    elsewhere = f"{SHORT} name=a callbacks.checkpoints.folder={tmp_path / 'disk'}"
+    train(elsewhere)
+    last = tmp_path / "disk" / "last.ckpt"
+    assert f"checkpoint  {last}" in capfd.readouterr().out
+    assert f"{tmp_path / 'disk'} holds a checkpoint already: add resume=auto" in fails(elsewhere)
+    train(f"{elsewhere} resume=auto trainer.max_steps=5")
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert "calibrated" not in capfd.readouterr().out
+
+
+def test_a_run_without_checkpoints_names_none(train, tmp_path, capsys):
+    train(f"{SHORT} name=a callbacks.checkpoints=null")
+    printed = capsys.readouterr().out
+    assert "checkpoint  none: callbacks.checkpoints=null" in printed and "next" not in printed
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
 def test_a_run_depends_on_its_seed_alone(train, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(f"{SHORT} policy=conv_w4a4 name={name} seed={seed}")

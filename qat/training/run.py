@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -63,7 +63,9 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _check(config)
     run_dir = _run_dir(config)
-    resume = _resume_from(config.resume, run_dir)
+    saves = config.callbacks.get("checkpoints")
+    checkpoint = (Path(saves.folder).absolute() if saves else run_dir) / LAST
+    resume = _resume_from(config.resume, checkpoint)
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -102,8 +104,10 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     logger = make(config.logger) if config.logger else False
-    trainer = make(config.trainer, logger=logger, callbacks=callbacks)
-    checkpoint = run_dir / LAST
+    parts: dict[str, Any] = {"logger": logger, "callbacks": callbacks}
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
+    trainer = make(config.trainer, **parts)
     rank_zero_only(remove_result)(run_dir)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -182,12 +186,11 @@ def _run_dir(config: DictConfig) -> Path:
     return Path(config.run_dir).absolute()
 
 
-def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
-    last = run_dir / LAST
+def _resume_from(resume: str | None, last: Path) -> Path | None:
     if resume is None:
         if last.exists():
             raise TrainingError(
-                f"{run_dir} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
+                f"{last.parent} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
             )
         return None
     own = resume == "auto"
@@ -270,9 +273,12 @@ def _own_model(node: DictConfig, model: nn.Module) -> str:
 
 @rank_zero_only
 def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool, own_model: str) -> None:
+    saved = checkpoint.exists()
     print(f"run folder  {run_dir}")
-    print(f"checkpoint  {checkpoint}")
+    print(f"checkpoint  {checkpoint if saved else 'none: callbacks.checkpoints=null saves nothing'}")
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if not saved:
+        return
     if quantized:
         source, out = quote(str(checkpoint)), quote(str(run_dir / "artifact"))
         print(f"next        python -m qat.convert {source} --to native --out {out}{own_model}")
