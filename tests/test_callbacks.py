@@ -180,6 +180,35 @@ def test_best_checkpoint_is_the_best(tmp_path):
         fit.fit(task(), datamodule=data())
 
 
+@pytest.mark.parametrize("ends", [{"max_epochs": 2}, {"max_epochs": 1}])
+def test_the_best_checkpoint_is_the_network_that_was_measured_in_mid_epoch(ends, tmp_path):
+    """An epoch has five steps and is validated after two and four."""
+    scores, measured = [0.3, 0.9, 0.95, 0.1], {}
+
+    class Scripted(Callback):
+        def on_validation_epoch_end(self, trainer, task) -> None:
+            task.log("score", torch.tensor(scores[len(measured)]))
+            measured[trainer.global_step] = {name: value.clone() for name, value in task.state_dict().items()}
+
+    fit = trainer(
+        Scripted(),
+        Checkpoints(tmp_path, monitor="score"),
+        **{
+            "max_steps": -1,
+            "limit_train_batches": 5,
+            "limit_val_batches": 1,
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 0,
+            **ends,
+        },
+    )
+    fit.fit(task(), datamodule=data())
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    best = max(measured, key=lambda step: scores[list(measured).index(step)])
+    assert saved["global_step"] == best
+    assert all(torch.equal(value, measured[best][name]) for name, value in saved["state_dict"].items())
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_best_checkpoint_is_of_a_quantized_network(every, tmp_path):
     """Also at the end of an epoch without validation, when fake quantization runs and the metrics are from before."""

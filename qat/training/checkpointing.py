@@ -67,8 +67,13 @@ class Checkpoints(Checkpoint):
             self._stops, trainer._signal_connector.received_sigterm = True, False
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
-        """Remember of which network the metrics are, which stay until the next validation."""
+        """Remember of which network the metrics are, which stay until the next validation; in mid-epoch, save the best.
+
+        By the epoch's end the network is another one.
+        """
         self._of_full_precision = fake_quant_waits(task)
+        if not (trainer.sanity_checking or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+            self._save_if_best(trainer, task)
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_index: int) -> None:
         """Stop after the next step, which is saved."""
@@ -85,12 +90,8 @@ class Checkpoints(Checkpoint):
             TrainingError: the monitor is not logged.
         """
         self._stop(trainer)
-        if self.monitor in trainer.callback_metrics and not (self._of_full_precision or fake_quant_waits(task)):
-            value = float(trainer.callback_metrics[self.monitor])
-            if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
-                self.best = value
-                self._save(trainer, task, BEST)
-        elif self.monitor not in (None, *trainer.callback_metrics) and trainer.callback_metrics:
+        self._save_if_best(trainer, task)
+        if self.monitor not in (None, *trainer.callback_metrics) and trainer.callback_metrics:
             known = ", ".join(trainer.callback_metrics)
             raise TrainingError(f"callbacks.checkpoints.monitor={self.monitor} is not logged: choose from {known}")
         self._save_if_due(trainer, task)
@@ -107,6 +108,15 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the best value so far."""
         self.best = state["best"]
+
+    def _save_if_best(self, trainer: Trainer, task: Task) -> None:
+        """Save the network that was measured last, where none was better."""
+        if self.monitor not in trainer.callback_metrics or self._of_full_precision or fake_quant_waits(task):
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+            self.best = value
+            self._save(trainer, task, BEST)
 
     def _save_if_due(self, trainer: Trainer, task: Task) -> None:
         """Save after so many steps, or after this one where SIGTERM has come: Lightning stops there."""
