@@ -1,6 +1,8 @@
 """The command line from full precision to a measured 4-bit model."""
 
+import csv
 import json
+import math
 import zipfile
 
 import pytest
@@ -103,6 +105,40 @@ def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fai
     assert (tmp_path / "runs" / "a" / "metrics.csv").read_text() == log
     train(f"{short} name=a resume=auto trainer.max_steps=5")
     assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_a_resumed_run_takes_the_options_of_its_optimizer_from_its_own_overrides(train, tmp_path, capsys):
+    short = f"{SHORT} name=a trainer.log_every_n_steps=1 task.warmup=0 task.step_size_lr_scale=0.5 policy=conv_w4a4"
+    train(f"{short} task.schedule=constant")
+    capsys.readouterr()
+    train(f"{short} trainer.max_steps=6 resume=auto optim.lr=0.02 optim.weight_decay=0.125 optim.momentum=0.5")
+    printed = capsys.readouterr().out
+    assert "changed     optim: lr 0.1 -> 0.02 (weights, biases)\n" in printed
+    assert "changed     optim: lr 0.05 -> 0.01 (step_sizes)\n" in printed
+    assert "weight_decay 0.0005 -> 0.125 (weights)\n" in printed and "momentum 0.9 -> 0.5 (weights, " in printed
+    with (tmp_path / "runs" / "a" / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    cosine = [0.01 * (1 + math.cos(math.pi * step / 6)) for step in (4, 5, 6)]  # the log has the next step's
+    assert rates == pytest.approx([0.1] * 3 + cosine, abs=1e-9)
+    groups = torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [(group["weight_decay"], group["momentum"]) for group in groups] == [(0.125, 0.5), (0.0, 0.5), (0.0, 0.5)]
+    train(f"{short} trainer.max_steps=7 resume=auto optim.lr=0.02 optim.weight_decay=0.125 optim.momentum=0.5")
+    assert "changed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("first", "then"), [("sgd", "adamw"), ("adamw", "sgd"), ("adamw", "adamw optim.amsgrad=true")])
+def test_a_resumed_run_with_another_optimizer_is_one_line(train, fails, first, then):
+    train(f"{SHORT} name=a optim={first}" + " +optim.amsgrad=false" * ("amsgrad" in then))
+    then = then.replace(" optim", " +optim")
+    assert "the run to resume has another optimizer (with " in fails(f"{SHORT} name=a resume=auto optim={then}")
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(train, fails, tmp_path):
+    keeper = "{_target_:lightning.pytorch.callbacks.ModelCheckpoint,dirpath:mine,filename:w,save_weights_only:true}"
+    train(f"{SHORT} name=a +callbacks.mine={keeper} trainer.max_epochs=1 trainer.max_steps=-1")
+    assert "has no optimizer_states: it " in fails(f"{SHORT} name=b resume={tmp_path / 'mine' / 'w.ckpt'}")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    assert "has no qat: it is not of python -m qat.train" in fails(f"{SHORT} name=b resume={tmp_path / 'other.ckpt'}")
 
 
 def test_a_folder_of_checkpoints_elsewhere_is_looked_into(train, fails, tmp_path, capfd):
