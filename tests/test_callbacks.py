@@ -255,6 +255,19 @@ def test_monitors_log_loss_rate_and_stored_scales(tmp_path):
     assert all(float(row["train/loss"]) > 0 for row in rows if row["train/loss"])
 
 
+def test_a_step_of_several_batches_is_logged_once_with_a_batchs_loss(tmp_path):
+    """An epoch of 7 batches has steps after 3, 6 and 7 of them."""
+    logger, seen = ResumableCSVLogger(tmp_path), Recorder()
+    many = {"accumulate_grad_batches": 3, "limit_train_batches": 7, "log_every_n_steps": 1}
+    trainer(Monitor(), seen, logger=logger, **many).fit(task(), datamodule=data())
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+    assert [step for step, _ in rows] == [0, 1, 2, 3, 4, 5]
+    losses = [seen.losses[7 * epoch + batch] * 3 for epoch in (0, 1) for batch in (2, 5, 6)]
+    assert [loss for _, loss in rows] == pytest.approx(losses)
+    assert rows[0][1] == pytest.approx(math.log(10), rel=0.2)  # of a network that has not learned
+
+
 @pytest.mark.slow
 def test_compiled_training_takes_the_same_steps():
     losses = []

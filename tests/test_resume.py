@@ -185,6 +185,14 @@ def test_ctrl_c_says_what_is_left(run, tmp_path, capsys, step, said):
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize(("how", "status", "step"), [("SIGTERM", 143, 4), ("SIGKILL", -9, 5)])
+def test_images_stopped_between_the_batches_of_a_step(run, tmp_path, how, status, step):
+    """Four batches a step, and validation after each second one: gradients of some batches are in no checkpoint."""
+    several = SMALL_IMAGES.replace("every_n_steps=10", "every_n_steps=2").replace("max_epochs=2", "max_epochs=1")
+    several += " trainer.accumulate_grad_batches=4 trainer.val_check_interval=8"
+    check(run, tmp_path, several, [(step, "on_train_batch_start")], how, status)
+
+
 def test_images_stopped_by_sigterm_during_validation(run, tmp_path):
     """It ends first; the step before it is then saved."""
     check(

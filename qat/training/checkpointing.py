@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
-from .callbacks import all_finite, divergence, fake_quant_waits
+from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
 from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -40,7 +40,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
         self._saved_at = 0
-        self._stops = False  # SIGTERM came during validation
+        self._stops = False  # SIGTERM came during validation, or between the batches of one step
         self._of_full_precision = False  # what was measured last, before a delayed start
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
@@ -51,8 +51,12 @@ class Checkpoints(Checkpoint):
         """Save when due, unless validation or the epoch's end comes first; and where max_steps cuts an epoch.
 
         There validation changes nothing that is saved, and at the end of training Lightning calls the epoch complete.
+        Between the batches of one step nothing is saved, and SIGTERM waits: no checkpoint holds gradients.
         """
         if batch_index + 1 >= trainer.num_training_batches:
+            return
+        if not ends_step(trainer, batch_index):
+            self._wait(trainer)
             return
         every = trainer.val_check_batch
         validates = bool(every) and every != float("inf") and (batch_index + 1) % every == 0
@@ -63,8 +67,8 @@ class Checkpoints(Checkpoint):
 
     def on_validation_batch_end(self, trainer: Trainer, task: Task, *args: Any, **kwargs: Any) -> None:
         """Let validation end where SIGTERM comes: Lightning would stop here, with all since the last save lost."""
-        if trainer.received_sigterm and not trainer.sanity_checking:
-            self._stops, trainer._signal_connector.received_sigterm = True, False
+        if not trainer.sanity_checking:
+            self._wait(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
         """Remember of which network the metrics are, which stay until the next validation; in mid-epoch, save the best.
@@ -78,6 +82,10 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_index: int) -> None:
         """Stop after the next step, which is saved."""
         self._stop(trainer)
+
+    def _wait(self, trainer: Trainer) -> None:
+        if trainer.received_sigterm:
+            self._stops, trainer._signal_connector.received_sigterm = True, False
 
     def _stop(self, trainer: Trainer) -> None:
         if self._stops:
