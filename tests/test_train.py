@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import zipfile
+from importlib import import_module
 
 import pytest
 import torch
@@ -105,6 +106,29 @@ def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fai
     assert (tmp_path / "runs" / "a" / "metrics.csv").read_text() == log
     train(f"{short} name=a resume=auto trainer.max_steps=5")
     assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+@pytest.mark.parametrize("average", ["StochasticWeightAveraging,swa_lrs:0.05,swa_epoch_start:1", "EMAWeightAveraging"])
+def test_averaged_weights_are_saved_and_measured(train, tmp_path, monkeypatch, average):
+    """Also where the last step was saved before Lightning's callbacks average, and no batch norm asks for an epoch."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "their_model.py").write_text(
+        "from torch.nn import *\nnet = lambda: Sequential(Flatten(), Linear(64, 32), ReLU(), Linear(32, 10))\n"
+    )
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "own.yaml").write_text("_target_: their_model.net\n")
+    own = "--config-dir configs model=own data=digits policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=3"
+    callback = f"+callbacks.mine={{_target_:lightning.pytorch.callbacks.{average}}} trainer.limit_train_batches=4"
+    for every in (4, 1000):
+        train(f"{own} {callback} name={every} callbacks.checkpoints.every_n_steps={every}")
+    said = [json.loads((tmp_path / "runs" / every / "result.json").read_text())["metrics"] for every in ("4", "1000")]
+    saved = [read_checkpoint(tmp_path / "runs" / every / "last.ckpt") for every in ("4", "1000")]
+    assert all(torch.equal(value, saved[1].state_dict[name]) for name, value in saved[0].state_dict.items())
+    measured = evaluate(
+        saved[0].build(import_module("their_model").net()),
+        ImageData("digits", [0.305], [0.376], batch_size=32, eval_batch_size=500),
+    )
+    assert said == [measured, measured]
 
 
 def test_a_resumed_run_takes_the_options_of_its_optimizer_from_its_own_overrides(train, tmp_path, capsys):

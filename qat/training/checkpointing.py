@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
 from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
+from .fingerprint import fingerprint
 from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -40,6 +41,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
         self._saved_at = 0
+        self._saved: list[float] = []  # the fingerprint of what was saved last
         self._stops = False  # SIGTERM came during validation, or between the batches of one step
         self._of_full_precision = False  # what was measured last, before a delayed start
 
@@ -105,8 +107,8 @@ class Checkpoints(Checkpoint):
         self._save_if_due(trainer, task)
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
-        """Save the last step, if it is not saved yet, or not as it is now."""
-        if trainer.global_step != self._saved_at or task.changed_at_end:
+        """Save the last step, if it is not saved yet, or not as it is now, such as with averaged weights."""
+        if trainer.global_step != self._saved_at or fingerprint(task.model) != self._saved:
             self._save(trainer, task, LAST)
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +139,7 @@ class Checkpoints(Checkpoint):
             raise divergence(trainer, "a parameter is NaN or infinite")
         save_checkpoint(trainer, self.folder / name)
         if name == LAST:
-            self._saved_at = trainer.global_step
+            self._saved_at, self._saved = trainer.global_step, fingerprint(task.model)
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:

@@ -22,6 +22,7 @@ from ..surgery import prepare
 from ..unsaved_buffers import dtypes_kept
 from .compilation import Compilation
 from .data_modules import example_of
+from .fingerprint import fingerprint
 from .losses import mean_prediction
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, pair, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
@@ -107,7 +108,7 @@ class Task(LightningModule):
         self._asked: list[dict[str, Any]] = []  # options of the optimizer
         self._stored: list[dict[str, Any]] | None = None  # those of the checkpoint to resume
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
-        self.changed_at_end = False  # a callback changed the network after the last step
+        self.measured: list[float] = []  # and their fingerprint
         self._ran = self._targets_fit = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -169,7 +170,7 @@ class Task(LightningModule):
         """Log the metrics, which are the same on every rank."""
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
         if not self.trainer.sanity_checking:
-            self.measured_at = self.global_step
+            self.measured_at, self.measured = self.global_step, fingerprint(self.model)
 
     def setup(self, stage: str) -> None:
         """Take an example from the user's own data, which does not say what its inputs are."""
