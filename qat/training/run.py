@@ -39,6 +39,7 @@ from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_loader import keep_position
 from .result import remove_result, write_result
+from .run_lock import hold
 from .task import Task
 from .tokenizer import keep_tokenizer
 
@@ -64,6 +65,7 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _check(config)
     run_dir = _run_dir(config)
+    lock = hold(run_dir) if rank_zero_only.rank == 0 else None
     saves = config.callbacks.get("checkpoints")
     checkpoint = (Path(saves.folder).absolute() if saves else run_dir) / LAST
     resume = _resume_from(config.resume, checkpoint)
@@ -129,6 +131,8 @@ def train(config: DictConfig) -> dict[str, float]:
     else:
         own = _own_model(config.model, task.model)
         _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
+    if lock is not None:
+        lock.close()
     return metrics
 
 
