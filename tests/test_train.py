@@ -176,10 +176,24 @@ def test_a_folder_of_checkpoints_elsewhere_is_looked_into(train, fails, tmp_path
     assert "calibrated" not in capfd.readouterr().out
 
 
+def test_a_trial_of_one_batch_leaves_nothing_in_the_way_of_the_run(train, tmp_path, capsys):
+    train(f"{SHORT} name=a +trainer.fast_dev_run=true")
+    assert "checkpoint  none was saved\n" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "a" / "result.json").exists()
+    train(f"{SHORT} name=a")
+    assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_early_stopping_by_a_metric_that_is_not_there_is_one_line(fails):
+    stopping = "{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/acc}"
+    said = fails(f"{DIGITS} name=a trainer.max_epochs=1 trainer.limit_train_batches=1 +callbacks.early={stopping}")
+    assert "`val/acc` which is not available" in said and "`val/accuracy`" in said
+
+
 def test_a_run_without_checkpoints_names_none(train, tmp_path, capsys):
     train(f"{SHORT} name=a callbacks.checkpoints=null")
     printed = capsys.readouterr().out
-    assert "checkpoint  none: callbacks.checkpoints=null" in printed and "next" not in printed
+    assert "checkpoint  none was saved\n" in printed and "next" not in printed
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 

@@ -137,6 +137,8 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer, task: Task, name: str) -> None:
         if not all_finite([parameter.detach() for parameter in task.model.parameters()]):
             raise divergence(trainer, "a parameter is NaN or infinite")
+        if trainer.fast_dev_run:  # of which Lightning keeps nothing: a checkpoint would stand in the real run's way
+            return
         save_checkpoint(trainer, self.folder / name)
         if name == LAST:
             self._saved_at, self._saved = trainer.global_step, fingerprint(task.model)

@@ -111,9 +111,14 @@ def train(config: DictConfig) -> dict[str, float]:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
-    rank_zero_only(remove_result)(run_dir)
+    if not trainer.fast_dev_run:
+        rank_zero_only(remove_result)(run_dir)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise TrainingError(f"callbacks: {error}") from error
     except SIGTERMException:
         rank_zero_only(print)(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
         sys.exit(128 + signal.SIGTERM)
@@ -121,11 +126,12 @@ def train(config: DictConfig) -> dict[str, float]:
         on = "add resume=auto to go on from the last checkpoint" if checkpoint.exists() else "nothing was saved yet"
         rank_zero_only(print)(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
         raise
-    if trainer.global_step == 0:  # calibrated only: no step has saved it
+    if trainer.global_step == 0 and not trainer.fast_dev_run:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
     overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
-    rank_zero_only(write_result)(run_dir, overrides, metrics, size)
+    if not trainer.fast_dev_run:
+        rank_zero_only(write_result)(run_dir, overrides, metrics, size)
     if config.adapter:
         ship_adapter(run_dir, model, metrics)
     else:
@@ -280,7 +286,7 @@ def _own_model(node: DictConfig, model: nn.Module) -> str:
 def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool, own_model: str) -> None:
     saved = checkpoint.exists()
     print(f"run folder  {run_dir}")
-    print(f"checkpoint  {checkpoint if saved else 'none: callbacks.checkpoints=null saves nothing'}")
+    print(f"checkpoint  {checkpoint if saved else 'none was saved'}")
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if not saved:
         return
