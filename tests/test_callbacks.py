@@ -180,6 +180,35 @@ def test_best_checkpoint_is_the_best(tmp_path):
         fit.fit(task(), datamodule=data())
 
 
+@pytest.mark.parametrize("ends", [{"max_epochs": 2}, {"max_epochs": 1}])
+def test_the_best_checkpoint_is_the_network_that_was_measured_in_mid_epoch(ends, tmp_path):
+    """An epoch has five steps and is validated after two and four."""
+    scores, measured = [0.3, 0.9, 0.95, 0.1], {}
+
+    class Scripted(Callback):
+        def on_validation_epoch_end(self, trainer, task) -> None:
+            task.log("score", torch.tensor(scores[len(measured)]))
+            measured[trainer.global_step] = {name: value.clone() for name, value in task.state_dict().items()}
+
+    fit = trainer(
+        Scripted(),
+        Checkpoints(tmp_path, monitor="score"),
+        **{
+            "max_steps": -1,
+            "limit_train_batches": 5,
+            "limit_val_batches": 1,
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 0,
+            **ends,
+        },
+    )
+    fit.fit(task(), datamodule=data())
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    best = max(measured, key=lambda step: scores[list(measured).index(step)])
+    assert saved["global_step"] == best
+    assert all(torch.equal(value, measured[best][name]) for name, value in saved["state_dict"].items())
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_best_checkpoint_is_of_a_quantized_network(every, tmp_path):
     """Also at the end of an epoch without validation, when fake quantization runs and the metrics are from before."""
@@ -224,6 +253,19 @@ def test_monitors_log_loss_rate_and_stored_scales(tmp_path):
     assert float(last["scale/classifier.weight/max"]) == scale.max().item()
     assert float(last["scale/classifier.input/mean"]) == quantized.model.classifier.activation_quantizer.scale().item()
     assert all(float(row["train/loss"]) > 0 for row in rows if row["train/loss"])
+
+
+def test_a_step_of_several_batches_is_logged_once_with_a_batchs_loss(tmp_path):
+    """An epoch of 7 batches has steps after 3, 6 and 7 of them."""
+    logger, seen = ResumableCSVLogger(tmp_path), Recorder()
+    many = {"accumulate_grad_batches": 3, "limit_train_batches": 7, "log_every_n_steps": 1}
+    trainer(Monitor(), seen, logger=logger, **many).fit(task(), datamodule=data())
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+    assert [step for step, _ in rows] == [0, 1, 2, 3, 4, 5]
+    losses = [seen.losses[7 * epoch + batch] * 3 for epoch in (0, 1) for batch in (2, 5, 6)]
+    assert [loss for _, loss in rows] == pytest.approx(losses)
+    assert rows[0][1] == pytest.approx(math.log(10), rel=0.2)  # of a network that has not learned
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,38 @@ def test_ctrl_c_says_what_is_left(run, tmp_path, capsys, step, said):
     printed = capsys.readouterr()
     assert stopped.value.code == 1 and f"interrupted at step {step}: {said}" in printed.out
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(("how", "status", "step"), [("SIGTERM", 143, 4), ("SIGKILL", -9, 5)])
+def test_images_stopped_between_the_batches_of_a_step(run, tmp_path, how, status, step):
+    """Four batches a step, and validation after each second one: gradients of some batches are in no checkpoint."""
+    several = SMALL_IMAGES.replace("every_n_steps=10", "every_n_steps=2").replace("max_epochs=2", "max_epochs=1")
+    several += " trainer.accumulate_grad_batches=4 trainer.val_check_interval=8"
+    check(run, tmp_path, several, [(step, "on_train_batch_start")], how, status)
+
+
+def test_two_runs_in_one_folder(train, fails, tmp_path):
+    """The second is refused while the first goes on, and not when it has been killed."""
+    (tmp_path / "waiting.py").write_text(
+        "import time, pathlib\nfrom lightning.pytorch import Callback\n\n"
+        "class Wait(Callback):\n"
+        "    def on_train_start(self, *_):\n"
+        "        pathlib.Path('waits').touch()\n"
+        "        time.sleep(600)\n"
+    )
+    short = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=2 name=a"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "qat.train", *short.split(), "+callbacks.wait._target_=waiting.Wait"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as first:
+        try:
+            while not (tmp_path / "waits").exists():
+                assert first.poll() is None
+                time.sleep(0.1)
+            assert f"another run is at work in {tmp_path / 'runs' / 'a'}: wait for its end" in fails(short)
+            assert first.poll() is None
+        finally:
+            first.kill()
+    train(short)
 
 
 def test_images_stopped_by_sigterm_during_validation(run, tmp_path):

@@ -1,7 +1,10 @@
 """The command line from full precision to a measured 4-bit model."""
 
+import csv
 import json
+import math
 import zipfile
+from importlib import import_module
 
 import pytest
 import torch
@@ -103,6 +106,95 @@ def test_a_finished_run_is_not_overwritten_and_can_be_resumed_further(train, fai
     assert (tmp_path / "runs" / "a" / "metrics.csv").read_text() == log
     train(f"{short} name=a resume=auto trainer.max_steps=5")
     assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 5
+
+
+@pytest.mark.parametrize("average", ["StochasticWeightAveraging,swa_lrs:0.05,swa_epoch_start:1", "EMAWeightAveraging"])
+def test_averaged_weights_are_saved_and_measured(train, tmp_path, monkeypatch, average):
+    """Also where the last step was saved before Lightning's callbacks average, and no batch norm asks for an epoch."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "their_model.py").write_text(
+        "from torch.nn import *\nnet = lambda: Sequential(Flatten(), Linear(64, 32), ReLU(), Linear(32, 10))\n"
+    )
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "own.yaml").write_text("_target_: their_model.net\n")
+    own = "--config-dir configs model=own data=digits policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=3"
+    callback = f"+callbacks.mine={{_target_:lightning.pytorch.callbacks.{average}}} trainer.limit_train_batches=4"
+    for every in (4, 1000):
+        train(f"{own} {callback} name={every} callbacks.checkpoints.every_n_steps={every}")
+    said = [json.loads((tmp_path / "runs" / every / "result.json").read_text())["metrics"] for every in ("4", "1000")]
+    saved = [read_checkpoint(tmp_path / "runs" / every / "last.ckpt") for every in ("4", "1000")]
+    assert all(torch.equal(value, saved[1].state_dict[name]) for name, value in saved[0].state_dict.items())
+    measured = evaluate(
+        saved[0].build(import_module("their_model").net()),
+        ImageData("digits", [0.305], [0.376], batch_size=32, eval_batch_size=500),
+    )
+    assert said == [measured, measured]
+
+
+def test_a_resumed_run_takes_the_options_of_its_optimizer_from_its_own_overrides(train, tmp_path, capsys):
+    short = f"{SHORT} name=a trainer.log_every_n_steps=1 task.warmup=0 task.step_size_lr_scale=0.5 policy=conv_w4a4"
+    train(f"{short} task.schedule=constant")
+    capsys.readouterr()
+    train(f"{short} trainer.max_steps=6 resume=auto optim.lr=0.02 optim.weight_decay=0.125 optim.momentum=0.5")
+    printed = capsys.readouterr().out
+    assert "changed     optim: lr 0.1 -> 0.02 (weights, biases)\n" in printed
+    assert "changed     optim: lr 0.05 -> 0.01 (step_sizes)\n" in printed
+    assert "weight_decay 0.0005 -> 0.125 (weights)\n" in printed and "momentum 0.9 -> 0.5 (weights, " in printed
+    with (tmp_path / "runs" / "a" / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    cosine = [0.01 * (1 + math.cos(math.pi * step / 6)) for step in (4, 5, 6)]  # the log has the next step's
+    assert rates == pytest.approx([0.1] * 3 + cosine, abs=1e-9)
+    groups = torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [(group["weight_decay"], group["momentum"]) for group in groups] == [(0.125, 0.5), (0.0, 0.5), (0.0, 0.5)]
+    train(f"{short} trainer.max_steps=7 resume=auto optim.lr=0.02 optim.weight_decay=0.125 optim.momentum=0.5")
+    assert "changed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("first", "then"), [("sgd", "adamw"), ("adamw", "sgd"), ("adamw", "adamw optim.amsgrad=true")])
+def test_a_resumed_run_with_another_optimizer_is_one_line(train, fails, first, then):
+    train(f"{SHORT} name=a optim={first}" + " +optim.amsgrad=false" * ("amsgrad" in then))
+    then = then.replace(" optim", " +optim")
+    assert "the run to resume has another optimizer (with " in fails(f"{SHORT} name=a resume=auto optim={then}")
+
+
+def test_a_checkpoint_of_weights_alone_is_not_resumed(train, fails, tmp_path):
+    keeper = "{_target_:lightning.pytorch.callbacks.ModelCheckpoint,dirpath:mine,filename:w,save_weights_only:true}"
+    train(f"{SHORT} name=a +callbacks.mine={keeper} trainer.max_epochs=1 trainer.max_steps=-1")
+    assert "has no optimizer_states: it " in fails(f"{SHORT} name=b resume={tmp_path / 'mine' / 'w.ckpt'}")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    assert "has no qat: it is not of python -m qat.train" in fails(f"{SHORT} name=b resume={tmp_path / 'other.ckpt'}")
+
+
+def test_a_folder_of_checkpoints_elsewhere_is_looked_into(train, fails, tmp_path, capfd):
+    elsewhere = f"{SHORT} name=a callbacks.checkpoints.folder={tmp_path / 'disk'}"
+    train(elsewhere)
+    last = tmp_path / "disk" / "last.ckpt"
+    assert f"checkpoint  {last}" in capfd.readouterr().out
+    assert f"{tmp_path / 'disk'} holds a checkpoint already: add resume=auto" in fails(elsewhere)
+    train(f"{elsewhere} resume=auto trainer.max_steps=5")
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert "calibrated" not in capfd.readouterr().out
+
+
+def test_a_trial_of_one_batch_leaves_nothing_in_the_way_of_the_run(train, tmp_path, capsys):
+    train(f"{SHORT} name=a +trainer.fast_dev_run=true")
+    assert "checkpoint  none was saved\n" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "a" / "result.json").exists()
+    train(f"{SHORT} name=a")
+    assert torch.load(tmp_path / "runs" / "a" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_early_stopping_by_a_metric_that_is_not_there_is_one_line(fails):
+    stopping = "{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/acc}"
+    said = fails(f"{DIGITS} name=a trainer.max_epochs=1 trainer.limit_train_batches=1 +callbacks.early={stopping}")
+    assert "`val/acc` which is not available" in said and "`val/accuracy`" in said
+
+
+def test_a_run_without_checkpoints_names_none(train, tmp_path, capsys):
+    train(f"{SHORT} name=a callbacks.checkpoints=null")
+    printed = capsys.readouterr().out
+    assert "checkpoint  none was saved\n" in printed and "next" not in printed
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
 def test_a_run_depends_on_its_seed_alone(train, tmp_path):

@@ -192,9 +192,9 @@ class Monitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
         """Log, at a log step."""
-        if not is_log_step(trainer):
+        if not is_log_step(trainer, batch_index):
             return
-        loss = outputs["loss"].item()
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it by these
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isfinite(loss):
             raise divergence(trainer, f"the loss is {loss}")
@@ -215,7 +215,10 @@ class ScaleMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
         """Log, with one transfer from the device for all scales."""
-        if is_log_step(trainer) and (trainer.global_step // trainer.log_every_n_steps) % self.every_n_logs == 0:
+        if (
+            is_log_step(trainer, batch_index)
+            and (trainer.global_step // trainer.log_every_n_steps) % self.every_n_logs == 0
+        ):
             values = scale_statistics(task)
             if values:
                 log(trainer, values)
@@ -263,10 +266,16 @@ class Report(Callback):
         trainer.print(f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}  {figures}  {seconds:.0f} s")
 
 
-def is_log_step(trainer: Trainer) -> bool:
-    """Return whether Lightning logs at the step that has just been taken."""
+def is_log_step(trainer: Trainer, batch_index: int) -> bool:
+    """Return whether a batch has just ended a step at which Lightning logs."""
     every = trainer.log_every_n_steps
-    return every > 0 and trainer.global_step % every == 0
+    return every > 0 and trainer.global_step % every == 0 and ends_step(trainer, batch_index)
+
+
+def ends_step(trainer: Trainer, batch_index: int) -> bool:
+    """Return whether an optimizer step follows a training batch: with accumulated gradients, not each has one."""
+    batches = batch_index + 1
+    return batches % trainer.accumulate_grad_batches == 0 or batches >= trainer.num_training_batches
 
 
 def log(trainer: Trainer, values: dict[str, float]) -> None:

@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
-from .callbacks import all_finite, divergence, fake_quant_waits
+from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
+from .fingerprint import fingerprint
 from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -40,7 +41,8 @@ class Checkpoints(Checkpoint):
         self.folder, self.every_n_steps, self.monitor, self.mode = Path(folder), every_n_steps, monitor, mode
         self.best: float | None = None
         self._saved_at = 0
-        self._stops = False  # SIGTERM came during validation
+        self._saved: list[float] = []  # the fingerprint of what was saved last
+        self._stops = False  # SIGTERM came during validation, or between the batches of one step
         self._of_full_precision = False  # what was measured last, before a delayed start
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
@@ -51,8 +53,12 @@ class Checkpoints(Checkpoint):
         """Save when due, unless validation or the epoch's end comes first; and where max_steps cuts an epoch.
 
         There validation changes nothing that is saved, and at the end of training Lightning calls the epoch complete.
+        Between the batches of one step nothing is saved, and SIGTERM waits: no checkpoint holds gradients.
         """
         if batch_index + 1 >= trainer.num_training_batches:
+            return
+        if not ends_step(trainer, batch_index):
+            self._wait(trainer)
             return
         every = trainer.val_check_batch
         validates = bool(every) and every != float("inf") and (batch_index + 1) % every == 0
@@ -63,16 +69,25 @@ class Checkpoints(Checkpoint):
 
     def on_validation_batch_end(self, trainer: Trainer, task: Task, *args: Any, **kwargs: Any) -> None:
         """Let validation end where SIGTERM comes: Lightning would stop here, with all since the last save lost."""
-        if trainer.received_sigterm and not trainer.sanity_checking:
-            self._stops, trainer._signal_connector.received_sigterm = True, False
+        if not trainer.sanity_checking:
+            self._wait(trainer)
 
     def on_validation_end(self, trainer: Trainer, task: Task) -> None:
-        """Remember of which network the metrics are, which stay until the next validation."""
+        """Remember of which network the metrics are, which stay until the next validation; in mid-epoch, save the best.
+
+        By the epoch's end the network is another one.
+        """
         self._of_full_precision = fake_quant_waits(task)
+        if not (trainer.sanity_checking or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+            self._save_if_best(trainer, task)
 
     def on_train_batch_start(self, trainer: Trainer, task: Task, batch: Any, batch_index: int) -> None:
         """Stop after the next step, which is saved."""
         self._stop(trainer)
+
+    def _wait(self, trainer: Trainer) -> None:
+        if trainer.received_sigterm:
+            self._stops, trainer._signal_connector.received_sigterm = True, False
 
     def _stop(self, trainer: Trainer) -> None:
         if self._stops:
@@ -85,19 +100,15 @@ class Checkpoints(Checkpoint):
             TrainingError: the monitor is not logged.
         """
         self._stop(trainer)
-        if self.monitor in trainer.callback_metrics and not (self._of_full_precision or fake_quant_waits(task)):
-            value = float(trainer.callback_metrics[self.monitor])
-            if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
-                self.best = value
-                self._save(trainer, task, BEST)
-        elif self.monitor not in (None, *trainer.callback_metrics) and trainer.callback_metrics:
+        self._save_if_best(trainer, task)
+        if self.monitor not in (None, *trainer.callback_metrics) and trainer.callback_metrics:
             known = ", ".join(trainer.callback_metrics)
             raise TrainingError(f"callbacks.checkpoints.monitor={self.monitor} is not logged: choose from {known}")
         self._save_if_due(trainer, task)
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
-        """Save the last step, if it is not saved yet, or not as it is now."""
-        if trainer.global_step != self._saved_at or task.changed_at_end:
+        """Save the last step, if it is not saved yet, or not as it is now, such as with averaged weights."""
+        if trainer.global_step != self._saved_at or fingerprint(task.model) != self._saved:
             self._save(trainer, task, LAST)
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,6 +119,15 @@ class Checkpoints(Checkpoint):
         """Go on with the best value so far."""
         self.best = state["best"]
 
+    def _save_if_best(self, trainer: Trainer, task: Task) -> None:
+        """Save the network that was measured last, where none was better."""
+        if self.monitor not in trainer.callback_metrics or self._of_full_precision or fake_quant_waits(task):
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+            self.best = value
+            self._save(trainer, task, BEST)
+
     def _save_if_due(self, trainer: Trainer, task: Task) -> None:
         """Save after so many steps, or after this one where SIGTERM has come: Lightning stops there."""
         steps = trainer.global_step - self._saved_at
@@ -117,9 +137,11 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer, task: Task, name: str) -> None:
         if not all_finite([parameter.detach() for parameter in task.model.parameters()]):
             raise divergence(trainer, "a parameter is NaN or infinite")
+        if trainer.fast_dev_run:  # of which Lightning keeps nothing: a checkpoint would stand in the real run's way
+            return
         save_checkpoint(trainer, self.folder / name)
         if name == LAST:
-            self._saved_at = trainer.global_step
+            self._saved_at, self._saved = trainer.global_step, fingerprint(task.model)
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> None:

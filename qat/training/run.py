@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -34,10 +34,12 @@ from .adapter_run import make_adapter, ship_adapter
 from .checkpointing import LAST, save_checkpoint
 from .data_modules import check_module
 from .evaluation import evaluate
+from .fingerprint import fingerprint
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_loader import keep_position
 from .result import remove_result, write_result
+from .run_lock import hold
 from .task import Task
 from .tokenizer import keep_tokenizer
 
@@ -63,7 +65,10 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _check(config)
     run_dir = _run_dir(config)
-    resume = _resume_from(config.resume, run_dir)
+    lock = hold(run_dir) if rank_zero_only.rank == 0 else None
+    saves = config.callbacks.get("checkpoints")
+    checkpoint = (Path(saves.folder).absolute() if saves else run_dir) / LAST
+    resume = _resume_from(config.resume, checkpoint)
     policy = OmegaConf.to_object(config.policy)
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -102,11 +107,18 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     logger = make(config.logger) if config.logger else False
-    trainer = make(config.trainer, logger=logger, callbacks=callbacks)
-    checkpoint = run_dir / LAST
-    rank_zero_only(remove_result)(run_dir)
+    parts: dict[str, Any] = {"logger": logger, "callbacks": callbacks}
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
+    trainer = make(config.trainer, **parts)
+    if not trainer.fast_dev_run:
+        rank_zero_only(remove_result)(run_dir)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise TrainingError(f"callbacks: {error}") from error
     except SIGTERMException:
         rank_zero_only(print)(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
         sys.exit(128 + signal.SIGTERM)
@@ -114,16 +126,19 @@ def train(config: DictConfig) -> dict[str, float]:
         on = "add resume=auto to go on from the last checkpoint" if checkpoint.exists() else "nothing was saved yet"
         rank_zero_only(print)(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
         raise
-    if trainer.global_step == 0:  # calibrated only: no step has saved it
+    if trainer.global_step == 0 and not trainer.fast_dev_run:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)
     metrics = _final_metrics(trainer, task, data)
     overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
-    rank_zero_only(write_result)(run_dir, overrides, metrics, size)
+    if not trainer.fast_dev_run:
+        rank_zero_only(write_result)(run_dir, overrides, metrics, size)
     if config.adapter:
         ship_adapter(run_dir, model, metrics)
     else:
         own = _own_model(config.model, task.model)
         _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
+    if lock is not None:
+        lock.close()
     return metrics
 
 
@@ -182,12 +197,11 @@ def _run_dir(config: DictConfig) -> Path:
     return Path(config.run_dir).absolute()
 
 
-def _resume_from(resume: str | None, run_dir: Path) -> Path | None:
-    last = run_dir / LAST
+def _resume_from(resume: str | None, last: Path) -> Path | None:
     if resume is None:
         if last.exists():
             raise TrainingError(
-                f"{run_dir} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
+                f"{last.parent} holds a checkpoint already: add resume=auto to go on with that run, or name=OTHER"
             )
         return None
     own = resume == "auto"
@@ -228,7 +242,7 @@ def _teacher(path: str, model: DictConfig) -> nn.Module:
 
 
 def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
-    if task.measured_at != trainer.global_step:  # no validation since the last change
+    if task.measured_at != trainer.global_step or task.measured != fingerprint(task.model):  # it has changed since
         return evaluate(task.model, data, trainer.strategy.root_device)
     return {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -270,9 +284,12 @@ def _own_model(node: DictConfig, model: nn.Module) -> str:
 
 @rank_zero_only
 def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool, own_model: str) -> None:
+    saved = checkpoint.exists()
     print(f"run folder  {run_dir}")
-    print(f"checkpoint  {checkpoint}")
+    print(f"checkpoint  {checkpoint if saved else 'none was saved'}")
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if not saved:
+        return
     if quantized:
         source, out = quote(str(checkpoint)), quote(str(run_dir / "artifact"))
         print(f"next        python -m qat.convert {source} --to native --out {out}{own_model}")

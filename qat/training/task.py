@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..checkpoint import describe
 from ..errors import DataError, TrainingError
@@ -21,12 +22,20 @@ from ..surgery import prepare
 from ..unsaved_buffers import dtypes_kept
 from .compilation import Compilation
 from .data_modules import example_of
+from .fingerprint import fingerprint
 from .losses import mean_prediction
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, pair, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
 from .own_loader import OwnLoader
 from .random_state import random_state, set_random_state
-from .resuming import other_model, require_same_policy
+from .resuming import (
+    options_of,
+    other_model,
+    require_same_optimizer,
+    require_same_policy,
+    require_training_state,
+    take_options,
+)
 
 
 class Task(LightningModule):
@@ -96,8 +105,10 @@ class Task(LightningModule):
         self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
         self._rng_state: dict[str, Any] | None = None
         self._position: list[dict[str, Any]] = []
+        self._asked: list[dict[str, Any]] = []  # options of the optimizer
+        self._stored: list[dict[str, Any]] | None = None  # those of the checkpoint to resume
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
-        self.changed_at_end = False  # a callback changed the network after the last step
+        self.measured: list[float] = []  # and their fingerprint
         self._ran = self._targets_fit = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -159,7 +170,7 @@ class Task(LightningModule):
         """Log the metrics, which are the same on every rank."""
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
         if not self.trainer.sanity_checking:
-            self.measured_at = self.global_step
+            self.measured_at, self.measured = self.global_step, fingerprint(self.model)
 
     def setup(self, stage: str) -> None:
         """Take an example from the user's own data, which does not say what its inputs are."""
@@ -182,7 +193,8 @@ class Task(LightningModule):
         except (TypeError, ValueError) as error:
             raise TrainingError(f"optim: {error}") from error
         factor = learning_rate_factor(self.schedule, self.warmup, total_steps(self.trainer))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = LambdaLR(optimizer, factor)
+        self._asked = options_of(optimizer.param_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -193,7 +205,13 @@ class Task(LightningModule):
                 torch._foreach_clamp_min_(self._step_sizes, MIN_SCALE)
 
     def on_fit_start(self) -> None:
-        """Put the teachers where the network is."""
+        """Put the teachers where the network is.
+
+        Raises:
+            CheckpointError: the checkpoint to resume is of another optimizer.
+        """
+        if self._stored is not None:
+            require_same_optimizer(self._stored, self._asked)
         for teacher in self._teachers:
             teacher.to(self.device).eval()
 
@@ -205,6 +223,12 @@ class Task(LightningModule):
             if "cuda" in self._rng_state and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._rng_state["cuda"].cpu(), self.device)
             self._rng_state = None
+        if self._stored is not None:
+            schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            schedule = next((one for one in schedules if isinstance(one, LambdaLR)), None)
+            for line in take_options(self.trainer.optimizers[0], schedule, self._asked):
+                rank_zero_only(print)(f"changed     optim: {line}")
+            self._stored = None
         loader = self.trainer.train_dataloader
         if isinstance(loader, OwnLoader) and self._position:
             loader.load_state_dict(self._position[0])
@@ -248,8 +272,12 @@ class Task(LightningModule):
         """Keep the random state, and the position in the user's own data, until training starts.
 
         Raises:
-            CheckpointError: the checkpoint has another policy.
+            CheckpointError: the checkpoint has another policy, or no state of training.
         """
+        require_training_state(checkpoint)
         require_same_policy(checkpoint["qat"]["policy"], self.policy)
         self._rng_state = checkpoint["rng"]
+        self._stored = [
+            options for state in checkpoint["optimizer_states"] for options in options_of(state["param_groups"])
+        ]
         self._position = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
