@@ -23,6 +23,7 @@ from qat.training.batch_norm import BatchNormEstimate
 from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Monitor, ScaleMonitor
 from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
+from qat.training.fingerprint import fingerprint
 from qat.training.optimization import step_sizes
 from qat.training.tasks import CausalLanguageModel
 from qat.training.text_data import TextData
@@ -331,3 +332,15 @@ def test_adapters_of_peft_train_without_it_too():
     with mock.patch.object(type(base), "forward", autospec=True, side_effect=type(base).forward) as forward:
         metrics.run(model, torch.zeros(1, 4, dtype=torch.int64))
     assert forward.call_args.kwargs["use_cache"] is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_fingerprint_tells_networks_apart_by_a_bit(dtype):
+    """A norm in 16 bits would be the same for both."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).to(dtype)
+    before = fingerprint(model)
+    assert fingerprint(model) == before and len(before) == 6
+    with torch.no_grad():
+        weight = model[0].weight
+        weight[3, 5] = torch.nextafter(weight[3, 5], weight.new_tensor(torch.inf))
+    assert fingerprint(model) != before

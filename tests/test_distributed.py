@@ -16,6 +16,7 @@ import qat
 from qat import QuantPolicy, QuantSpec
 from qat.errors import StateError
 from qat.numerics import MIN_SCALE
+from qat.training.fingerprint import fingerprint
 
 RANKS = 2
 WAYS = "ddp", "ddp, minmax", "fsdp2", "own groups"
@@ -89,7 +90,9 @@ def work(folder):
 def train_and_save(how, file):
     model, own_groups = prepared(how), how == "own groups"
     wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in how else sharded(model, own_groups)
+    before = fingerprint(model)
     losses = train(wrapped, dist.get_rank(), RANKS)
+    assert len(before) == len(fingerprint(model)) and before != fingerprint(model)
     dist.all_reduce(losses)
     state = {
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> list[float]:
-    """Return the norms of a network's parameters and buffers of floats, with one transfer from the device."""
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if not tensors:
-        return []
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors)])
-    return norms.tolist()
+    """Return the norms of a network's parameters and buffers of floats: of sharded ones this rank's part."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for held in (*model.parameters(), *model.buffers()):
+        tensor = held.to_local().detach() if hasattr(held, "to_local") else held.detach()
+        if tensor.is_floating_point() and tensor.numel():
+            of_device.setdefault(tensor.device, []).append(tensor)
+    found = (torch.stack(torch._foreach_norm(part, 2, torch.float64)).tolist() for part in of_device.values())
+    return [norm for part in found for norm in part]
