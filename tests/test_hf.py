@@ -10,7 +10,15 @@ import pytest
 import torch
 from random_quantized import LLAMA
 from smollm2 import DEVICES, smollm2
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
 import qat
 import qat.hf
@@ -324,3 +332,18 @@ def test_a_policy_that_ships_is_taken_by_its_name(tmp_path):
     assert_same(opened, qat.freeze(qat.prepare(llama(), "lm_w4", verbose=False)))
     with pytest.raises(PolicyError, match="did you mean 'lm_w4'"):
         qat.hf.from_pretrained(tmp_path, policy="lm_w5")
+
+
+def test_a_model_quantized_to_its_last_parameter_is_saved(tmp_path):
+    """OLMo's norms have no weights, and its head is the embedding: no parameter is left to tell the dtype by."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = OlmoForCausalLM(OlmoConfig(vocab_size=64, **sizes, tie_word_embeddings=True, dtype="float32"))
+    rules = [{"match": "re:.*(lm_head|embed_tokens)", "weight": {"bits": 8}}]
+    policy = {"weight": {"bits": 4, "group_size": 32}, "rules": rules}
+    model = qat.freeze(qat.prepare(model, policy, verbose=False)).eval()
+    assert not list(model.parameters())
+    tokens = torch.arange(8)[None]
+    qat.save(model, tmp_path / "out")
+    loaded = qat.load(tmp_path / "out")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)

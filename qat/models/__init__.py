@@ -75,8 +75,10 @@ def architecture_of(model: nn.Module) -> dict[str, Any] | None:
     if type(model).__module__.startswith("transformers.") and hasattr(config, "to_dict"):
         values = json.loads(json.dumps(config.to_dict(), default=str))
         values.pop("quantization_config", None)  # of the checkpoint that the model came from
-        dtype = str(model.dtype).removeprefix("torch.")
-        return {"transformers": {**values, "dtype": dtype, "architectures": [type(model).__name__]}}
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        if dtype is not None:  # of a model that is quantized to the last parameter, its config says it
+            values["dtype"] = str(dtype).removeprefix("torch.")
+        return {"transformers": {**values, "architectures": [type(model).__name__]}}
     return None
 
 
