@@ -104,8 +104,13 @@ def _decide_embedding(
 
 
 def require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision]) -> None:
-    """Raise LayerError if the policy quantizes what layers get by default, and not one layer of the model."""
+    """Raise LayerError if the policy quantizes what layers get by default, and not one layer of the model.
+
+    A rule with match="*" that leaves all of them out is taken at its word.
+    """
     if (policy.weight or policy.activation) is None or any(d.weight or d.activation for d in decisions):
+        return
+    if decisions and {decision.reason for decision in decisions} == {"rule match='*'"}:
         return
     layers = [decision.layer for decision in decisions]
     if not any(plain_type(layer) in set(FAKE_QUANT) - ON_REQUEST for layer in layers):

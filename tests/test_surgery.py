@@ -348,3 +348,5 @@ def test_rules_that_leave_every_layer_out():
     with pytest.raises(LayerError, match=f"quantizes no layer of Sequential .{said}: change its rules"):
         prepare(model, policy)
     assert prepare(model, QuantPolicy(rules=[{"match": "3", "weight": None}])) is model
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert prepare(plain, QuantPolicy(weight=QuantSpec(bits=4), rules=[{"match": "*", "weight": None}])) is plain
