@@ -228,16 +228,6 @@ def test_compiled_training_has_the_same_bits(spec):
     assert torch.equal(eager, compiled) and torch.equal(model[0].weight.grad, grad)
 
 
-@pytest.mark.parametrize("spec", [nf4(granularity="channel"), custom(granularity="channel")], ids=str)
-def test_a_compiled_operator_says_how_its_weight_lies(spec):
-    """As Inductor asserts: of a weight in channels_last it gives one that is not."""
-    model = qat.prepare(nn.Sequential(nn.Conv2d(4, 8, 3)), qat.QuantPolicy(weight=spec), verbose=False)
-    weight, levels = model[0].weight.detach(), model[0].weight_quantizer.levels
-    for laid_out in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3)):
-        arguments = laid_out, 8, 1, levels, None
-        torch.library.opcheck(torch.ops.qat.round_to_codebook.default, arguments, test_utils="test_faketensor")
-
-
 def test_convolutions_and_tied_weights():
     model = nn.Sequential(nn.Conv2d(4, 8, 4), nn.Conv2d(4, 8, 4))
     model[1].weight = model[0].weight

@@ -150,3 +150,13 @@ def test_codes_masks_and_gradients(layout, backend):
                 passed = expected[str(i)] * ((x > 0) & (x < 6))
                 assert_near(x.grad, passed, f"{name}: x")
     assert inputs["image"].grad is None
+
+
+@pytest.mark.parametrize("weight", [NF4, CUSTOM], ids=str)
+def test_a_compiled_operator_says_how_its_weight_lies(weight):
+    """As Inductor asserts: of a weight in channels_last it gives one that is not."""
+    model = qat.prepare(nn.Sequential(nn.Conv2d(4, 8, 3)), {"weight": weight}, verbose=False)
+    weight, levels = model[0].weight.detach(), model[0].weight_quantizer.levels
+    for laid_out in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3)):
+        arguments = laid_out, 8, 1, levels, None
+        torch.library.opcheck(torch.ops.qat.round_to_codebook.default, arguments, test_utils="test_faketensor")
