@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from .adapters import own_modules
-from .errors import LayerError, PolicyError
+from .errors import LayerError, PolicyError, some_of
 from .layers import FAKE_QUANT, matrix, plain_type
 from .numerics import scale_shape
 from .policy import FIRST, LAST, Decision, QuantPolicy, match_rules
@@ -118,10 +118,7 @@ def require_any(model: nn.Module, policy: QuantPolicy, decisions: list[Decision]
     reasons: dict[str, list[str]] = {}
     for decision in decisions:
         reasons.setdefault(decision.reason, []).append(repr(decision.name))
-    said = "; ".join(
-        f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}: {reason}"
-        for reason, names in reasons.items()
-    )
+    said = "; ".join(f"{some_of(names, 2)}: {reason}" for reason, names in reasons.items())
     raise LayerError(f"the policy quantizes no layer of {type(unwrapped(model)).__name__} ({said}): change its rules")
 
 

@@ -1,6 +1,6 @@
 """The errors we raise on purpose. Each message names the thing that is wrong and what to type instead."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -55,3 +55,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f" (did you mean {close[0]!r}?)"
     return f" (known: {', '.join(map(repr, known))})" if known else ""
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of some names for a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import adapters
 from .decisions import decide
-from .errors import LayerError, PolicyError, StateError
+from .errors import LayerError, PolicyError, StateError, some_of
 from .layers import PackedWeight, frozen_layers, is_frozen, make_frozen_, matrix, quant_layers
 from .layers.qa_lora import ZeroPointLora
 from .numerics import QuantizedTensor
@@ -57,7 +57,7 @@ def freeze(model: nn.Module) -> nn.Module:
             if not getattr(quantizer, "enabled", True) and name not in off:
                 off.append(name)
     if off:
-        some = ", ".join(map(repr, off[:4])) + (" and more" if len(off) > 4 else "")
+        some = some_of(list(map(repr, off)))
         warnings.warn(
             f"fake quantization is off (enabled=False) in {len(off)} of {len(layers)} layers ({some}): what ships is "
             "quantized there all the same; to see it before, set enabled=True and evaluate again",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .errors import some_of
 from .outline import parameters_on_meta
 from .wrappers import unwrapped
 
@@ -43,7 +44,7 @@ def warn_of_rounded(model: nn.Module) -> None:
     with parameters_on_meta():
         fresh = {name: buffer.dtype for name, _, _, buffer in _unsaved(build(architecture))}
     if rounded := [name for name, buffer in halves if fresh.get(name, buffer.dtype) != buffer.dtype]:
-        some = ", ".join(map(repr, rounded[:2])) + (" and more" if len(rounded) > 2 else "")
+        some = some_of(list(map(repr, rounded)), 2)
         warnings.warn(
             f"the model's cast has rounded what no file holds ({some}), and who opens what ships makes that anew, in "
             "float32: its positions would not be those of training. Build the model with dtype=torch.bfloat16, as "

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..adapters import refuse_beside
-from ..errors import ArtifactError
+from ..errors import ArtifactError, some_of
 from ..frozen_model import to_model
 from ..layers import frozen_layers
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -145,9 +145,8 @@ def _notes(model: QuantizedModel, kinds: dict[str, str]) -> list[str]:
     notes = [f"XNNPACK runs {len(kinds)} quantized layers: {counts}"]
     slow = [name for name in kinds if kinds[name] == FLOAT32]
     if slow:
-        more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
         notes.append(
-            f"warning: {', '.join(slow[:3])}{more}: XNNPACK has no integer kernel for these (it wants a trained input "
+            f"warning: {some_of(slow)}: XNNPACK has no integer kernel for these (it wants a trained input "
             "scale, one weight scale a channel and no groups of channels): their weights are q * s in float32"
         )
     dynamic = [layer for layer in model.layers.values() if layer.type == "Linear" and not layer.has_activation_scale]

@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, some_of
 from ..packing import unpack
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
@@ -43,9 +43,7 @@ def notes(skipped: list[str]) -> list[str]:
     if not skipped:
         told = f"--extra_options {' '.join(OPTIONS)}"
         return [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {told}"]
-    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    named = ", ".join(skipped[:3]) + more
-    return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({named}): use --to onnx there"]
+    return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({some_of(skipped)}): use --to onnx there"]
 
 
 def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tuple[str, str]]:

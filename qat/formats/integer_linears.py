@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, some_of
 from ..numerics import QuantizedTensor
 from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
@@ -207,9 +207,8 @@ def marlin_notes(layers: dict[str, QuantizedLayer], groups: dict[str, int]) -> l
     ]
     if not odd:
         return []
-    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
     return [
-        f"warning: {', '.join(odd[:3])}{more}: Marlin, the GPU kernel of vLLM and SGLang, wants outputs in multiples "
+        f"warning: {some_of(odd)}: Marlin, the GPU kernel of vLLM and SGLang, wants outputs in multiples "
         "of 64, inputs in multiples of 128 (on each tensor-parallel shard) and groups of 32, 64, 128 or a channel; it "
         "refuses these or runs them slowly: leave them in full precision, or train with such a group size"
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import some_of
 from ..layers import QuantLayer
 from ..numerics import dequantize, quantize
 from ..quantizers import WeightCodebook
@@ -50,7 +51,7 @@ class Report:
             )
         for note in dict.fromkeys(self.notes.values()):
             names = [name for name, said in self.notes.items() if said == note]
-            lines.append(f"{self.init.value}: {note}: {_some(names)}")
+            lines.append(f"{self.init.value}: {note}: {some_of(list(map(repr, names)))}")
         if self.fallbacks:
             lines.append(
                 f"{self.init.value}: fallbacks: {len(self.fallbacks)}, to the least squared error of the weight"
@@ -88,8 +89,3 @@ def set_fallback(name: str, layer: QuantLayer, reason: str, report: Report) -> N
         return
     quantizer.set_step_size(weight_step_size(layer.weight, quantizer.spec, Init.mse))
     report.fallbacks[name] = reason
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
