@@ -30,7 +30,7 @@ SETTINGS = {
     3: ["optim.lr=0.1", "optim.weight_decay=2.5e-4", "trainer.max_epochs=200"],
     2: [
         *("optim=adamw", "optim.lr=5e-4", "optim.weight_decay=0.1", "task.step_size_lr_scale=0.3", "task.warmup=0.005"),
-        *("policy.weight.symmetric=false", "policy.weight.zero_point_dtype=float16", "trainer.max_epochs=400"),
+        *("policy.weight.symmetric=false", "policy.weight.zero_point_dtype=float16", "trainer.max_epochs=600"),
     ],
 }
 ON_A_GPU = ["compile=true", "compile_mode=reduce-overhead", "trainer.precision=bf16-mixed"]
