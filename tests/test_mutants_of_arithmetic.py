@@ -14,20 +14,22 @@ PACKING = "qat.packing"
 CODEBOOK = "qat.codebook"
 NESTED = "qat.double_quantization"
 EXACT = "qat.exact"
+# how LSQ's strict mask is applied, on a grid that is symmetric
+HARDTANH = "hardtanh_backward(values, ratio, low, high)", "grad_input(values, ratio, low, high,"
 
 MUTANTS = [
     # Forward arithmetic
     Mutant(
         "floor(x + 0.5) for round-half-even",
         NUMERICS,
-        "ratio.round()\n",
+        "ratio.round_()\n",
         "(ratio + 0.5).floor()\n",
         numerics.check_ties,
     ),
     Mutant(
         "rounding away from zero on ties",
         NUMERICS,
-        "ratio.round()\n",
+        "ratio.round_()\n",
         "ratio.sign() * (ratio.abs() + 0.5).floor()\n",
         numerics.check_codes,
     ),
@@ -45,33 +47,33 @@ MUTANTS = [
         "a * (1 / b)",
         traced.check_quotient,
     ),
-    Mutant("clamp missing", NUMERICS, "codes.clamp(-spec.q_n, spec.q_p) + 0.0", "codes + 0.0", numerics.check_codes),
+    Mutant("clamp missing", NUMERICS, "codes.clamp_(-spec.q_n, spec.q_p).add", "codes.add", numerics.check_codes),
     Mutant(
         "zero keeps its sign",
         NUMERICS,
-        "codes.clamp(-spec.q_n, spec.q_p) + 0.0",
-        "codes.clamp(-spec.q_n, spec.q_p)",
+        "codes.clamp_(-spec.q_n, spec.q_p).add_(0.0)",
+        "codes.clamp_(-spec.q_n, spec.q_p)",
         numerics.check_zero_has_no_sign,
     ),
     Mutant(
         "lowest code one too high",
         NUMERICS,
-        "codes.clamp(-spec.q_n, spec.q_p)",
-        "codes.clamp(-spec.q_p, spec.q_p)",
+        "codes.clamp_(-spec.q_n, spec.q_p)",
+        "codes.clamp_(-spec.q_p, spec.q_p)",
         numerics.check_codes,
     ),
     Mutant(
         "clamp before the zero point",
         NUMERICS,
-        "codes = ratio.round() + broad",
-        "codes = ratio.round().clamp(-spec.q_n, spec.q_p) + broad",
+        "codes = ratio.round_().add",
+        "codes = ratio.round_().clamp_(-spec.q_n, spec.q_p).add",
         numerics.check_zero_point,
     ),
     Mutant(
         "zero point added in dequantize",
         NUMERICS,
-        "values = values - broad",
-        "values = values + broad",
+        "values.sub_(broad",
+        "values.add_(broad",
         numerics.check_zero_point,
     ),
     Mutant(
@@ -105,8 +107,8 @@ MUTANTS = [
     Mutant(
         "dequantized through bf16",
         NUMERICS,
-        "(values * s).to(dtype)",
-        "(values * s).to(torch.bfloat16).to(dtype)",
+        "values.mul_(s).to(dtype)",
+        "values.mul_(s).to(torch.bfloat16).to(dtype)",
         numerics.check_dequantize,
     ),
     Mutant(
@@ -121,44 +123,64 @@ MUTANTS = [
     Mutant(
         "mask missing",
         NUMERICS,
-        "grad_output.masked_fill(~inside.reshape(x.shape), 0)",
-        "grad_output",
+        "inside(grad, ratio, low, high).to(",
+        "grad.to(",
         gradients.check_gradients,
     ),
     Mutant(
         "mask includes the lower bound",
         NUMERICS,
-        "(ratio > low)",
-        "(ratio >= low)",
+        HARDTANH,
+        tuple(line.replace("low, high", "low - 1e-7, high") for line in HARDTANH),
         gradients.check_gradients,
     ),
-    Mutant("mask includes the upper bound", NUMERICS, "(ratio < high)", "(ratio <= high)", gradients.check_gradients),
+    Mutant(
+        "mask includes the upper bound",
+        NUMERICS,
+        HARDTANH,
+        tuple(line.replace("low, high", "low, high + 1e-7") for line in HARDTANH),
+        gradients.check_gradients,
+    ),
+    Mutant(
+        "mask of a zero point includes the lower bound",
+        NUMERICS,
+        "(ratio > low)",
+        "(ratio >= low)",
+        gradients.check_bounds_of_a_zero_point,
+    ),
+    Mutant(
+        "mask of a zero point includes the upper bound",
+        NUMERICS,
+        "(ratio < high)",
+        "(ratio <= high)",
+        gradients.check_bounds_of_a_zero_point,
+    ),
     Mutant(
         "mask of the rounded ratio",
         NUMERICS,
-        "inside = (ratio > low) & (ratio < high)",
-        "inside = (ratio.round() >= low) & (ratio.round() <= high)",
+        "ratio.nan_to_num_(math.inf)",
+        "ratio, low, high = ratio.round(), low - 0.5, high + 0.5",
         gradients.check_surrogate,
     ),
     Mutant(
         "slope without the ratio",
         NUMERICS,
-        "slope = rounded - ratio.masked_fill(~inside, 0)",
+        "slope = rounded.sub_(inside(ratio, ratio, low, high, out=ratio))",
         "slope = rounded",
         gradients.check_surrogate,
     ),
     Mutant(
         "slope of clipped elements keeps the ratio",
         NUMERICS,
-        "- ratio.masked_fill(~inside, 0)",
-        "- ratio",
+        "rounded.sub_(inside(ratio, ratio, low, high, out=ratio))",
+        "rounded.sub_(ratio)",
         gradients.check_gradients,
     ),
     Mutant(
         "clipped elements give the scale no gradient",
         NUMERICS,
-        "rounded = ratio.clamp(low, high).round()",
-        "rounded = ratio.masked_fill(~inside, 0).round()",
+        "rounded = ratio.clamp(low, high).round_()",
+        "rounded = inside(ratio, ratio, low, high).round_()",
         gradients.check_gradients,
     ),
     Mutant(
@@ -171,8 +193,8 @@ MUTANTS = [
     Mutant(
         "scale gradient summed in bf16",
         NUMERICS,
-        "terms = grad_output.to(slope.dtype).reshape(slope.shape) * slope",
-        "terms = grad_output.reshape(slope.shape) * slope.to(grad_output.dtype)",
+        "slope.mul_(grad)",
+        "grad_output.reshape(slope.shape) * slope.to(grad_output.dtype)",
         gradients.check_bf16_gradients,
     ),
     Mutant(

@@ -17,39 +17,47 @@ MUTANTS = [
     Mutant(
         "PACT: the mask includes the lower bound",
         PACT,
-        "(ratio > -spec.q_n)",
-        "(ratio >= -spec.q_n)",
+        "inside(grad, ratio, low, high)",
+        "inside(grad, ratio, low - 1e-7, high)",
         others.check_pact,
     ),
     Mutant(
-        "PACT: the mask includes the upper bound", PACT, "(ratio < spec.q_p)", "(ratio <= spec.q_p)", others.check_pact
+        "PACT: the mask includes the upper bound",
+        PACT,
+        "inside(grad, ratio, low, high)",
+        "inside(grad, ratio, low, high + 1e-7)",
+        others.check_pact,
     ),
-    Mutant("PACT: the bound learns from all", PACT, ".masked_fill(inside, 0)", "", others.check_pact),
+    Mutant(
+        "PACT: the bound learns from all", PACT, "clipped.sub_(inside(ratio, ratio, low, high))", "", others.check_pact
+    ),
     Mutant(
         "PACT: the bound learns as the step size of LSQ does",
         PACT,
-        "slope = ratio.clamp(-spec.q_n, spec.q_p).masked_fill(inside, 0)",
-        "slope = ratio.clamp(-spec.q_n, spec.q_p).round() - ratio.masked_fill(~inside, 0)",
+        "clipped = ratio.clamp(low, high)",
+        "clipped = ratio.clamp(low, high).round()",
         others.check_pact,
     ),
     Mutant(
         "PACT: what is clipped counts for its size",
         PACT,
-        "ratio.clamp(-spec.q_n, spec.q_p).masked_fill",
-        "ratio.masked_fill",
+        "clipped = ratio.clamp(low, high)",
+        "clipped = ratio.clone()",
         others.check_signed_pact,
     ),
     Mutant(
         "PACT: the lower end is always 0",
         PACT,
-        "ratio.clamp(-spec.q_n, spec.q_p)",
-        "ratio.clamp(0, spec.q_p)",
+        "clipped = ratio.clamp(low, high)",
+        "clipped = ratio.clamp(0, high)",
         others.check_signed_pact,
     ),
     Mutant(
         "PACT: the gradient without its scale", PACT, "step_size, grad_scale)", "step_size, 1.0)", others.check_pact
     ),
-    Mutant("PACT: clipped values pass their gradient", PACT, ".masked_fill(~inside, 0)", "", others.check_pact),
+    Mutant(
+        "PACT: clipped values pass their gradient", PACT, "inside(grad, ratio, low, high)", "grad", others.check_pact
+    ),
     Mutant(
         "PACT: gradients of the unrounded step size",
         PACT,
@@ -60,8 +68,8 @@ MUTANTS = [
     Mutant(
         "PACT: the gradient summed in bf16",
         PACT,
-        "grad_output.to(working) * slope",
-        "grad_output * slope.to(grad_output.dtype)",
+        "clipped.mul_(grad)",
+        "grad_output * clipped.to(grad_output.dtype)",
         others.check_pact_in_bf16,
     ),
     # Min-max

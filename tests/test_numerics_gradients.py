@@ -99,6 +99,15 @@ def check_surrogate(numerics):
                 assert step.grad.item() == pytest.approx(in_s, abs=1e-9), ratio
 
 
+def check_bounds_of_a_zero_point(numerics):
+    """A zero point of 3 moves the bounds of x / s from -8 and 7 to -11 and 4, which give no gradient themselves."""
+    spec, step = QuantSpec(granularity="tensor", symmetric=False, signed=True), torch.tensor([[0.5]])
+    for zero_point in (torch.tensor([[3]], dtype=torch.int8), torch.tensor([[3.0]], dtype=torch.float16)):
+        x = torch.tensor([[-5.75, -5.5, -5.375, 0.0, 1.875, 2.0, 2.25]], requires_grad=True)
+        numerics.fake_quantize(x, step, spec, zero_point=zero_point).sum().backward()
+        assert x.grad.tolist() == [[0, 0, 1, 1, 1, 0, 0]]
+
+
 def check_saved_tensors(numerics):
     """The backward keeps the two inputs and nothing else."""
     saved = []
@@ -131,6 +140,10 @@ def test_gradients_are_the_papers():
 
 def test_gradients_are_the_surrogates():
     check_surrogate(qat.numerics)
+
+
+def test_a_zero_point_moves_the_bounds():
+    check_bounds_of_a_zero_point(qat.numerics)
 
 
 def test_backward_saves_only_its_inputs():

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import backend, exact
+from .. import backend, exact, numerics
 from ..once import Function, once
 from ..spec import Dynamic
 
@@ -87,7 +87,7 @@ def _kernels() -> ModuleType:
 def rounded(x: Tensor, kind: Dynamic, dtype: torch.dtype | None = None) -> Tensor:
     """Return the value of ``round_dynamic``, without gradients, in ``dtype`` (that of x): the kernels' reference."""
     codes, scale, zero_point = dynamic_codes(x, kind)
-    values = (codes if zero_point is None else codes - zero_point) * scale
+    values = (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
     return values.reshape(x.shape).to(dtype or x.dtype)
 
 
@@ -96,7 +96,7 @@ def rounded_gradient(grad_output: Tensor, x: Tensor, kind: Dynamic) -> Tensor:
     if kind == Dynamic.q8_0:
         return grad_output.to(x.dtype, copy=True)
     codes, _ = _unclipped_int8_token(x)
-    return grad_output.masked_fill((codes < -128) | (codes > 127), 0).to(x.dtype)
+    return numerics.inside(grad_output.to(codes.dtype), codes.nan_to_num_(0.0), -129, 128).to(x.dtype)
 
 
 def reround_(
@@ -119,12 +119,12 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
     """
     if kind == Dynamic.int8_token:
         codes, (factor, zero_point) = _unclipped_int8_token(x)
-        return codes.clamp(-128, 127), exact.quotient(torch.ones_like(factor), factor), zero_point
+        return codes.clamp_(-128, 127), exact.quotient(torch.ones_like(factor), factor), zero_point
     values = x.float().unflatten(-1, (-1, BLOCK))
     largest = values.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 127)  # a number would make torch multiply by a reciprocal, which rounds twice
     factor = torch.where(largest == 0, 0.0, most / largest)
-    return (values * factor).round() + 0.0, (largest / most).half().float(), None
+    return (values * factor).round_().add_(0.0), (largest / most).half().float(), None
 
 
 def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -136,7 +136,7 @@ def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     factor = torch.where(low == high, 1.0, exact.quotient(torch.full_like(low, 255), high - low))
     least, most = exact.product(low, factor), exact.product(high, factor)
     zero_point = torch.where((-128 + least) + (127 + most) > 0, -128 - least, 127 - most).clamp(-128, 127).round()
-    return (values * factor).round() + zero_point, (factor, zero_point)
+    return (values * factor).round_().add_(zero_point), (factor, zero_point)
 
 
 class _RoundDynamic(Function):

@@ -8,13 +8,14 @@ not behind a ReLU are clipped at both ends.
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
 from torch import Tensor
 
 from .. import numerics
-from ..numerics import broadcast, stored_scale, summed_by_scale
+from ..numerics import broadcast, inside, stored_scale, summed_by_scale
 from ..spec import QuantSpec
 from .lsq import LearnedActivation
 from .rounding import Rounding
@@ -44,11 +45,12 @@ def gradients(
     working = torch.promote_types(x.dtype, torch.float32)
     values, scale = broadcast(x.to(working), stored_scale(step_size, spec).to(working))
     ratio = values / scale
-    inside = (ratio > -spec.q_n) & (ratio < spec.q_p)
-    slope = ratio.clamp(-spec.q_n, spec.q_p).masked_fill(inside, 0)
-    grad_step = summed_by_scale(grad_output.to(working) * slope, step_size, grad_scale)
-    grad_x = grad_output.masked_fill(~inside, 0).to(x.dtype)
-    return grad_x, grad_step, None
+    low, high, grad = -spec.q_n, spec.q_p, grad_output.to(working)
+    clipped = ratio.clamp(low, high)
+    ratio.nan_to_num_(math.inf)  # which is not inside
+    grad_x = inside(grad, ratio, low, high).to(x.dtype)
+    clipped.sub_(inside(ratio, ratio, low, high))  # leaves 0 where nothing is clipped
+    return grad_x, summed_by_scale(clipped.mul_(grad), step_size, grad_scale), None
 
 
 def requantize_(
