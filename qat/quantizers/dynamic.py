@@ -86,17 +86,14 @@ def _kernels() -> ModuleType:
 
 def rounded(x: Tensor, kind: Dynamic, dtype: torch.dtype | None = None) -> Tensor:
     """Return the value of ``round_dynamic``, without gradients, in ``dtype`` (that of x): the kernels' reference."""
-    codes, scale, zero_point = dynamic_codes(x, kind)
-    values = (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
-    return values.reshape(x.shape).to(dtype or x.dtype)
+    return _values_(*dynamic_codes(x, kind)).reshape(x.shape).to(dtype or x.dtype)
 
 
 def rounded_gradient(grad_output: Tensor, x: Tensor, kind: Dynamic) -> Tensor:
     """Return the gradient of ``round_dynamic``: the incoming one, or 0 where a code of int8_token was clipped."""
     if kind == Dynamic.q8_0:
         return grad_output.to(x.dtype, copy=True)
-    codes, _ = _unclipped_int8_token(x)
-    return numerics.inside(grad_output.to(codes.dtype), codes.nan_to_num_(0.0), -129, 128).to(x.dtype)
+    return _unclipped(grad_output, _int8_token(x)[0]).to(x.dtype)
 
 
 def reround_(
@@ -106,8 +103,22 @@ def reround_(
 
     For a backward that kept x alone and needs its rounded value again.
     """
-    y = None if dtype is None else rounded(x, kind, dtype)
-    return y, rounded_gradient(grad_output, x, kind) if wanted else None
+    if kind == Dynamic.q8_0 or dtype is None or not wanted:
+        y = None if dtype is None else rounded(x, kind, dtype)
+        return y, rounded_gradient(grad_output, x, kind) if wanted else None
+    codes, scale, zero_point = _int8_token(x)
+    grad_x = _unclipped(grad_output, codes).to(x.dtype)
+    return _values_(codes.clamp_(-128, 127), scale, zero_point).to(dtype), grad_x
+
+
+def _values_(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
+
+
+def _unclipped(grad: Tensor, codes: Tensor) -> Tensor:
+    """Return the gradient, at least in float32, where int8 holds the codes or they are NaN, else 0."""
+    dtype = torch.promote_types(grad.dtype, codes.dtype)
+    return numerics.inside(grad.to(dtype), codes.nan_to_num(0.0).to(dtype), -129, 128)
 
 
 def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -118,8 +129,8 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
         the fp16 grid, no zero point.
     """
     if kind == Dynamic.int8_token:
-        codes, (factor, zero_point) = _unclipped_int8_token(x)
-        return codes.clamp_(-128, 127), exact.quotient(torch.ones_like(factor), factor), zero_point
+        codes, *parameters = _int8_token(x)
+        return codes.clamp_(-128, 127), *parameters
     values = x.float().unflatten(-1, (-1, BLOCK))
     largest = values.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 127)  # a number would make torch multiply by a reciprocal, which rounds twice
@@ -127,8 +138,8 @@ def dynamic_codes(x: Tensor, kind: Dynamic) -> tuple[Tensor, Tensor, Tensor | No
     return (values * factor).round_().add_(0.0), (largest / most).half().float(), None
 
 
-def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return float32 codes of any size, and each token's factor and zero point (..., 1)."""
+def _int8_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 codes of any size, and each token's scale and zero point (..., 1)."""
     x = exact.rounded(x)
     values = x.float()  # ahead of the reductions, which read x: a compiler then computes it again, and keeps no mask
     low = x.amin(-1, keepdim=True).float().clamp_max(0)
@@ -136,7 +147,8 @@ def _unclipped_int8_token(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     factor = torch.where(low == high, 1.0, exact.quotient(torch.full_like(low, 255), high - low))
     least, most = exact.product(low, factor), exact.product(high, factor)
     zero_point = torch.where((-128 + least) + (127 + most) > 0, -128 - least, 127 - most).clamp(-128, 127).round()
-    return (values * factor).round_().add_(zero_point), (factor, zero_point)
+    codes = (values * factor).round_().add_(zero_point)
+    return codes, exact.quotient(torch.ones_like(factor), factor), zero_point
 
 
 class _RoundDynamic(Function):
