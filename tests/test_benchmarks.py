@@ -44,6 +44,17 @@ def test_qat_step(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / f"{part}.md").read_text() in printed for part in ("language", "vision", "losses"))
 
 
+def test_cpu_step(monkeypatch, capsys):
+    from benchmarks import cpu_step
+
+    monkeypatch.setattr(cpu_step, "DECODER", {"hidden": 128, "layers": 1, "mlp": 128, "vocabulary": 64, "heads": 4})
+    monkeypatch.setattr(sys, "argv", ["cpu_step", "--steps", "1", "--threads", str(torch.get_num_threads())])
+    cpu_step.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(rows) == 8
+    assert all(row[-1] == "installed" or float(row[-1]) > 0 for row in rows)
+
+
 def test_adapters(tmp_path, monkeypatch, capsys):
     """Each variant in this process, in place of one of its own."""
     pytest.importorskip("peft")
