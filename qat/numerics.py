@@ -236,7 +236,10 @@ def fake_quantize_gradients(
 def inside(
     values: Tensor, ratio: Tensor, low: float | Tensor, high: float | Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """Return the values where ``low < ratio < high``, strictly, and 0 elsewhere, in ``out`` if given; no NaN is one."""
+    """Return the values where ``low < ratio < high``, strictly, and 0 elsewhere; no ratio is NaN.
+
+    What is returned may be ``out``.
+    """
     if isinstance(low, Tensor):
         return torch.where((ratio > low) & (ratio < high), values, 0)
     if out is not None:
