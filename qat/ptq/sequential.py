@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CalibrationError, StateError
+from ..float32 import in_float32
 from ..layers import QuantLayer, quant_layers
 from ..modes import in_eval_mode
 from ..quantizers import LearnedStepSize, Quantizer, WeightCodebook, WeightLSQ
@@ -243,21 +244,18 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no key-value cache, exact float32 products, quantizers that have no step size yet switched off."""
     quantizers = [module for module in model.modules() if isinstance(module, LearnedStepSize | WeightCodebook)]
     enabled = {quantizer: quantizer.enabled for quantizer in quantizers}
-    precision = torch.get_float32_matmul_precision()
     configs = {id(config): config for part in model.modules() if (config := part.__dict__.get("config")) is not None}
     configs = {key: config for key, config in configs.items() if getattr(config, "use_cache", False)}
-    torch.set_float32_matmul_precision("highest")
     for config in configs.values():  # T5's decoder has one of its own
         config.use_cache = False  # blocks that run again and again would add to it
     for quantizer in quantizers:
         waits = quantizer.waits_for_data if isinstance(quantizer, WeightCodebook) else not quantizer.is_initialised
         quantizer.enabled = quantizer.enabled and not waits
     try:
-        with in_eval_mode(model):
+        with in_eval_mode(model), in_float32(matmul=True):
             yield
     finally:
         for quantizer, value in enabled.items():
             quantizer.enabled = value
         for config in configs.values():
             config.use_cache = True
-        torch.set_float32_matmul_precision(precision)

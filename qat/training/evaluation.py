@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..float32 import in_float32
 from ..modes import in_eval_mode
 from .data_modules import test_batches
 from .image_data import ImageData
@@ -59,26 +57,6 @@ def evaluate(
     if metrics is None:
         raise DataError(f"{type(data).__name__} has no batch to measure on")
     return {name: value.item() for name, value in metrics.compute().items()}
-
-
-@contextmanager
-def in_float32() -> Iterator[None]:
-    """Have cuDNN multiply float32 as float32 for the time being, and not in TF32, as torch lets it.
-
-    TF32's 11 bits round what a convolution multiplies, and so move values across the thresholds of the next quantizer:
-    the accuracy of a network of 2 bits changes by up to 0.4 points (benchmarks/NOTES.md).
-    """
-    cudnn = torch.backends.cudnn
-    try:
-        before = cudnn.allow_tf32
-    except RuntimeError:  # somebody chose by torch's newer names, fp32_precision: it stays as chosen
-        yield
-        return
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
 
 
 def _metrics(logits: Tensor, compared: bool) -> ClassificationMetrics | LanguageMetrics:
