@@ -50,13 +50,13 @@ class Noisy(Dataset):
         return noise * (index % 2 - 0.5), index % 2
 
 class Data(LightningDataModule):
-    def __init__(self, generator: bool = False, workers: int = 0):
+    def __init__(self, generator: bool = False, workers: int = 0, size: int = 8):
         super().__init__()
-        self.generator, self.workers = generator, workers
+        self.generator, self.workers, self.size = generator, workers, size
         self.sampler = RandomSampler(Noisy(), generator=torch.Generator().manual_seed(3)) if generator else None
     def train_dataloader(self):
         more = dict(sampler=self.sampler) if self.generator else dict(shuffle=True)
-        return DataLoader(Noisy(), 8, num_workers=self.workers, **more)
+        return DataLoader(Noisy(), self.size, num_workers=self.workers, **more)
     def val_dataloader(self):
         return DataLoader(Noisy(), 48, num_workers=self.workers)
 """
@@ -162,6 +162,14 @@ def test_own_data_killed_in_mid_epoch_and_after_one(run, tmp_path, more):
     """It reads again what was read, so that order, augmentations and all that follows are those of the whole run."""
     own_data(tmp_path)
     check(run, tmp_path, f"{OWN} {more}", [(21, "on_train_batch_start"), (24, "on_train_epoch_start")])
+
+
+def test_own_data_in_other_batches(run, tmp_path):
+    own_data(tmp_path)
+    run(f"{OWN} trainer.max_steps=17")
+    printed = run(f"{OWN} resume=auto +data.size=16")
+    assert "changed     batch size 8 -> 16, batches an epoch 12 -> 6: of this epoch some examples come twice" in printed
+    assert "changed" not in run(f"{OWN} trainer.max_epochs=4 resume=auto +data.size=16")
 
 
 @pytest.mark.slow

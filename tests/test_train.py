@@ -59,12 +59,27 @@ def test_from_full_precision_to_a_measured_4_bit_model(train, tmp_path, capsys):
         ("policy=none", "the run to resume has policy.weight={"),
         ("policy.activation_quantizer=pact", "has policy.activation_quantizer=lsq, and this one pact: resume with"),
         ("model.args.width=6", "the run to resume has another model (size mismatch for model.features.0.0.weight"),
+        ("seed=3", "has data.seed=0, and this one 3: resume with that, or with the seed=0 that it follows"),
     ],
 )
 def test_a_run_goes_on_with_what_it_began_with(train, fails, more, said):
     train(f"{SHORT} policy=conv_w4a4 trainer.max_steps=1 name=a")
     assert said in fails(f"{SHORT} policy=conv_w4a4 trainer.max_steps=2 name=a resume=auto {more}")
     train(f"{SHORT} policy=conv_w4a4 policy.init=mse trainer.max_steps=2 name=a resume=auto")
+
+
+@pytest.mark.parametrize(
+    ("steps", "missed"), [(1, ": of this epoch some examples come twice"), (44, "; to go on to the bit, resume")]
+)
+def test_a_resumed_run_says_that_its_batches_are_others(train, capsys, steps, missed):
+    """In silence it would be another run than the one that was killed."""
+    short = f"{DIGITS} trainer.limit_val_batches=1 trainer.max_epochs=2 name=a"
+    train(f"{short} trainer.max_steps={steps}")
+    train(f"{short} trainer.max_steps={steps + 1} data.batch_size=64 resume=auto")
+    line = f"changed     data.batch_size 32 -> 64{missed}"
+    assert line in capsys.readouterr().out
+    train(f"{short} trainer.max_steps={steps + 2} data.batch_size=64 resume=auto")
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_of_the_run_is_named(train, fails, tmp_path):

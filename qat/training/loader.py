@@ -78,11 +78,17 @@ class Loader:
             self._yielded = batch + 1
             yield gather(slice(batch * self.batch_size, (batch + 1) * self.batch_size))
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position: the epoch, and how many of its batches were handed out."""
-        return {"epoch": self.sampler.epoch, "batches": self._yielded}
+    def order(self) -> dict[str, int | None]:
+        """Return what the order of an epoch, and its cut into batches, depends on."""
+        sampler = self.sampler
+        keys = {"data.seed": sampler.seed, "data.batch_size": self.batch_size}
+        return keys | {"training examples": sampler.size, "ranks": sampler.world_size}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: the epoch, how many of its batches were handed out, and of what order."""
+        return {"epoch": self.sampler.epoch, "batches": self._yielded, "order": self.order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after that position once the sampler has reached its epoch."""
         self._resume = state["epoch"], state["batches"]
         self.sampler.epoch, self._yielded = self._resume

@@ -82,9 +82,14 @@ class OwnLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the position, as plain values."""
         if self._knows:
-            return {"loader": self.loader.state_dict()}
+            return {"loader": self.loader.state_dict(), "order": self.order()}
         now = {"generators": [generator.get_state() for generator in self._generators()]}
-        return {"epoch": self.epoch, "batches": self._batches, "started": self._started, "now": now}
+        state = {"epoch": self.epoch, "batches": self._batches, "started": self._started, "now": now}
+        return state | {"order": self.order()}
+
+    def order(self) -> dict[str, int | None]:
+        """Return what is known of the cut into batches; the order itself is that of the restored random numbers."""
+        return {"batch size": getattr(self.loader, "batch_size", None), "batches an epoch": len(self.loader)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after that position, from the next iteration on; one of other data is left alone."""

@@ -65,6 +65,27 @@ def take_options(optimizer: Optimizer, scheduler: LambdaLR | None, asked: list[d
     return [f"{what} ({', '.join(names)})" for what, names in changed.items()]
 
 
+def take_order(stored: dict[str, Any], now: dict[str, Any], within: bool) -> list[str]:
+    """Return how the order of training examples has changed since a checkpoint, for people.
+
+    Args:
+        stored, now: ``order()`` of a loader; {} of a checkpoint that does not say.
+        within: it was saved within an epoch, whose batches that were read are skipped by their number.
+
+    Raises:
+        CheckpointError: the seed is another one.
+    """
+    seed = "data.seed"
+    if stored.get(seed) != now.get(seed) and seed in stored:
+        raise CheckpointError(
+            f"the run to resume has {seed}={stored[seed]}, and this one {now[seed]}: resume with that, or with the "
+            f"seed={stored[seed]} that it follows, or start another run with name=OTHER"
+        )
+    changed = [f"{key} {stored[key]} -> {value}" for key, value in now.items() if stored.get(key, value) != value]
+    missed = ": of this epoch some examples come twice, or not at all" if within else ""
+    return [f"{', '.join(changed)}{missed}; to go on to the bit, resume with what it had"] if changed else []
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -107,12 +107,11 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     logger = make(config.logger) if config.logger else False
-    parts: dict[str, Any] = {"logger": logger, "callbacks": callbacks}
+    goes_on = LambdaCallback(on_train_start=lambda *_: trainer.fast_dev_run or rank_zero_only(remove_result)(run_dir))
+    parts: dict[str, Any] = {"logger": logger, "callbacks": [*callbacks, goes_on]}
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
-    if not trainer.fast_dev_run:
-        rank_zero_only(remove_result)(run_dir)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except RuntimeError as error:

@@ -23,6 +23,8 @@ from ..unsaved_buffers import dtypes_kept
 from .compilation import Compilation
 from .data_modules import example_of
 from .fingerprint import fingerprint
+from .in_memory_data import InMemoryData
+from .loader import Loader
 from .losses import mean_prediction
 from .metrics import ClassificationMetrics, LanguageMetrics, check_targets, first_logits, logits_of, pair, run
 from .optimization import Schedule, learning_rate_factor, parameter_groups, step_sizes, total_steps
@@ -35,6 +37,7 @@ from .resuming import (
     require_same_policy,
     require_training_state,
     take_options,
+    take_order,
 )
 
 
@@ -105,6 +108,7 @@ class Task(LightningModule):
         self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
         self._rng_state: dict[str, Any] | None = None
         self._position: list[dict[str, Any]] = []
+        self._within = False  # an epoch: that position
         self._asked: list[dict[str, Any]] = []  # options of the optimizer
         self._stored: list[dict[str, Any]] | None = None  # those of the checkpoint to resume
         self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
@@ -232,6 +236,7 @@ class Task(LightningModule):
         loader = self.trainer.train_dataloader
         if isinstance(loader, OwnLoader) and self._position:
             loader.load_state_dict(self._position[0])
+            self._compare(loader)
             self._position = []
 
     def on_validation_start(self) -> None:
@@ -272,7 +277,7 @@ class Task(LightningModule):
         """Keep the random state, and the position in the user's own data, until training starts.
 
         Raises:
-            CheckpointError: the checkpoint has another policy, or no state of training.
+            CheckpointError: the checkpoint has another policy or order of examples, or no state of training.
         """
         require_training_state(checkpoint)
         require_same_policy(checkpoint["qat"]["policy"], self.policy)
@@ -281,3 +286,13 @@ class Task(LightningModule):
             options for state in checkpoint["optimizer_states"] for options in options_of(state["param_groups"])
         ]
         self._position = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        self._within = bool(self._position) and self._position[0].get("epoch") == checkpoint["epoch"]
+        data = self.trainer.datamodule
+        if isinstance(data, InMemoryData):
+            self._compare(data.train_dataloader())
+
+    def _compare(self, loader: Loader | OwnLoader) -> None:
+        """Say what is not as it was when the checkpoint to resume was saved."""
+        for position in self._position[:1]:
+            for line in take_order(position.get("order", {}), loader.order(), self._within):
+                rank_zero_only(print)(f"changed     {line}")
