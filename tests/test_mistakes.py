@@ -161,6 +161,35 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(train, fails, tm
     train(on)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "taken", "said"),
+    [
+        ("run_dir=x", "x", "the run folder x cannot be made: File exists; choose another with run_dir=DIR"),
+        ("run_dir=x", "x/train.log/", "x/train.log cannot be made: Is a directory; choose another with run_dir=DIR"),
+        ("run_dir=x", "x/.lock/", "run_dir={here}/x: nothing can be written there (Is a directory): choose another"),
+        ("logger.save_dir=x", "x", "logger.save_dir=x: nothing can be written there (File exists): choose another"),
+        ("name=x", "runs/x/metrics.csv/", "runs/x/metrics.csv is a folder, and the log would be a file: move it away"),
+        ("callbacks.checkpoints.folder=x/y", "x", "callbacks.checkpoints.folder=x/y: nothing can be written there ("),
+    ],
+)
+def test_a_place_that_is_taken_is_one_line_before_training(fails, tmp_path, overrides, taken, said):
+    """Checkpoints every 1000 steps, and so hours of work, were lost to a folder that is none."""
+    place = tmp_path / taken
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.mkdir() if taken.endswith("/") else place.touch()
+    assert said.format(here=tmp_path) in fails(f"{SHORT} {overrides}")
+
+
+def test_a_folder_that_is_lost_while_a_run_trains_is_one_line(train, fails, tmp_path, monkeypatch):
+    """What is in the way of the new file is left alone."""
+    at_work = f"{SHORT} callbacks.checkpoints.every_n_steps=1"
+    train(at_work)
+    before = (tmp_path / "runs" / "run" / "last.ckpt").read_bytes()
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer, path: path.mkdir())
+    assert "no checkpoint can be written to " in fails(f"{at_work} resume=auto trainer.max_steps=5")
+    assert (tmp_path / "runs" / "run" / "last.ckpt").read_bytes() == before
+
+
 def test_the_progress_bar_can_be_switched_off(train, tmp_path):
     train(f"{SHORT} trainer.enable_progress_bar=false trainer.log_every_n_steps=0")
     assert (tmp_path / "runs" / "run" / "last.ckpt").is_file()

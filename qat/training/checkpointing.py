@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from ..errors import TrainingError
 from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
 from .fingerprint import fingerprint
+from .folders import require_writable
 from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -30,7 +32,8 @@ class Checkpoints(Checkpoint):
         mode: "max" or "min".
 
     Raises:
-        TrainingError: a parameter is NaN or infinite (nothing is overwritten), or the metric does not exist.
+        TrainingError: a parameter is NaN or infinite (nothing is overwritten), the metric does not exist, or nothing
+            can be written in the folder.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 1000, monitor: str | None = None, mode: str = "max") -> None:
@@ -44,6 +47,11 @@ class Checkpoints(Checkpoint):
         self._saved: list[float] = []  # the fingerprint of what was saved last
         self._stops = False  # SIGTERM came during validation, or between the batches of one step
         self._of_full_precision = False  # what was measured last, before a delayed start
+
+    def setup(self, trainer: Trainer, task: Task, stage: str) -> None:
+        """Refuse at once a folder that no checkpoint can be saved in."""
+        if not trainer.fast_dev_run:
+            require_writable(self.folder, "callbacks.checkpoints.folder")
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Count from the step that a resumed run is at."""
@@ -148,15 +156,16 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     """Save beside the path, then rename: Lightning's own save may copy across file systems, which a kill can cut.
 
     Raises:
-        TrainingError: the disk is full or read-only; what stood there is unchanged.
+        TrainingError: the disk is full, or nothing can be written there; what stood there is unchanged.
     """
     new = path.with_name(f".{path.name}.tmp")
     try:
         trainer.save_checkpoint(new)
+        if trainer.is_global_zero:
+            os.replace(new, path)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
         left = "; the last one is untouched, and resume=auto goes on from it" if path.exists() else ""
         raise TrainingError(f"no checkpoint can be written to {path}: {error.strerror or error}{left}") from error
-    if trainer.is_global_zero:
-        os.replace(new, path)
     trainer.strategy.barrier("checkpoint renamed")

@@ -57,17 +57,24 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     except BrokenPipeError:  # of --help or --cfg job into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # run_job answers what the job raises: this is Hydra's, which makes the run's folder
-        fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
-        which = "" if error.filename is None else f" {error.filename}"  # a write to a full disk names no file
-        fail(f"the run folder{which} cannot be made: {error.strerror}; choose another with {fix}")
+    except OSError as error:
+        fail(_no_folder(error))
     except ValueError as error:
+        if isinstance(error.__cause__, OSError):  # of logging, whose file Hydra opens there
+            fail(_no_folder(error.__cause__))
         nulls = [word for word in sys.argv[1:] if word.endswith("=null")]
         if not nulls or "Config group override" not in str(error):
             raise
         fail(f"{nulls[0]}: a group of files takes the name of one of them, as in logger=none or callbacks.NAME=null")
     finally:
         os.environ.pop(FULL_ERROR, None)
+
+
+def _no_folder(error: OSError) -> str:
+    """Return what to say where Hydra cannot make a run's folder, or its files there; run_job answers for the job."""
+    fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
+    which = "" if error.filename is None else f" {error.filename}"  # a write to a full disk names no file
+    return f"the run folder{which} cannot be made: {error.strerror}; choose another with {fix}"
 
 
 def as_it_stands(word: str) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ..errors import TrainingError
+from .folders import require_writable
+
 FILE = "metrics.csv"
 
 
@@ -58,7 +61,14 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop the rows of that step and later ones, and the columns that only they had."""
+        """Drop the rows of that step and later ones, and the columns that only they had.
+
+        Raises:
+            TrainingError: nothing can be written in the folder, or over the file.
+        """
+        require_writable(self.path.parent, "logger.save_dir")
+        if self.path.is_dir():
+            raise TrainingError(f"{self.path} is a folder, and the log would be a file: move it away")
         rows = [row for row in self._read() if int(row["step"]) < step]
         header = list(rows[0]) if rows else []
         self._columns = [name for name in header if any(row[name] for row in rows)]

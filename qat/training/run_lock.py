@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import TrainingError
+from .folders import not_writable, require_writable
 
 try:
     import fcntl
@@ -23,12 +24,15 @@ def hold(run_dir: Path) -> IO[str] | None:
     behind for a moment do not have it.
 
     Raises:
-        TrainingError: another process runs there.
+        TrainingError: another process runs there, or nothing can be written there.
     """
     if fcntl is None:
         return None
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / LOCK).open("w")
+    require_writable(run_dir, "run_dir")
+    try:
+        file = (run_dir / LOCK).open("w")
+    except OSError as error:  # such as another user's
+        raise not_writable(run_dir, "run_dir", error) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
