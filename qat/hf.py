@@ -29,7 +29,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import formats
+from . import formats, parameterless  # noqa: F401  what the latter sets is all it does
 from .atomic import atomic_folder
 from .decisions import check_shapes, decide
 from .errors import ArtifactError, LayerError, PolicyError

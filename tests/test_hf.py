@@ -334,7 +334,7 @@ def test_a_policy_that_ships_is_taken_by_its_name(tmp_path):
         qat.hf.from_pretrained(tmp_path, policy="lm_w5")
 
 
-def test_a_model_quantized_to_its_last_parameter_is_saved(tmp_path):
+def test_a_model_quantized_to_its_last_parameter_is_saved_and_generates(tmp_path):
     """OLMo's norms have no weights, and its head is the embedding: no parameter is left to tell the dtype by."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -345,5 +345,9 @@ def test_a_model_quantized_to_its_last_parameter_is_saved(tmp_path):
     assert not list(model.parameters())
     tokens = torch.arange(8)[None]
     qat.save(model, tmp_path / "out")
-    loaded = qat.load(tmp_path / "out")
+    loaded, opened = qat.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    first, *others = (one.generate(tokens, max_new_tokens=4, do_sample=False) for one in (model, loaded, opened))
+    assert first.shape == (1, 12) and all(torch.equal(first, other) for other in others)
+    assert opened.device == torch.device("cpu") and opened.to(torch.bfloat16).dtype == torch.bfloat16
+    assert qat.hf.int8_cache(opened) is not None

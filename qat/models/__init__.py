@@ -85,6 +85,8 @@ def architecture_of(model: nn.Module) -> dict[str, Any] | None:
 def _build_transformers(values: dict[str, Any]) -> nn.Module:
     try:
         import transformers
+
+        from .. import parameterless  # noqa: F401  what it sets is all it does
     except ImportError:
         raise ModelError("this architecture needs transformers: pip install 'qat-lsq[hf]'") from None
     values = {key: value for key, value in values.items() if key != "auto_map"}  # which names remote code
