@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from lightning.pytorch import Callback
+from ranks import answers
 from small_training import SGD, W4A4, Recorder, data, task, trainer
 from torch import nn
 
@@ -108,7 +109,7 @@ def test_batch_norm_statistics_are_those_of_the_final_weights(tmp_path):
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(saved[f"model.{name}.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(saved[f"model.{name}.running_var"].double(), variance, rtol=1e-5, atol=1e-6)
-    assert norm.momentum == 0.1 and quantized.measured_at is None
+    assert norm.momentum == 0.1 and quantized.measured != fingerprint(model)
     with pytest.raises(TrainingError, match="batches=0"):
         BatchNormEstimate(0)
 
@@ -128,7 +129,7 @@ def test_a_delayed_start_that_never_comes_is_said_and_what_ships_is_measured(ste
     trainer(Calibration(1), FakeQuantStart(step), **epoch).fit(quantized, datamodule=data())
     said = "warning     fake quantization never ran: training ended at step 6, and callbacks.fake_quant_start.step=6"
     assert (said not in capsys.readouterr().out) == comes
-    assert quantized.measured_at == (6 if comes else None)
+    assert (quantized.measured == fingerprint(quantized.model)) == comes
 
 
 def test_delayed_start_is_followed_by_a_resumed_run(tmp_path):
@@ -344,3 +345,21 @@ def test_a_fingerprint_tells_networks_apart_by_a_bit(dtype):
         weight = model[0].weight
         weight[3, 5] = torch.nextafter(weight[3, 5], weight.new_tensor(torch.inf))
     assert fingerprint(model) != before
+
+
+def test_ranks_agree_on_whether_a_network_has_changed(tmp_path):
+    """Measuring, and saving, is for all: a rank whose part of the weights is as before would leave the others alone."""
+    script = """
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from qat.training.fingerprint import fingerprint, has_changed
+os.environ["LOCAL_RANK"] = str(rank)
+strategy = DDPStrategy("cpu", [torch.device("cpu")] * 2, LightningEnvironment())
+model = torch.nn.Linear(4, 4)
+before, answer = fingerprint(model), []
+for changes in ((), (1,), (0, 1)):
+    if rank in changes:
+        model.weight.data += 1
+    answer.append(has_changed(strategy, model, before))
+"""
+    assert answers(script, tmp_path) == [[False, True, True]] * 2

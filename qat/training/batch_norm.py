@@ -41,4 +41,3 @@ class BatchNormEstimate(Callback):
         inputs = (batch[0] for batch in islice(loader, self.batches))
         with trainer.strategy.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             update_bn(inputs, task)
-        task.measured_at = None

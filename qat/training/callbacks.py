@@ -138,7 +138,7 @@ class FakeQuantStart(Callback):
                 f"warning     fake quantization never ran: training ended at step {trainer.global_step}, and "
                 f"callbacks.fake_quant_start.step={self.step}; let it start earlier, or train on with resume=auto"
             )
-            task.measured_at = None  # what ships is measured, not what was validated
+            task.measured = []  # what ships is measured, not what was validated
         set_fake_quant(task, True)
 
     def _follow(self, trainer: Trainer, task: Task) -> None:

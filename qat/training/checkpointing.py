@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
 from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, has_changed
 from .folders import require_writable
 from .task import Task
 
@@ -116,7 +116,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, task: Task) -> None:
         """Save the last step, if it is not saved yet, or not as it is now, such as with averaged weights."""
-        if trainer.global_step != self._saved_at or fingerprint(task.model) != self._saved:
+        if trainer.global_step != self._saved_at or has_changed(trainer.strategy, task.model, self._saved):
             self._save(trainer, task, LAST)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 
@@ -15,3 +16,8 @@ def fingerprint(model: nn.Module) -> list[float]:
             of_device.setdefault(tensor.device, []).append(tensor)
     found = (torch.stack(torch._foreach_norm(part, 2, torch.float64)).tolist() for part in of_device.values())
     return [norm for part in found for norm in part]
+
+
+def has_changed(strategy: Strategy, model: nn.Module, before: list[float]) -> bool:
+    """Return whether a network is another one than that of a fingerprint, on any rank: what follows is for all."""
+    return strategy.reduce_boolean_decision(fingerprint(model) != before, all=False)

@@ -34,7 +34,7 @@ from .adapter_run import make_adapter, ship_adapter
 from .checkpointing import LAST, save_checkpoint
 from .data_modules import check_module
 from .evaluation import evaluate
-from .fingerprint import fingerprint
+from .fingerprint import has_changed
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_loader import keep_position
@@ -241,7 +241,7 @@ def _teacher(path: str, model: DictConfig) -> nn.Module:
 
 
 def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
-    if task.measured_at != trainer.global_step or task.measured != fingerprint(task.model):  # it has changed since
+    if has_changed(trainer.strategy, task.model, task.measured):
         return evaluate(task.model, data, trainer.strategy.root_device)
     return {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
 

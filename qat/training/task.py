@@ -111,8 +111,7 @@ class Task(LightningModule):
         self._within = False  # an epoch: that position
         self._asked: list[dict[str, Any]] = []  # options of the optimizer
         self._stored: list[dict[str, Any]] | None = None  # those of the checkpoint to resume
-        self.measured_at: int | None = None  # the optimizer step whose weights the logged metrics are of
-        self.measured: list[float] = []  # and their fingerprint
+        self.measured: list[float] = []  # the fingerprint of the network that the logged metrics are of
         self._ran = self._targets_fit = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -174,7 +173,7 @@ class Task(LightningModule):
         """Log the metrics, which are the same on every rank."""
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()}, sync_dist=True)
         if not self.trainer.sanity_checking:
-            self.measured_at, self.measured = self.global_step, fingerprint(self.model)
+            self.measured = fingerprint(self.model)
 
     def setup(self, stage: str) -> None:
         """Take an example from the user's own data, which does not say what its inputs are."""
