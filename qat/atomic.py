@@ -48,7 +48,10 @@ def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Itera
             _sync(out.parent)
     except OSError as error:
         old = "the artifact that stood there is unchanged" if out.exists() else "nothing was left there"
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}; {old}") from error
+        reason = error.strerror or str(error)
+        if error.errno is None and reason.endswith("written"):  # numpy's "900 requested and 512 written"
+            reason = f"the disk is full, or a limit is reached ({reason})"
+        raise ArtifactError(f"cannot write {out}: {reason}; {old}") from error
 
 
 @contextmanager

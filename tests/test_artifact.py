@@ -234,6 +234,19 @@ def test_a_write_that_fails_leaves_the_old_artifact(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a half-written folder was left behind"
 
 
+def test_numpys_word_for_a_full_disk_is_explained(tmp_path):
+    """GGUF's package writes by it; the error has no number, and did not say what is wrong."""
+    script = (
+        "import resource, signal, sys, numpy; from qat.atomic import atomic_folder\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))\n"
+        "with atomic_folder(sys.argv[1], lambda folder: True) as folder:\n"
+        "    numpy.zeros(9999).tofile(folder / 'file')"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    assert "out: the disk is full, or a limit is reached (9999 requested and " in run.stderr, run.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path):
     (tmp_path / ".out.mine.tmp").mkdir()
     (tmp_path / ".other.0123abcd.tmp").mkdir()
