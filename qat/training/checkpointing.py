@@ -14,6 +14,7 @@ from ..errors import TrainingError
 from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
 from .fingerprint import fingerprint, has_changed
 from .folders import require_writable
+from .stopping import agree_on_sigterm
 from .task import Task
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -55,6 +56,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:
         """Count from the step that a resumed run is at."""
+        agree_on_sigterm(trainer)
         self._saved_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, task: Task, outputs: Any, batch: Any, batch_index: int) -> None:
