@@ -204,7 +204,7 @@ def test_images_stopped_between_the_batches_of_a_step(run, tmp_path, how, status
 
 TWO_RANKS = (
     "data=digits policy=conv_w4a4 model.args.width=4 trainer.accelerator=cpu trainer.devices=2 trainer.strategy=ddp "
-    "trainer.log_every_n_steps=1 trainer.max_steps=9 +callbacks.killer={_target_:killer.OfOneRank,step:3,"
+    "trainer.log_every_n_steps=1 trainer.max_steps=9"
 )
 OF_ONE_RANK = """
 class OfOneRank(Killer):
@@ -225,17 +225,24 @@ def test_two_ranks_stopped_by_sigterm(tmp_path, rank):
     The step that the signal comes in, and the next one, which begins when all know of it.
     """
     (tmp_path / "killer.py").write_text(KILLER + OF_ONE_RANK)
-    done = killed(tmp_path, f"{TWO_RANKS}hook:on_train_batch_start,how:SIGTERM,rank:{rank}}} name=stopped")
+    how = f"{{_target_:killer.OfOneRank,step:3,hook:on_train_batch_start,how:SIGTERM,rank:{rank}}}"
+    done = killed(tmp_path, f"{TWO_RANKS} name=stopped +callbacks.killer={how}")
     assert done.returncode == 128 + 15 and "stopped by SIGTERM at step 5: add resume=auto" in done.stdout, done.stderr
     assert torch.load(tmp_path / "runs" / "stopped" / "last.ckpt", weights_only=True)["global_step"] == 5
     if rank == 0:
         return
     for arguments in ("name=stopped resume=auto", "name=whole"):
-        never = f"{TWO_RANKS}hook:on_train_batch_start,how:SIGTERM,rank:-1}} {arguments}"
-        assert killed(tmp_path, never).returncode == 0
+        assert killed(tmp_path, f"{TWO_RANKS} {arguments}").returncode == 0
     expected, found = (torch.load(tmp_path / f"runs/{name}/last.ckpt") for name in ("whole", "stopped"))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "rng"):
         compare(expected[part], found[part], part)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_spawned(tmp_path):
+    """Everything that a run is made of is pickled for them."""
+    done = killed(tmp_path, f"{TWO_RANKS} trainer.strategy=ddp_spawn")
+    assert done.returncode == 0 and "metrics     accuracy" in done.stdout, done.stderr
 
 
 def test_two_runs_in_one_folder(train, fails, tmp_path):

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -107,8 +107,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     logger = make(config.logger) if config.logger else False
-    goes_on = LambdaCallback(on_train_start=lambda *_: trainer.fast_dev_run or rank_zero_only(remove_result)(run_dir))
-    parts: dict[str, Any] = {"logger": logger, "callbacks": [*callbacks, goes_on]}
+    parts: dict[str, Any] = {"logger": logger, "callbacks": [*callbacks, _GoesOn(run_dir)]}
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
@@ -238,6 +237,19 @@ def _teacher(path: str, model: DictConfig) -> nn.Module:
     if not checkpoint.policy.quantizes_nothing():
         raise CheckpointError(f"teacher={path} is quantized: give a full-precision checkpoint")
     return checkpoint.build(None if checkpoint.architecture else _model(model)).requires_grad_(False)
+
+
+class _GoesOn(Callback):
+    """Drops the result of a run when it begins to train: nothing refuses it any more."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, task: Task) -> None:
+        """Drop it, unless nothing of this run is kept."""
+        if not trainer.fast_dev_run:
+            remove_result(self.run_dir)
 
 
 def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
