@@ -34,6 +34,10 @@ W4 = "policy=conv_w4a4"
         ("optim.lr=fast", "optim.lr='fast': give a number"),
         ("optim.lr=-1", "optim.lr=-1: give a number that is not negative"),
         ("trainer.precision=low", "trainer.precision='low': give 64"),
+        (
+            "trainer.strategy={_target_:lightning.pytorch.strategies.ModelParallelStrategy}",
+            "FSDP2 is for a training loop of your own, with qat.shard_step_sizes; here several ranks train with",
+        ),
     ],
 )
 def test_mistake_is_one_line(fails, overrides, said):

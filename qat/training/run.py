@@ -16,8 +16,10 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -111,6 +113,11 @@ def train(config: DictConfig) -> dict[str, float]:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not is_overridden("configure_model", task):
+        raise TrainingError(
+            "trainer.strategy: FSDP2 is for a training loop of your own, with qat.shard_step_sizes; here several ranks "
+            "train with trainer.strategy=ddp"
+        )
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except RuntimeError as error:
