@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, CheckpointError, QATError
+from .errors import ArtifactError, CheckpointError, QATError, one_line
 from .formats import FORMATS
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.to == "native" and is_checkpoint(arguments.source):
             return verify_artifact(arguments.source, arguments.out, arguments.model)
         return verify_export(model, arguments.out, arguments.to, arguments.model)
-    except QATError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QATError, PermissionError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
 
 

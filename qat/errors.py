@@ -60,3 +60,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def some_of(names: Sequence[str], most: int = 3) -> str:
     """Return the first of some names for a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def one_line(error: QATError | PermissionError) -> str:
+    """Return what a command prints of an error of ours, or of a path that its user may not use."""
+    if isinstance(error, PermissionError) and not isinstance(error, QATError):
+        return f"{error.filename}: {error.strerror}; let this user in, or give another path"
+    return str(error)

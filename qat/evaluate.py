@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = options.tokenizer or options.path
             tasks = Tasks(options.tasks.split(","), tokenizer, options.task_folder, options.limit)
         metrics = evaluate_path(options.path, config, options.device, options.reference, adapter, options.model, tasks)
-    except (QATError, HydraException, OmegaConfBaseException) as error:
+    except (QATError, PermissionError, HydraException, OmegaConfBaseException) as error:
         if TRACEBACK_WANTED:
             raise
         fail(explain(error, CONFIG, [*own_configs(options.config_dir), *options.overrides]))

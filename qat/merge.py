@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ArtifactError, QATError, StateError
+from .errors import ArtifactError, QATError, StateError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         run(arguments.base, arguments.adapter, arguments.out, arguments.lossy, arguments.any_base)
-    except QATError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QATError, PermissionError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,6 +1,9 @@
 """What the commands say when something is wrong: one line that names the key, the file or the layer, and the fix."""
 
 import errno
+import os
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -256,3 +259,37 @@ def test_types_are_compared_where_hints_say_something():
     ]
     assert list(wrong_types(Typed, {"size": "x"})) == []  # one of its hints cannot be evaluated
     assert list(wrong_types(Inherits, {"flag": 3, "unknown": 1})) == [("flag", "true or false or a text")]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert locked/model --out x",
+        "convert locked/last.ckpt --out x",
+        "convert runs/run/last.ckpt --out locked/x",
+        "evaluate locked/model data=digits",
+        f"train {SHORT} name=a init_from=locked/last.ckpt",
+        f"train {SHORT} name=a resume=locked/last.ckpt",
+        f"train {SHORT} name=a callbacks.checkpoints.folder=locked/x",
+    ],
+)
+def test_a_path_that_this_user_may_not_use_is_one_line(train, tmp_path, capfd, monkeypatch, command):
+    locked = tmp_path / "locked"
+    train(f"{SHORT} {W4}")
+    locked.mkdir()
+    locked.chmod(0)
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    capfd.readouterr()
+    try:
+        if os.access(locked, os.R_OK):
+            pytest.skip("this user may use any path")
+        try:
+            status = import_module(f"qat.{name}").main()
+        except SystemExit as stopped:
+            status = stopped.code
+    finally:
+        locked.chmod(0o700)
+    line = capfd.readouterr().err
+    assert status == 1 and line.startswith("error: ") and line.count("\n") == 1
+    assert "locked/" in line and line.endswith(": Permission denied; let this user in, or give another path\n")

@@ -27,7 +27,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from ..errors import QATError, did_you_mean
+from ..errors import QATError, did_you_mean, one_line
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing that the code could have done
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -129,7 +129,8 @@ def run_job(module: str, function: str, config: DictConfig) -> None:
     try:
         getattr(import_module(module), function)(config)
     except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, HydraException) and error.errno not in DISK:
+        ours = not isinstance(error, OSError) or isinstance(error, HydraException | PermissionError)
+        if not ours and error.errno not in DISK:
             raise
         if not sweeps:
             fail(explain(error))
@@ -146,8 +147,8 @@ def fail(message: str) -> NoReturn:
 def explain(error: Exception, config_name: str | None = None, overrides: Sequence[str] = ()) -> str:
     """Return what to tell the user: the key or value that is wrong, and the nearest one that is right."""
     text = str(error)
-    if isinstance(error, QATError):
-        return text
+    if isinstance(error, QATError | PermissionError):
+        return one_line(error)
     if isinstance(error, OSError) and error.errno in DISK:
         return f"the run's folder cannot be written: {text}; resume=auto goes on from its last checkpoint"
     if isinstance(error, OverrideParseException):
