@@ -133,7 +133,7 @@ def build(variant: str, options: argparse.Namespace, device):
     import qat
     from qat.joint_lora import joint_lora
     from qat.lora import lora
-    from qat.training.run import checkpoint_gradients
+    from qat.training.gradient_checkpointing import checkpoint_gradients
 
     shape = SMALL if options.small else LLAMA_8B
     shape = {**shape, "num_hidden_layers": options.layers or shape["num_hidden_layers"]}

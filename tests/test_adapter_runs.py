@@ -28,8 +28,9 @@ from qat.errors import CheckpointError, DataError, PolicyError, TrainingError
 from qat.evaluate import main
 from qat.train import register
 from qat.training.evaluation import evaluate
+from qat.training.gradient_checkpointing import checkpoint_gradients
 from qat.training.instruction_data import InstructionData
-from qat.training.run import checkpoint_gradients, train
+from qat.training.run import train
 
 pytest.importorskip("peft")
 register()

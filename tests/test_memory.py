@@ -17,7 +17,7 @@ from qat.layers import PackedWeight
 from qat.lora import lora
 from qat.memory import estimate
 from qat.ptq.units import repeated
-from qat.training.run import checkpoint_gradients
+from qat.training.gradient_checkpointing import checkpoint_gradients
 
 NF4 = {"weight": {"codebook": "nf4_double", "group_size": 64}, "rules": [{"match": "lm_head", "weight": None}]}
 INT4 = {**NF4, "weight": {"group_size": 64}}

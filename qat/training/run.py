@@ -28,7 +28,6 @@ from ..errors import CheckpointError, TrainingError, did_you_mean
 from ..formats import format_of, read
 from ..layers import is_prepared
 from ..models import architecture_of, build
-from ..ptq.units import repeated
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
 from ..table import stored_size
@@ -37,6 +36,7 @@ from .checkpointing import LAST, save_checkpoint
 from .data_modules import check_module
 from .evaluation import evaluate
 from .fingerprint import has_changed
+from .gradient_checkpointing import checkpoint_gradients
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_loader import keep_position
@@ -263,32 +263,6 @@ def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
     if has_changed(trainer.strategy, task.model, task.measured):
         return evaluate(task.model, data, trainer.strategy.root_device)
     return {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
-
-
-def checkpoint_gradients(model: nn.Module, blocks: bool | int) -> None:
-    """Let blocks of a transformers model be computed again in the backward: all of them, or the first so many.
-
-    What the last ones keep is the first that the backward is done with.
-
-    Raises:
-        TrainingError: a model that does not support it, or a number of blocks that it does not have.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise TrainingError(
-            f"gradient_checkpointing={blocks}: {type(model).__name__} does not support it: leave it false"
-        )
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its newer name
-    enable({"use_reentrant": False})
-    model.config.use_cache = False
-    if blocks is True:
-        return
-    found = [block for block in repeated(model) if hasattr(block, "gradient_checkpointing")]
-    if not isinstance(blocks, int) or not 1 <= blocks <= len(found):
-        raise TrainingError(
-            f"gradient_checkpointing={blocks}: give true, false, or a number of blocks from 1 to {len(found)}"
-        )
-    for block in found[blocks:]:
-        block.gradient_checkpointing = False
 
 
 def _own_model(node: DictConfig, model: nn.Module) -> str:
