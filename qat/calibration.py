@@ -96,7 +96,7 @@ def run_inputs(model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, Mapping):
             raise
         raise StateError(
-            f"the model does not take a {type(batch).__name__} ({error}): give calibrate how to run a batch, such as "
+            f"the model does not take a {type(batch).__name__} ({error}): say how to run a batch, such as "
             "forward=lambda model, batch: model(**batch)"
         ) from error
 

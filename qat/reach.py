@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .calibration import run_inputs
 from .errors import StateError
 from .layers import is_prepared, quant_layers
 from .modes import in_eval_mode
@@ -27,13 +28,13 @@ def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
     Args:
         model: a prepared and calibrated model.
         batch: what ``forward`` takes; one example is enough.
-        forward: how to run it; default ``model(batch)``.
+        forward: how to run it; default ``model(batch)``, with ``batch[0]`` of a tuple or list, as in ``calibrate``.
 
     Returns:
         A line a finding, with the layers' names and what to do; none where there is nothing to say.
 
     Raises:
-        StateError: the model is not prepared, or a step size was never initialised.
+        StateError: the model is not prepared, or does not take a dict, or a step size was never initialised.
     """
     if not is_prepared(model):
         raise StateError("nothing to check: call qat.prepare(model, policy) first")
@@ -46,7 +47,7 @@ def check(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
         hooks.append(layer.register_forward_hook(lambda *_, name=name: watch.leave(name), always_call=True))
     try:
         with in_eval_mode(model), torch.no_grad(), watch:
-            model(batch) if forward is None else forward(model, batch)
+            (forward or run_inputs)(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

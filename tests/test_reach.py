@@ -105,6 +105,14 @@ def test_layers_that_are_not_reached_are_listed():
         qat.check(nn.Linear(2, 2), torch.randn(1, 2))
 
 
+def test_a_batch_is_run_as_calibrate_runs_it():
+    net, x = prepared(Uses(lambda net, x: x)), torch.randn(3, 8)
+    assert qat.check(net, (x, torch.arange(3))) == qat.check(net, x)
+    with pytest.raises(StateError, match=r"does not take a dict .*: say how to run a batch, such as forward=lambda"):
+        qat.check(net, {"x": x})
+    assert qat.check(net, {"x": x}, forward=lambda model, batch: model(**batch)) == qat.check(net, x)
+
+
 def test_a_model_of_transformers_has_nothing_to_say():
     from transformers import LlamaConfig, LlamaForCausalLM
 
