@@ -371,3 +371,18 @@ def test_transformers_runs_zero_points(tmp_path, dtype, how):
     compressed_tensors.write(model, tmp_path)
     rows = dict(compressed_tensors.verify(tmp_path, model))
     assert rows[f"logits, transformers{how}"].startswith("differ by at most 0 ")
+
+
+@pytest.mark.clients
+def test_what_transformers_fails_at_is_one_error(tmp_path):
+    """Its Mamba-2 asks for weights that its own reader has taken away, which was a traceback."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}
+    model = Mamba2ForCausalLM(Mamba2Config(vocab_size=64, **sizes))
+    qat.prepare(model, qat.QuantPolicy(weight=weight(group_size=32), rules=head(None)), verbose=False)
+    model = from_model(qat.freeze(model))
+    compressed_tensors.write(model, tmp_path)
+    with pytest.raises(ArtifactError, match=r"transformers fails to open .* or to run it: 'Linear' object has no"):
+        compressed_tensors.verify(tmp_path, model)

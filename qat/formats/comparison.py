@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,20 @@ def compare_logits(
         raise ArtifactError(f"the logits of {name} differ by {gap:g} from the trained model's (largest {largest:g})")
     how = "" if rounded is None else f", with q*s rounded to {str(rounded).removeprefix('torch.')}"
     return f"logits, {name}{how}", f"differ by at most {gap:g} (largest {largest:g})"
+
+
+@contextmanager
+def one_error(client: str, folder: Path) -> Iterator[None]:
+    """Say in one error what a client fails with in the block, which has no class in common with other failures.
+
+    Raises:
+        ArtifactError: it failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{client} fails to open {folder} or to run it: {reason:.300}") from error
 
 
 def not_compared(name: str, why: object = "this is no small language model") -> tuple[str, str]:

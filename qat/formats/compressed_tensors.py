@@ -27,7 +27,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Granularity, QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, not_compared, small
+from .comparison import compare, compare_logits, compare_own, not_compared, one_error, small
 from .integer_linears import (
     container_bits,
     exact,
@@ -149,8 +149,12 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         dtype = hf.model_dtype(model)  # of the scales, in which it dequantizes whatever dtype it is asked for
         rounded = None if dtype == torch.float32 else dtype
-    client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers", rounded)]
+
+    def logits(tokens: Tensor) -> Tensor:
+        with one_error("transformers", folder):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)(tokens).logits
+
+    return [*rows, compare_logits(model, logits, "transformers", rounded)]
 
 
 def _scheme(spec: QuantSpec) -> tuple[int, int | None, bool]:

@@ -29,7 +29,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, not_compared, small
+from .comparison import compare, compare_logits, compare_own, not_compared, one_error, small
 from .integer_linears import exact, grid, tensors, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import StoredTensors
@@ -105,7 +105,6 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows = compare_own(model, read(folder))
     try:
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-        from torchao.utils import TorchAOBaseTensor
         from transformers import AutoModelForCausalLM
     except ImportError:
         return [*rows, (METHOD, "not installed: pip install torchao transformers")]
@@ -122,14 +121,26 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows += compare(model, one, METHOD)
     if not small(model):
         return [*rows, not_compared("transformers")]
-    client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+
+    def logits(tokens: Tensor) -> Tensor:
+        with one_error("transformers", folder):
+            client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+            _in_float32(client)
+            return client(tokens).logits
+
+    return [*rows, compare_logits(model, logits, "transformers")]
+
+
+def _in_float32(client: nn.Module) -> None:
+    """Cast a model in place, the weights with the dtype that they were stored with too."""
+    from torchao.utils import TorchAOBaseTensor
+
     for module in client.modules():
         for key, parameter in list(module._parameters.items()):
-            if isinstance(parameter, TorchAOBaseTensor):  # which keeps the dtype it was stored with
+            if isinstance(parameter, TorchAOBaseTensor):
                 module._parameters[key] = nn.Parameter(parameter.to(dtype=torch.float32), requires_grad=False)
             elif parameter is not None:
                 parameter.data = parameter.data.float()
-    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers")]
 
 
 def _about(layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, Any]:
