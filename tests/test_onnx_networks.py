@@ -35,7 +35,16 @@ def exact(rows, runtime):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     "join",
-    [nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.AdaptiveMaxPool2d(1), lambda x: x.roll(1, 2), lambda x: x.amax(2, True)],
+    [
+        nn.Identity(),
+        nn.ReLU(),
+        nn.ReLU6(),
+        nn.AdaptiveMaxPool2d(1),
+        lambda x: x.roll(1, 2),
+        lambda x: x.amax(2, True),
+        lambda x: (x - 0.45) / 0.22,
+        lambda x: 0.3 + 2 * x,
+    ],
 )
 def test_openvino_computes_what_is_joined_before_an_8_bit_input(tmp_path, join, symmetric):
     """It was wrong by half of the largest output."""
@@ -46,6 +55,37 @@ def test_openvino_computes_what_is_joined_before_an_8_bit_input(tmp_path, join, 
     onnx.write(model, tmp_path, Skips(join))
     rows = dict(onnx.verify(tmp_path, model, Skips(join)))
     assert exact(rows, "onnxruntime") and "differ by at most" in rows["OpenVINO, outputs"]
+
+
+class Groups(nn.Module):
+    """A convolution in groups, once or for each of two levels with a norm of its own, as in a detector's head."""
+
+    def __init__(self, outputs, groups, times):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(outputs, 4, 1)
+        self.grouped = nn.Conv2d(8, outputs, 3, padding=1, groups=groups, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(times))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight, 1, 0.3), nn.init.normal_(norm.bias, 0, 0.3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        maps = [self.last(torch.relu(norm(self.grouped(x / (n + 1))))) for n, norm in enumerate(self.norms)]
+        return torch.stack(maps).sum(0)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("sizes", [(8, 2, 1), (8, 4, 1), (16, 8, 1), (8, 8, 1), (8, 8, 2), (8, 2, 2)])
+def test_openvino_computes_what_groups_of_channels_give(tmp_path, sizes):
+    """Nearly every output was off by a part of a code; of a layer that is called twice, by half of the largest."""
+    pytest.importorskip("openvino")
+    activation = qat.QuantSpec(bits=8, symmetric=False, **PER_TENSOR)
+    clients()
+    network = Groups(*sizes).eval()
+    model = frozen(network, qat.QuantSpec(bits=8), activation)
+    onnx.write(model, tmp_path, Groups(*sizes))
+    rows = dict(onnx.verify(tmp_path, model, Groups(*sizes)))
+    assert exact(rows, "onnxruntime") and exact(rows, "OpenVINO")
 
 
 class Reflecting(nn.Module):

@@ -35,8 +35,11 @@ from .onnx_weights import (
     stored_bits,
 )
 
-JOINED = {"Concat", "ReduceMax", "ReduceMin"}  # over which OpenVINO 2026.4 moves an 8-bit QuantizeLinear, and errs
-PASSED = {"Clip", "Relu", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+# Over these OpenVINO 2026.4 moves an 8-bit QuantizeLinear, and errs; on its way over what is computed of one value,
+# such as a product with a constant, and not over a layer.
+JOINED = {"Concat", "ReduceMax", "ReduceMin"}
+LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+OF_TWO = {"Add", "Div", "Mul", "Sub"}
 
 
 def fill(ir_model: Any, values: dict[str, Any], model: QuantizedModel) -> tuple[dict[str, str], dict[str, Any]]:
@@ -135,12 +138,21 @@ def _keeps_weight(layer: QuantizedLayer) -> bool:
     return layer.weight is None and layer.activation is not None
 
 
-def _comes_from(value: Any, kinds: set[str]) -> bool:
-    """Return whether a node of these kinds made a value, or what was only clipped or laid out anew since."""
+def _misread(value: Any) -> bool:
+    """Return whether OpenVINO 2026.4 errs where a value is rounded to 8 bits.
+
+    It does behind what was joined, and behind convolutions in groups that give several channels each, whatever was
+    computed since of that one value.
+    """
     node = value.producer()
-    while node is not None and node.op_type in PASSED:
-        node = node.inputs[0].producer()
-    return node is not None and node.op_type in kinds
+    while node is not None and node.domain != "qat" and node.op_type not in {*JOINED, *LAYERS}:
+        inputs = list(node.inputs[:1])  # what else there is says how, such as a Reshape's sizes
+        if node.op_type in OF_TWO:
+            inputs = [value for value in node.inputs if (made := value.producer()) and made.op_type != "Constant"]
+        node = inputs[0].producer() if len(inputs) == 1 else None
+    if node is None or node.op_type != "Conv":
+        return node is not None and node.op_type in JOINED
+    return 1 < node.attributes.get_int("group", 1) < node.inputs[1].shape[0]
 
 
 class _Builder:
@@ -160,10 +172,10 @@ class _Builder:
         z = torch.zeros((), dtype=torch.int8)
         z = z if spec.symmetric else self.model.activation_zero_point(self.name).reshape(())
         zero = self._initialiser("activation_zero_point", kind, (), lambda: z, self.name)
-        if spec.bits != 8 or _comes_from(x, JOINED) or any(_keeps_weight(each) for each in self.model.layers.values()):
+        if spec.bits != 8 or _misread(x) or any(_keeps_weight(each) for each in self.model.layers.values()):
             # onnxruntime 1.32 moves QuantizeLinear before a MaxPool, which has no 4-bit type, and cannot open a graph
             # in which a Clip (ReLU6) comes before one to 4 bits; between two to 8 bits it rounds a weight in floats to
-            # int8. OpenVINO errs on what was joined. None of this happens with a Max between.
+            # int8. OpenVINO errs on what ``_misread`` names. None of this happens with a Max between.
             low = self._initialiser("activation_low", "FLOAT", (), lambda: (-spec.q_n - z.float()) * scale, self.name)
             x = self._node("Max", [x, low])
         if spec.bits not in (4, 8):
@@ -203,11 +215,14 @@ class _Builder:
         kind = "INT4" if stored_bits(spec) == 4 else "UINT8"
         shapes, kinds = (stored, scale_shape, scale_shape), (kind, "FLOAT", kind)
         count = 2 if spec.symmetric and kind == "INT4" else 3
+        owners = self.owner, self.owner, self.called  # of a weight used twice, OpenVINO 2026.4 folds a norm into both
         operands = [
             self._initialiser(
-                part, kind, size, lambda index=index: dequantize_operands(self._tensor(), self.layer)[index]
+                part, kind, size, lambda index=index: dequantize_operands(self._tensor(), self.layer)[index], owner
             )
-            for index, (part, kind, size) in enumerate(list(zip(DEQUANTIZE_PARTS, kinds, shapes, strict=True))[:count])
+            for index, (part, kind, size, owner) in enumerate(
+                list(zip(DEQUANTIZE_PARTS, kinds, shapes, owners, strict=True))[:count]
+            )
         ]
         blocks = {"axis": 1, "block_size": spec.group_size} if spec.granularity == "group" else {"axis": 0}
         weight = self._node("DequantizeLinear", operands, **blocks)
