@@ -13,6 +13,7 @@ from .errors import StateError
 from .layers import is_prepared, quant_layers
 from .modes import in_eval_mode
 from .quantizers import ActivationStatistics, LearnedActivation, WeightCodebook, WeightLSQ
+from .quantizers.lsq import never_reached
 from .spec import Init
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def calibrate(
             quantizer.observer.all_reduce()
         if not seen and not any(quantizer.observer.sums[1] for quantizer in waiting):  # on no rank
             raise StateError("calibration got no batch: give it at least one")
+        if never := [quantizer.name for quantizer in waiting if not quantizer.observer.sums[1]]:
+            raise never_reached(never)
         for quantizer in waiting:
             quantizer.observed(quantizer.observer)  # raises before any of them is set
         for quantizer in waiting:

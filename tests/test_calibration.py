@@ -263,3 +263,12 @@ def test_a_half_precision_model_under_autocast_of_another_dtype(quantizer):
     expected = largest if quantizer == "minmax" else 2 * x.double().abs().mean() / math.sqrt(7)
     torch.testing.assert_close(model[0].activation_quantizer.step_size.item(), expected.item(), rtol=1e-6, atol=0)
     assert y.dtype == torch.bfloat16 and model[0].weight.grad.isfinite().all()
+
+
+def test_every_layer_that_is_not_reached_is_named():
+    """Only the first was: one more run over the data for each."""
+    policy = QuantPolicy(activation=QuantSpec(bits=8, granularity="tensor"))
+    model = qat.prepare(nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), policy, verbose=False)
+    with pytest.raises(StateError, match="'0', '2' were never reached during calibration: use batches that run them"):
+        qat.calibrate(model, [torch.randn(2, 4)], lambda layers, x: layers[1](x))
+    assert not any(each.is_initialised for each in qat.calibration.activation_quantizers(model))

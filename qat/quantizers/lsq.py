@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import StateError
+from ..errors import StateError, some_of
 from ..numerics import MIN_SCALE, QuantizedTensor, quantize_tensor, scale_shape, stored_scale
 from ..spec import Init, QuantSpec
 from .fixed_dtype import FixedDtype
@@ -186,6 +186,15 @@ class WeightLSQ(LearnedWeight):
         return quantize_tensor(weight, self.scale(), self.spec)
 
 
+def never_reached(names: list[str]) -> StateError:
+    """Return the error of layers that no batch of a calibration ran."""
+    was, it = ("was", "it") if len(names) == 1 else ("were", "them")
+    return StateError(
+        f"{some_of(list(map(repr, names)), 20)} {was} never reached during calibration: use batches that run {it}, and "
+        f"call the layer, as F.linear(x, layer.weight) does not; or give {it} a rule with weight and activation null"
+    )
+
+
 def features(x: Tensor) -> int:
     """Return LSQ's N for an activation: its elements without the batch axis."""
     return x.numel() // x.shape[0] if x.dim() > 1 and x.numel() else max(1, x.numel())
@@ -237,10 +246,7 @@ class LearnedActivation(LearnedStepSize):
         total, count = statistics.sums.tolist()
         negative, positive = statistics.extremes.tolist()
         if count == 0:
-            raise StateError(
-                f"{self.name!r} was never reached during calibration: use batches that run it, and call the layer, as "
-                "F.linear(x, layer.weight) does not; or give it a rule with weight and activation null"
-            )
+            raise never_reached([self.name])
         if not all(map(math.isfinite, (total, negative, positive))):
             raise StateError(f"{self.name!r} saw NaN or infinity during calibration: check the data and the model")
         return total / count, negative, positive
