@@ -231,8 +231,8 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
             "onnxruntime rounds the inputs of linear layers to int8 unless the session option "
             "session.qdq_matmulnbits_accuracy_level is 0"
         )
-    if linear:
-        notes.append("OpenVINO rounds these inputs to int8 too, unless it is told EXECUTION_MODE_HINT=ACCURACY")
+    too = "rounds these inputs to int8 too, and " if linear else ""
+    notes.append(f"OpenVINO {too}multiplies in bfloat16 where a CPU does, unless told EXECUTION_MODE_HINT=ACCURACY")
     if hf.fused_experts(model):
         notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
     if "input_ids" in [value.name for value in graph.inputs]:
