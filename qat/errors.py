@@ -49,12 +49,12 @@ class TrainingError(QATError, RuntimeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the closest known word, or all known words where none is close."""
+    """Return `` (did you mean 'x'?)`` for the closest known word, or the known words where none is close."""
     known = list(dict.fromkeys(known))
     close = get_close_matches(word, known, n=1)
     if close:
         return f" (did you mean {close[0]!r}?)"
-    return f" (known: {', '.join(map(repr, known))})" if known else ""
+    return f" (known: {some_of(list(map(repr, known)), 30)})" if known else ""
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:

@@ -222,7 +222,7 @@ def match_rules(
             if _matches(pattern, name, kind, quantizable):
                 winners[index], matched = rule, True
         if not matched:
-            names = [name for name, _, _ in layers] + [kind for _, kind, _ in layers]
+            names = [kind for _, kind, _ in layers] + [name for name, _, _ in layers]  # of which there are many more
             raise PolicyError(f"the rule with match={pattern!r} matched no layer{did_you_mean(pattern, names)}")
     return winners
 

@@ -126,6 +126,7 @@ def test_text():
 def test_did_you_mean():
     assert did_you_mean("conv1", ["conv2", "head"]) == " (did you mean 'conv2'?)"
     assert did_you_mean("zzz", ["a", "b"]) == " (known: 'a', 'b')"
+    assert did_you_mean("zzz", map(str, range(32))).endswith("'28', '29' and 2 more)")
     assert did_you_mean("zzz", []) == ""
 
 

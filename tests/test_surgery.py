@@ -146,6 +146,9 @@ def test_state_dict_round_trip_without_calibration():
 def test_a_rule_that_matches_nothing():
     with pytest.raises(PolicyError, match=r"'haed' matched no layer.*did you mean 'head'"):
         prepare(Net(), QuantPolicy(weight=W4, rules=[{"match": "haed", "weight": None}]))
+    deep = nn.Sequential(*(nn.Linear(8, 8) for _ in range(200)))
+    with pytest.raises(PolicyError, match=r"\(known: 'Linear', '0', '1', .* and 171 more\)"):  # types first
+        prepare(deep, QuantPolicy(weight=W4, rules=[{"match": "Embedding", "weight": W4}]))
 
 
 @pytest.mark.parametrize("key", ["weight", "activation"])
