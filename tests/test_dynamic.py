@@ -18,7 +18,7 @@ from qat.frozen_model import from_model
 from qat.policy import QuantPolicy
 from qat.quantized_model import QuantizedLayer
 from qat.quantizers import DynamicActivation
-from qat.quantizers.dynamic import dynamic_codes, round_dynamic
+from qat.quantizers.dynamic import dynamic_codes, reround_, round_dynamic, rounded
 from qat.spec import Dynamic
 
 W4 = {"bits": 4, "group_size": 32}
@@ -94,6 +94,22 @@ def test_edges(kind):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         x = torch.randn(4, 32).to(dtype)
         assert torch.equal(round_dynamic(x, kind), round_dynamic(x.float(), kind).to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_rounds_again_as_the_forward_did(kind):
+    """A clipped code, NaN, and a gradient that float32 cannot hold."""
+    x = torch.randn(3, 64, dtype=torch.float64)
+    x[0] = torch.linspace(-1.5, 253.5, 64)
+    x[1, 3] = float("nan")
+    grad = torch.ones_like(x) + 2.0**-40
+    y, grad_x = reround_(grad.clone(), x, kind, True, torch.float32)
+    wanted = grad.clone()
+    if kind == Dynamic.int8_token:
+        wanted[0, -1] = 0
+    assert torch.equal(grad_x, wanted) and grad_x.dtype == torch.float64
+    torch.testing.assert_close(y, rounded(x, kind, torch.float32), rtol=0, atol=0, equal_nan=True)
+    assert y[1, 3].isnan() and y[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

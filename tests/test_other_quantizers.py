@@ -106,13 +106,22 @@ def check_pact_in_bf16(module):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+def check_pact_of_nan(module):
+    """What is no number lies on no side of the bound: it gets no gradient, and the bound is seen to learn nonsense."""
+    quantizer, x = pact(4, 0.5, module=module), torch.tensor([float("nan"), 1.0], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad.tolist() == [0, 1] and quantizer.step_size.grad.isnan()
+
+
 def check_pact_waits(module):
     quantizer = pact(4, 0.5, module=module)
     quantizer.enabled = False
     assert quantizer(x := torch.randn(5)) is x
 
 
-@pytest.mark.parametrize("check", [check_signed_pact, check_pacts_stored_scale, check_pact_in_bf16, check_pact_waits])
+@pytest.mark.parametrize(
+    "check", [check_signed_pact, check_pacts_stored_scale, check_pact_in_bf16, check_pact_of_nan, check_pact_waits]
+)
 def test_pact_beyond_the_paper(check):
     check(pact_module)
 
