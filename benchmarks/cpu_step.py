@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import qat
 from benchmarks.models import Decoder, training_step
 from benchmarks.peers import straightforward_lsq, torchao_qat
+from benchmarks.qat_step import quantize
 from qat.models.resnet import resnet20
 
 DECODER = {"hidden": 256, "layers": 4, "mlp": 1024, "vocabulary": 512, "heads": 4}
@@ -44,26 +45,19 @@ class Classifier(nn.Module):
 def convolutions(batch, **fields) -> Callable[[nn.Module], nn.Module]:
     """Return what prepares a network in W4A4, with further fields of the policy."""
     grids = {"weight": qat.QuantSpec(granularity="channel"), "activation": qat.QuantSpec(granularity="tensor")}
-    return lambda model: _prepared(model, qat.QuantPolicy(**grids, **fields), batch)
+    return lambda model: quantize(model, qat.QuantPolicy(**grids, **fields), batch)[0]
 
 
-def linears(batch, **fields) -> Callable[[nn.Module], nn.Module]:
+def linears(**fields) -> Callable[[nn.Module], nn.Module]:
     """Return what prepares a decoder in W4, groups of 128, but for its head."""
     head = {"match": "lm_head", "weight": None}
     policy = qat.QuantPolicy(weight=qat.QuantSpec(group_size=128), rules=[head], **fields)
-    return lambda model: _prepared(model, policy, batch)
+    return lambda model: quantize(model, policy)[0]
 
 
 def wanted(name: str) -> bool:
     """Return whether the peers prepare a decoder's layer."""
     return name != "lm_head"
-
-
-def _prepared(model: nn.Module, policy: qat.QuantPolicy, batch) -> nn.Module:
-    model = qat.prepare(model, policy, verbose=False)
-    if policy.activation is not None:
-        qat.calibrate(model, [batch], forward=lambda model, batch: model(batch))
-    return model
 
 
 def ratio(plain: nn.Module, prepare: Callable[[nn.Module], nn.Module], batch, steps: int) -> float:
@@ -96,7 +90,7 @@ def main() -> None:
         ("ResNet-20 W4A4", "PACT", Classifier(), convolutions(images, activation_quantizer="pact"), images),
     ]
     for what, fields in {"decoder W4": {}, "decoder W4A8": {"dynamic": "int8_token"}}.items():
-        rows.append((what, "LSQ", Decoder(**DECODER), linears(tokens, **fields), tokens))
+        rows.append((what, "LSQ", Decoder(**DECODER), linears(**fields), tokens))
         for name, peer in peers.items():
             rows.append(
                 (what, name, Decoder(**DECODER), partial(peer, wanted=wanted, round_input=bool(fields)), tokens)

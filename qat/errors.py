@@ -62,6 +62,11 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(error: QATError | PermissionError) -> str:
     """Return what a command prints of an error of ours, or of a path that its user may not use."""
     if isinstance(error, PermissionError) and not isinstance(error, QATError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
 from ..frozen_model import to_model
 from ..layers import frozen_layers
 from ..quantized_model import QuantizedModel
@@ -112,8 +112,7 @@ def one_error(client: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"{client} fails to open {folder} or to run it: {reason:.300}") from error
+        raise ArtifactError(f"{client} fails to open {folder} or to run it: {first_line(error):.300}") from error
 
 
 def not_compared(name: str, why: object = "this is no small language model") -> tuple[str, str]:

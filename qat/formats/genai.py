@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, some_of
+from ..errors import ArtifactError, first_line, some_of
 from ..packing import unpack
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
@@ -136,5 +136,5 @@ def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor],
     try:
         logits(torch.zeros(1, 1, dtype=torch.int64))
     except Exception as error:  # onnxruntime's, which have no class of their own, such as of a sliding window's cache
-        raise ArtifactError(f"its model does not run without its own loop: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"its model does not run without its own loop: {first_line(error)}") from error
     return logits

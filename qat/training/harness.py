@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, first_line
 from ..modes import in_eval_mode
 
 
@@ -50,8 +50,7 @@ def task_metrics(
         try:
             found = simple_evaluate(client, tasks=tasks, limit=limit, task_manager=manager, log_samples=False)
         except Exception as error:  # of any kind: a task brings code and data of its own
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise DataError(f"--tasks {','.join(tasks)}: {reason[0]:.300}") from error
+            raise DataError(f"--tasks {','.join(tasks)}: {first_line(error):.300}") from error
     return _numbers(found["results"])
 
 
