@@ -65,7 +65,7 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 if triton is not None:
-    from .launching import starts_early, take_turns
+    from .launching import let_next_kernel_start, starts_early, take_turns, wait_for_previous_kernel
     from .rounding import INTERPRETED, round_to
 
     @triton.jit
@@ -143,7 +143,7 @@ if triton is not None:
                 lines = cache + position[:, None] * D + tl.arange(0, D // 32)[None, :] * 32
                 _to_l2(keys_ptr + lines)
                 _to_l2(values_ptr + lines)
-        take_turns(EARLY)
+        wait_for_previous_kernel(EARLY)
         row = qkv_ptr + batch.to(tl.int64) * (heads + 2 * kv_heads) * D
         inside = (query < group)[:, None]
         q_ptrs = row + (head * group + query)[:, None] * D + first[None, :]
@@ -152,6 +152,7 @@ if triton is not None:
         k1 = tl.load(row + (heads + head) * D + first).to(tl.float32)
         k2 = tl.load(row + (heads + head) * D + half + first).to(tl.float32)
         v = tl.load(row + (heads + kv_heads + head) * D + d)
+        let_next_kernel_start(EARLY)  # not before: the weights that it asks for would delay these loads
         q1, q2 = round_to(q1 * c1 - q2 * s1, dtype), round_to(q2 * c2 + q1 * s2, dtype)
         k1, k2 = round_to(k1 * c1 - k2 * s1, dtype), round_to(k2 * c2 + k1 * s2, dtype)
         tl.store(keys_ptr + cache + at * D + first, k1)

@@ -70,12 +70,24 @@ class Launch:
 
 
 @triton.jit
-def take_turns(EARLY: tl.constexpr):
-    """Wait for the kernel before, then let the next one start (PTX ISA, griddepcontrol)."""
+def wait_for_previous_kernel(EARLY: tl.constexpr):
+    """Wait until the kernel before has ended, and its writes can be read (PTX ISA, griddepcontrol)."""
     if EARLY:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
-        )
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def let_next_kernel_start(EARLY: tl.constexpr):
+    """Let the next kernel of the stream start, once every program of this one has come here."""
+    if EARLY:
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def take_turns(EARLY: tl.constexpr):
+    """Wait for the kernel before, then let the next one start."""
+    wait_for_previous_kernel(EARLY)
+    let_next_kernel_start(EARLY)
 
 
 def starts_early(x: Tensor) -> bool:
