@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from qat.kernels import int4_plans, int8_run
+from qat.kernels import int4_candidates, int4_plans, int8_run
 from qat.kernels.int4_layout import Int4Weight
 from qat.kernels.int4_run import run_plan
 from qat.kernels.int8_codes import int8_codes
@@ -77,7 +77,7 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
     name, *limits = device()
     int8, dtype = what == "int8", torch.float16 if what == "float16" else torch.bfloat16
     plans: dict[tuple[int, int, int], list[Plan]] = {
-        (m, n, k): int4_plans.int8_candidates(m) if int8 else int4_plans.candidates(m, n, k, *limits)
+        (m, n, k): int4_candidates.int8_candidates(m) if int8 else int4_candidates.candidates(m, n, k, *limits)
         for n, k in shapes
         for m in tokens
     }

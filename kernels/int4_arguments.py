@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import int4_batch, int4_decode, int4_few, int4_portable, int4_stream
 from .int4_layout import INPUTS, Int4Weight
-from .int4_plans import Batch, Decode, Few, Stream
+from .int4_plans import Batch, Decode, Few, Stream, band
 
 
 class Prepared(NamedTuple):
@@ -69,7 +69,7 @@ def batch_launches(
     sizes = sizes_of(weight, x_MK)
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     programs = -(-weight.words.shape[0] // plan.blocks) * -(-x_MK.shape[0] // plan.block_m)
-    tail = *sizes, *_constants(weight, bias), *plan
+    tail = *sizes, band(weight.out_features, sizes[1], plan.block_m), *_constants(weight, bias), *plan
     product = Prepared(int4_batch.batch_kernel, key, (programs, plan.split, 1), tail)
     return product, _sum_launch(plan, x_MK, weight, bias)
 

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .bands import place_in_band
 from .int4_registers import (
     barrier,
     dequantized,
@@ -46,7 +47,7 @@ def _fetch_x(
         tma.async_copy_global_to_shared(x_desc, at, ready.index(slot), target, pred=step < steps)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "band"])
 def batch_kernel(
     x_desc,  # (M, K) in blocks of (BLOCK_M, 64)
     words_ptr,
@@ -62,6 +63,7 @@ def batch_kernel(
     row_blocks,
     tiles,
     groups,
+    band,  # blocks of tokens, see bands
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     HAS_ZERO: gl.constexpr,
@@ -93,9 +95,7 @@ def batch_kernel(
     if EARLY == 1:
         let_next_kernel_start()
 
-    programs_m = gl.cdiv(M, BLOCK_M)
-    first_m = gl.program_id(0) % programs_m * BLOCK_M
-    block = gl.program_id(0) // programs_m * BLOCKS
+    first_m, block = place_in_band(M, BLOCK_M, row_blocks, BLOCKS, band)
     per_part = gl.cdiv(tiles, SPLIT * TILES) * TILES
     start = gl.program_id(1) * per_part
     end = start + per_part  # past the last tile, x is filled with zeros

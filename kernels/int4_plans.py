@@ -1,6 +1,6 @@
 """Which int4 kernel runs for M tokens on an N x K weight: a table for known GPUs, a heuristic for all others.
 
-There is no search at run time. ``python -m benchmarks.tune`` measures the candidates below on the GPU at hand and
+There is no search at run time. ``python -m benchmarks.tune`` measures ``int4_candidates`` on the GPU at hand and
 writes a table to ``cache_path()``, which goes before the one that ships in ``int4_plans.json``. A table is found by
 the name of the device, a plan by "NxK" and by the smallest listed number of tokens that is not below M: up to 8 tokens
 by no more than 8, and one by itself alone. What was timed with fp16 or int8 codes has that behind the name, "NxK
@@ -158,7 +158,7 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
         if plan is not None:
             return plan
     if tokens <= 16 and hopper:
-        plans = _few(tokens, blocks, tiles, multiprocessors)
+        plans = few(tokens, blocks, tiles, multiprocessors)
         if plans:
             return plans[0]
     if tokens <= 8 or (tokens <= 16 and not hopper):
@@ -168,12 +168,18 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
     if tokens > 64:
         return _large_batch(tokens, blocks, tiles, multiprocessors)
     block_m, programs = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 8)
-    if programs > 1.5 * multiprocessors:
+    if programs > 1.5 * multiprocessors and block_m != 32:
         return Batch(4, 8, 64, 8, 2, 4, 2, 1, 2) if block_m == 64 else Batch(8, 8, block_m, 8, 2, 4, 4, 1, 2, 1)
-    # A split costs its sum; the more tokens a program holds, and the fewer tiles it has, the fewer parts pay.
-    wanted = {16: 1.9, 32: 1.4, 64: 0.95 if tiles <= 64 else 1.9}[block_m] * multiprocessors
-    split = next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
+    if block_m == 64 or (block_m == 32 and tiles <= 256):  # 64 outputs a program, of which several run side by side
+        split = _parts(-(-blocks // 4), 1.9 * multiprocessors, tiles)
+        return Batch(4, 4, block_m, 8, 2, 4, 2, split, 2, 1)
+    split = _parts(programs, (1.4 if block_m == 32 else 1.9) * multiprocessors, tiles)
     return Batch(8, 8, block_m, 8, 2, 4, 4, split, 2, 1)
+
+
+def _parts(programs: int, wanted: float, tiles: int) -> int:
+    """Return how many parts of K make enough programs, each of 16 tiles or more."""
+    return next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
 
 
 def _decode(block_m: int, blocks: int, capability: int, multiprocessors: int) -> Decode:
@@ -183,30 +189,39 @@ def _decode(block_m: int, blocks: int, capability: int, multiprocessors: int) ->
 
 
 def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> Batch:
-    """Take the fewest K tiles in a row, counted in blocks of 128 tokens; a part costs about as much as seven."""
+    """Return the plan that takes least: by the microseconds of a K tile, and of writing and adding up parts of K.
 
-    def programs(block_m: int) -> int:
-        return -(-blocks // 8) * -(-tokens // block_m)
+    They were measured on an H200, where the sum of both is within a tenth of 30 cases of 65 to 512 tokens.
+    """
+    kinds = [(0.363, Batch(8, 8, 128, 8, 2, 4, 2, 1, 2, 1)), (0.228, Batch(4, 4, 128, 8, 2, 4, 2, 1, 2, 1))]
+    if tokens > 128:
+        kinds.append((0.67, Batch(8, 8, 256, 4, 1, 4, 2, 1, 2, 1)))
+    options = []
+    for of_tile, plan in kinds:
+        programs = -(-blocks // plan.blocks) * -(-tokens // plan.block_m)
+        for split in (1, 2, 4):  # parts pay while they all run at once
+            if split > 1 and (programs * split > multiprocessors or tiles < 16 * split):
+                break
+            of_parts = 1.5 + 0.65e-6 * 4 * split * tokens * blocks * ROWS if split > 1 else 0.0
+            waves = -(-programs * split // multiprocessors)
+            options.append((waves * tiles / split * of_tile + of_parts, plan._replace(split=split)))
+    return min(options, key=lambda option: option[0])[1]
 
-    def cost(block_m: int, split: int) -> float:
-        waves = -(-programs(block_m) * split // multiprocessors)
-        return waves * tiles / split * (1.8 if block_m == 256 else 1) + (7 * split if split > 1 else 0)
 
-    sizes = (128, 256) if tokens > 128 else (128,)
-    options = [(cost(block_m, 1), block_m, 1) for block_m in sizes]
-    for block_m in sizes:  # parts pay while they all run at once
-        splits = [split for split in (2, 4) if programs(block_m) * split <= multiprocessors and tiles >= 16 * split]
-        options += [(cost(block_m, split), block_m, split) for split in splits]
-    _, block_m, split = min(options)
-    if block_m == 256:
-        return Batch(8, 8, 256, 4, 1, 4, 2, split, 2, 1)
-    return Batch(8, 8, 128, 8, 2, 4, 2, split, 2, 1)
+def band(outputs: int, inputs: int, block_m: int) -> int:
+    """Return how many blocks of 16-bit tokens a band has (see ``bands``), after what was measured on an H200.
+
+    All programs read a band's tokens again and again, and each band the whole weight: a small one, which stays in the
+    L2 cache, leaves the order to the tokens, and a large one is read less often for longer bands that still stay there.
+    """
+    of_tokens = 4 * 2**20 if outputs * inputs // 2 <= 16 * 2**20 else 16 * 2**20
+    return max(1, of_tokens // (2 * inputs * block_m))
 
 
 def _stream(row_blocks: int, tiles: int, multiprocessors: int) -> Stream | None:
     """Return the plan for one token; None where x and a ring are too large for it."""
     ahead = next((ahead for ahead in (1, 2, 4, 8) if 8 * ahead >= tiles), 4)
-    plan = _deepest(Stream(8, ahead, 0, multiprocessors, 1), tiles)
+    plan = deepest(Stream(8, ahead, 0, multiprocessors, 1), tiles)
     if plan is None:
         return None
     steps = -(-row_blocks // multiprocessors) * -(-tiles // (8 * ahead))
@@ -214,14 +229,14 @@ def _stream(row_blocks: int, tiles: int, multiprocessors: int) -> Stream | None:
     return plan._replace(stages=max(2, min(plan.stages, steps)), early=3 if steps <= plan.stages else 1)
 
 
-def _deepest(plan: Stream, tiles: int) -> Stream | None:
+def deepest(plan: Stream, tiles: int) -> Stream | None:
     """Return the plan with as many stages as leave room for a second program; None if they are too few."""
     none = plan._replace(stages=0).shared_bytes(tiles)
     stages = min(MOST_STAGES, (RESIDENT_BYTES - none) // (plan._replace(stages=1).shared_bytes(tiles) - none))
     return plan._replace(stages=stages) if stages >= 2 else None
 
 
-def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
+def few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
     """Return the plans for 2 to 16 tokens, by what they take: counted in K tiles that a multiprocessor reads.
 
     A row block costs ten beside its tiles; x, which each program loads, four for each tile of 8 tokens; a sum of parts
@@ -243,73 +258,12 @@ def _few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list
     return [plan for _, plan in sorted(plans)]
 
 
-def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:
-    """Return the plans worth timing."""
-    early = 2 if capability >= 90 else 0
-    plans: list[Plan] = []
-    if tokens == 1 and capability == 90:
-        k_tiles = -(-inputs // INPUTS)
-        for tiles, start in ((8, 1), (8, 2), (8, 3), (4, 1), (4, 2), (4, 3)):
-            plan = _deepest(Stream(8, tiles, 0, multiprocessors, start), k_tiles)
-            if plan is not None:
-                plans += [plan._replace(stages=stages) for stages in {plan.stages, max(2, plan.stages - 1)}]
-    if 1 < tokens <= 16 and capability == 90:
-        for plan in _few(tokens, -(-outputs // ROWS), -(-inputs // INPUTS), multiprocessors)[:3]:
-            plans += [plan._replace(early=start) for start in (1, 2, 3)]
-    if tokens <= 8:
-        for warps, blocks, ahead in ((8, 1, 4), (16, 1, 4), (8, 2, 4), (4, 4, 2), (4, 2, 4), (4, 1, 8)):
-            plans += [Decode(warps, blocks, 8, ahead, stages, early) for stages in (0, 2)]
-            if early:  # an early start pays where it cannot stack programs on a few multiprocessors
-                plans += [Decode(warps, blocks, 8, ahead, stages, start) for stages, start in ((0, 1), (0, 0), (3, 1))]
-    elif tokens <= 16:
-        plans += [
-            Decode(*shape, early)
-            for shape in ((8, 2, 16, 2, 3), (8, 1, 16, 4, 2), (4, 4, 16, 2, 2), (16, 1, 16, 2, 2), (4, 8, 16, 1, 2))
-        ]
-    if capability == 90 and tokens > 8:
-        block_ms = [size for size in (16, 32, 64, 128) if size >= tokens][:1] or [128, 256]
-        for block_m in block_ms:
-            programs = -(-outputs // 128) * -(-tokens // block_m)
-            splits = [s for s in (1, 2, 4, 8) if s == 1 or programs * s <= 4 * multiprocessors]
-            splits = [s for s in splits if programs * s >= multiprocessors // 2] or splits[-1:]
-            for split in splits:
-                if block_m <= 64:
-                    shapes = ((4, 8, 4, 2, 4, 1), (8, 8, 4, 2, 4, 4), (4, 8, 8, 2, 4, 2), (8, 16, 4, 2, 4, 2))
-                elif block_m == 128:
-                    shapes = ((4, 8, 2, 1, 4, 1), (8, 8, 4, 2, 4, 2), (8, 8, 4, 2, 4, 4), (8, 16, 2, 1, 5, 2))
-                else:
-                    shapes = ((8, 8, 2, 1, 4, 2), (8, 8, 4, 1, 4, 2))
-                for warps, blocks, ahead, step, stages, in_flight in shapes:
-                    plans.append(Batch(warps, blocks, block_m, ahead, step, stages, in_flight, split, early))
-                own = {128: (8, 2, 4, 2), 256: (4, 1, 4, 2)}.get(block_m, (8, 2, 4, 4))
-                plans.append(Batch(8, 8, block_m, *own, split, early, 1))
-                if block_m <= 32:
-                    plans.append(Batch(8, 8, block_m, 16, 4, 4, 4, split, early, 1))
-                    plans.append(Batch(4, 8, block_m, 8, 2, 4, 2, split, early, 1))
-    if tokens >= 64 or not plans:
-        plans.append(Dequantize())
-    return plans
-
-
 def int8_heuristic(tokens: int, outputs: int, multiprocessors: int) -> Int8:
     """Return a plan from the shape alone: wide blocks, unless they leave multiprocessors without any. Not measured."""
     programs = -(-outputs // 128) * -(-tokens // 128)
     if tokens <= 64 or programs <= multiprocessors // 2:
         return Int8(8, 8, 64, 8, 4, 2)
     return Int8(8, 8, 128, 8, 2, 2)
-
-
-def int8_candidates(tokens: int) -> list[Int8]:
-    """Return the plans worth timing: by the disassembly, those whose accumulators fit the registers (NOTES.md)."""
-    plans = [Int8(8, 8, 64, 8, 4, 2), Int8(8, 8, 64, 16, 4, 2)]
-    if tokens > 64:
-        plans += [
-            Int8(8, 8, 128, 8, 2, 2),
-            Int8(8, 8, 128, 16, 2, 2),
-            Int8(8, 8, 128, 8, 2, 0),
-            Int8(4, 4, 128, 8, 2, 2),
-        ]
-    return plans
 
 
 def plan_to_json(plan: Plan | Int8) -> list:

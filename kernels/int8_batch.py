@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .bands import place_in_band
 from .int4_registers import barrier, let_next_kernel_start, spread, wait_for_previous_kernel
 
 # Of 132 programs with 128 tokens and outputs each, 8 bands of codes and 17 of packed weights are the fewest bytes.
@@ -111,14 +112,7 @@ def int8_batch_kernel(
     if EARLY == 1:
         let_next_kernel_start()
 
-    # Programs that run together share BAND blocks of tokens, and read each other's weights and codes from the L2.
-    programs_m = gl.cdiv(M, BLOCK_M)
-    in_band = BAND * gl.cdiv(row_blocks, BLOCKS)
-    band = gl.program_id(0) // in_band * BAND
-    width = min(programs_m - band, BAND)
-    place = gl.program_id(0) % in_band
-    first_m = (band + place % width) * BLOCK_M
-    block = place // width * BLOCKS
+    first_m, block = place_in_band(M, BLOCK_M, row_blocks, BLOCKS, BAND)
     steps = gl.cdiv(tiles, SPAN) * STEPS  # past the last tile, codes are filled with zeros
 
     # One allocation a slot: the compiler then knows that a copy into one and a product from another need no barrier.

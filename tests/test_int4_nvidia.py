@@ -23,18 +23,19 @@ from qat.kernels.int4_batch import SWIZZLED, batch_kernel
 from qat.kernels.int4_after_norm import norm_stream_kernel
 from qat.kernels.int4_decode import decode_kernel
 from qat.kernels.int4_few import few_kernel
-from qat.kernels.int4_plans import Batch, Decode, Few, Stream, heuristic, int8_candidates
+from qat.kernels.int4_candidates import int8_candidates
+from qat.kernels.int4_plans import Batch, Decode, Few, Stream, heuristic
 from qat.kernels.int4_stream import stream_kernel
 from qat.kernels.int8_batch import SWIZZLED as SWIZZLED_8, int8_batch_kernel
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 def compile(kernel, pointers, constants, warps, capability):
-    sizes = [n for n in ("M", "N", "K", "row_blocks", "tiles", "groups") if n in kernel.arg_names]
+    sizes = [n for n in ("M", "N", "K", "row_blocks", "tiles", "groups", "band") if n in kernel.arg_names]
     signature = dict(pointers) | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     at = {name: (kernel.arg_names.index(name),) for name in signature}
-    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "x_desc", "codes_desc", "eps")]
+    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "band", "x_desc", "codes_desc", "eps")]
     attributes = {at[name]: [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

@@ -185,7 +185,7 @@ def test_grid_on_gpu(n, k, group, name):
 @pytest.mark.gpu
 def test_every_candidate_on_gpu():
     """Every plan that ``benchmarks.tune`` measures, and the portable kernel."""
-    from qat.kernels.int4_plans import int8_candidates
+    from qat.kernels.int4_candidates import int8_candidates
     from qat.kernels.int8_run import run_plan
 
     for n, k, group in ((1000, 2048, 128), (256, 1088, 64), (256, 1536, 512), (256, 1000, 1000)):
