@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Kernels, Problem
+from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Kernels, Problem, parse_shape
 from benchmarks.timing import copy_ceiling, graph_time, read_ceiling
 
 Regimes = dict[str, tuple[int, ...]]
@@ -166,6 +166,7 @@ def main(
     """Read the arguments, measure, report."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="bf16, the shapes of Llama 8B, fewer numbers of tokens")
+    parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="by default those of Llama 8B and 70B")
     parser.add_argument("--kernels", nargs="*", choices=kernels, default=list(kernels))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no further shape after this long")
@@ -176,7 +177,7 @@ def main(
         return
     start = time.time()
     regimes = few_regimes if options.quick else all_regimes
-    shapes = [*LLAMA_8B.values()] + ([] if options.quick else [*LLAMA_70B.values()])
+    shapes = options.shapes or [*LLAMA_8B.values()] + ([] if options.quick else [*LLAMA_70B.values()])
     dtypes = (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float16)
     tokens = [m for ms in regimes.values() for m in ms]
     versions = []

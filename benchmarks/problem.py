@@ -29,6 +29,12 @@ LLAMA_8B = {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "d
 LLAMA_70B = {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """Read NxK, for argparse."""
+    outputs, inputs = text.split("x")
+    return int(outputs), int(inputs)
+
+
 @dataclass
 class Problem:
     """Random codes and scales of an N x K weight, and as many copies as the timing rotates."""

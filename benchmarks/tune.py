@@ -23,7 +23,7 @@ from qat.kernels.int8_codes import int8_codes
 from qat.kernels.int8_linear import row_sums
 from torch import Tensor
 
-from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem
+from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem, parse_shape
 from benchmarks.timing import graph_time
 from qat.quantizers.dynamic import round_dynamic
 from qat.spec import Dynamic
@@ -121,15 +121,13 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
 def main() -> None:
     """Read the arguments, tune, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="*", help="NxK; by default those of Llama 8B and 70B")
+    parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="by default those of Llama 8B and 70B")
     parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--what", choices=("bfloat16", "float16", "int8"), default="bfloat16", help="of x")
     parser.add_argument("--out", type=Path, default=int4_plans.cache_path())
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
-    shapes = [*LLAMA_8B.values(), *LLAMA_70B.values()]
-    if options.shapes:
-        shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes]
+    shapes = options.shapes or [*LLAMA_8B.values(), *LLAMA_70B.values()]
     tokens = options.tokens or (INT8_TOKENS if options.what == "int8" else TOKENS)
     table, lines = tune(shapes, tuple(tokens), options.what)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def batch_launches(
     sizes = sizes_of(weight, x_MK)
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     programs = -(-weight.words.shape[0] // plan.blocks) * -(-x_MK.shape[0] // plan.block_m)
-    tail = *sizes, band(weight.out_features, sizes[1], plan.block_m), *_constants(weight, bias), *plan
+    tail = *sizes, band(sizes[1], plan.block_m), *_constants(weight, bias), *plan
     product = Prepared(int4_batch.batch_kernel, key, (programs, plan.split, 1), tail)
     return product, _sum_launch(plan, x_MK, weight, bias)
 

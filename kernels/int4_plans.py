@@ -208,14 +208,12 @@ def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> 
     return min(options, key=lambda option: option[0])[1]
 
 
-def band(outputs: int, inputs: int, block_m: int) -> int:
-    """Return how many blocks of 16-bit tokens a band has (see ``bands``), after what was measured on an H200.
+def band(inputs: int, block_m: int) -> int:
+    """Return how many blocks of 16-bit tokens a band has (see ``bands``): as many as stay in the L2 cache.
 
-    All programs read a band's tokens again and again, and each band the whole weight: a small one, which stays in the
-    L2 cache, leaves the order to the tokens, and a large one is read less often for longer bands that still stay there.
+    All programs read a band's tokens again and again, and each band the whole weight.
     """
-    of_tokens = 4 * 2**20 if outputs * inputs // 2 <= 16 * 2**20 else 16 * 2**20
-    return max(1, of_tokens // (2 * inputs * block_m))
+    return max(1, 16 * 2**20 // (2 * inputs * block_m))
 
 
 def _stream(row_blocks: int, tiles: int, multiprocessors: int) -> Stream | None:

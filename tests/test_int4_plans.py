@@ -127,10 +127,10 @@ def test_the_heuristic_for_many_tokens_is_what_was_measured(tokens):
     assert len(others) <= (3 if tokens == 64 else 1), others  # those were within a tenth of what is listed
 
 
-@pytest.mark.parametrize("outputs, inputs", [(64, 64), (4096, 4096), (28672, 4096), (4096, 14336), (151936, 896)])
+@pytest.mark.parametrize("inputs", [64, 896, 4096, 14336, 28672, 10**6])
 @pytest.mark.parametrize("block_m", [16, 64, 128, 256])
-def test_a_band_has_a_block_at_least_and_stays_in_the_cache(outputs, inputs, block_m):
-    band = int4_plans.band(outputs, inputs, block_m)
+def test_a_band_has_a_block_at_least_and_stays_in_the_cache(inputs, block_m):
+    band = int4_plans.band(inputs, block_m)
     assert band >= 1 and (band == 1 or band * block_m * inputs * 2 <= 16 * 2**20)
 
 
