@@ -166,7 +166,7 @@ def main(
     """Read the arguments, measure, report."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="bf16, the shapes of Llama 8B, fewer numbers of tokens")
-    parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="by default those of Llama 8B and 70B")
+    parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="Llama 8B and 70B by default")
     parser.add_argument("--kernels", nargs="*", choices=kernels, default=list(kernels))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no further shape after this long")

@@ -121,7 +121,7 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
 def main() -> None:
     """Read the arguments, tune, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="by default those of Llama 8B and 70B")
+    parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="Llama 8B and 70B by default")
     parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--what", choices=("bfloat16", "float16", "int8"), default="bfloat16", help="of x")
     parser.add_argument("--out", type=Path, default=int4_plans.cache_path())
