@@ -21,6 +21,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 VARIANTS = (
     "bf16 LoRA, peft",
     "NF4, bitsandbytes and peft",
@@ -42,6 +44,7 @@ INT4 = {"weight": {"bits": 4, "group_size": 128}, "rules": HEAD, "init": "minmax
 INT8 = {"weight": {"bits": 8, "group_size": 128}, "rules": HEAD, "init": "minmax"}
 
 
+@ends_quietly()
 def main() -> None:
     """Run the variants, each in its process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

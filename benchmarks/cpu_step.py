@@ -24,6 +24,7 @@ import qat
 from benchmarks.models import Decoder, training_step
 from benchmarks.peers import straightforward_lsq, torchao_qat
 from benchmarks.qat_step import quantize
+from qat.broken_pipe import ends_quietly
 from qat.models.resnet import resnet20
 
 DECODER = {"hidden": 256, "layers": 4, "mlp": 1024, "vocabulary": 512, "heads": 4}
@@ -74,6 +75,7 @@ def ratio(plain: nn.Module, prepare: Callable[[nn.Module], nn.Module], batch, st
     return statistics.median(ratios[1:])
 
 
+@ends_quietly()
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

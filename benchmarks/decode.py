@@ -26,6 +26,7 @@ import torch
 
 import qat
 from benchmarks.decoder import LLAMA_8B, CachedDecoder, Shape, random_decoder
+from qat.broken_pipe import ends_quietly
 from qat.outline import parameters_on_meta
 
 SMALL = Shape(256, 2, 512, 4, 2, 1000)
@@ -182,6 +183,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+@ends_quietly()
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)

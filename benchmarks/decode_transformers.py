@@ -17,6 +17,7 @@ import transformers
 import qat
 from benchmarks.decode import PROMPT, SMALL, synchronize
 from benchmarks.decoder import LLAMA_8B, Shape
+from qat.broken_pipe import ends_quietly
 
 
 def random_llama(shape: Shape, device: torch.device) -> transformers.LlamaForCausalLM:
@@ -56,6 +57,7 @@ def tokens_a_second(model: transformers.LlamaForCausalLM, tokens: int) -> float:
     return sorted(rates[1:])[1]
 
 
+@ends_quietly()
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -15,6 +15,7 @@ from qat.kernels.int4_linear import int4_dequantize
 from benchmarks.problem import LLAMA_8B
 from benchmarks.timing import copies, copy_ceiling, graph_time
 from qat import codebook
+from qat.broken_pipe import ends_quietly
 from qat.packing import pack
 
 
@@ -47,6 +48,7 @@ def rows(outputs: int, inputs: int, block: int = 64) -> dict[str, tuple[float, f
     return found
 
 
+@ends_quietly()
 def main() -> None:
     """Measure and print."""
     ceiling = copy_ceiling()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import qat
+from qat.broken_pipe import ends_quietly
 from qat.codebook import named_levels
 from qat.formats import FORMATS, native, shards
 from qat.numerics import QuantizedTensor, scale_dtype
@@ -74,6 +75,7 @@ IMPORTS = {
 }
 
 
+@ends_quietly()
 def main() -> None:
     """Write the model, convert it into each format, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

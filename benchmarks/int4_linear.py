@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Kernels, Problem, parse_shape
 from benchmarks.timing import copy_ceiling, graph_time, read_ceiling
+from qat.broken_pipe import ends_quietly
 
 Regimes = dict[str, tuple[int, ...]]
 REGIMES = {"decode": (1, 2, 4, 8, 16), "small batch": (32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096)}
@@ -155,6 +156,7 @@ def report(data: dict, folder: Path) -> str:
     return "\n\n".join(dict.fromkeys(parts))
 
 
+@ends_quietly()
 def main(
     what: str = "W4A16",
     stem: str = "int4_linear",

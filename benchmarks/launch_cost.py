@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import qat
+from qat.broken_pipe import ends_quietly
 
 from . import idle_driver
 
@@ -98,6 +99,7 @@ def training_rows(width: int = 64) -> dict[str, float]:
     return host_times(called)
 
 
+@ends_quietly()
 def main() -> None:
     """Measure and print."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, a driver that does nothing"

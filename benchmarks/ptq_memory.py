@@ -17,11 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 from .adapters import HEAD, LLAMA_8B, SMALL, measured_alone
 
 METHODS = ("gptq", "gptaq", "awq", "signround", "blockwise")
 
 
+@ends_quietly()
 def main() -> None:
     """Run the methods, each in its process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,6 +22,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 LENGTH, GROUP = 512, 64
 TOOLS = {  # name -> the package that it needs
     "none": "qat",
@@ -33,6 +35,7 @@ TOOLS = {  # name -> the package that it needs
 }
 
 
+@ends_quietly()
 def main() -> None:
     """Run the tools, each in its process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qat
+from qat.broken_pipe import ends_quietly
 from qat.ptq import Options
 from qat.spec import Init
 
@@ -28,6 +29,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 512
 
 
+@ends_quietly()
 def main() -> None:
     """Quantize, measure, and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -29,6 +29,7 @@ import qat
 from benchmarks.models import Decoder, ResNet50, training_step
 from benchmarks.peers import straightforward_lsq, torchao_qat
 from qat.backend import set_traced_rounding
+from qat.broken_pipe import ends_quietly
 from qat.numerics import MIN_SCALE
 
 LLAMA_1B = {"hidden": 2048, "layers": 16, "mlp": 8192, "vocabulary": 32000, "heads": 32}
@@ -260,6 +261,7 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file)
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.qat_step", description=__doc__)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem, parse_shape
 from benchmarks.timing import graph_time
+from qat.broken_pipe import ends_quietly
 from qat.quantizers.dynamic import round_dynamic
 from qat.spec import Dynamic
 
@@ -118,6 +119,7 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
     return {name: table}, lines
 
 
+@ends_quietly()
 def main() -> None:
     """Read the arguments, tune, write."""
     parser = argparse.ArgumentParser(description=__doc__)

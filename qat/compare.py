@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .broken_pipe import ends_quietly
 from .errors import DataError, QATError, did_you_mean
 from .training.command_line import fail
 from .training.result import read_result
@@ -46,6 +47,7 @@ class Run:
     artifact_bytes: int | None
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qat.compare", description=__doc__)

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .broken_pipe import ends_quietly
 from .errors import ArtifactError, CheckpointError, QATError, one_line
 from .formats import FORMATS
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .quantized_model import QuantizedModel
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status: 1 where an error or a difference was found."""
     parser = argparse.ArgumentParser(prog="python -m qat.convert", description=__doc__)

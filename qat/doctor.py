@@ -15,6 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from . import __version__
+from .broken_pipe import ends_quietly
 
 OURS = "qat-lsq"
 RIVALS = ("qat", "qat-core")
@@ -45,6 +46,7 @@ PACKAGES = {
 }
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> int:
     """Print the report; return 1 where something needs the reader's hand."""
     parser = argparse.ArgumentParser(prog="python -m qat.doctor", description=__doc__)

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from .broken_pipe import ends_quietly
 from .errors import QATError
 from .training.command_line import TRACEBACK_WANTED, as_it_stands, explain, fail, own_configs
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG = "evaluate"
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description=__doc__)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .broken_pipe import ends_quietly
 from .errors import ArtifactError, QATError, StateError, one_line
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def table(costs: list[Cost]) -> str:
     return "\n".join(lines)
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1 where it is refused."""
     parser = argparse.ArgumentParser(prog="python -m qat.merge", description=__doc__)

@@ -11,6 +11,7 @@ import hashlib
 import sys
 from pathlib import Path
 
+from .broken_pipe import ends_quietly
 from .errors import QATError
 
 
@@ -87,6 +88,7 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
     return equal
 
 
+@ends_quietly()
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; return 1 where anything differs."""
     parser = argparse.ArgumentParser(prog="python -m qat.verify", description=__doc__)

@@ -9,6 +9,8 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 LORA, QLORA, JOINT = "bf16 LoRA", "QLoRA", "joint LSQ + LoRA"
 AFTER, TORCHAO = "LoRA then PTQ", "torchao QAT + LoRA"
 
@@ -60,7 +62,8 @@ def table(chosen: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="adapters.json, as smollm2_adapters.py writes it")
-    chosen = best(json.loads(parser.parse_args().results.read_text())["rows"])
-    print("\n".join([table(chosen), *bars(chosen)]))
+    with ends_quietly():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("results", type=Path, help="adapters.json, as smollm2_adapters.py writes it")
+        chosen = best(json.loads(parser.parse_args().results.read_text())["rows"])
+        print("\n".join([table(chosen), *bars(chosen)]))

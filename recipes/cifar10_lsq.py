@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from qat.broken_pipe import ends_quietly
+
 RUNS = Path("runs/cifar10")
 FULL_PRECISION = RUNS / "fp_0" / "last.ckpt"
 STARTS = {2: RUNS / "w3a3_0" / "last.ckpt"}
@@ -36,6 +38,7 @@ SETTINGS = {
 ON_A_GPU = ["compile=true", "compile_mode=reduce-overhead", "trainer.precision=bf16-mixed"]
 
 
+@ends_quietly()
 def main() -> None:
     """Train, convert and evaluate a row, print it, and keep it in runs/cifar10/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

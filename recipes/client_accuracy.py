@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 
 import qat
+from qat.broken_pipe import ends_quietly
 from qat.training.evaluation import evaluate
 from qat.training.instantiation import make
 
@@ -71,6 +72,7 @@ class Client(nn.Module):
         return logits
 
 
+@ends_quietly()
 def main() -> None:
     """Measure, and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.broken_pipe import ends_quietly
+
 LENGTH = 512
 Logits = Callable[[Tensor], Tensor]  # tokens (1, T) -> (1, T, vocabulary)
 Result = dict[str, float | list[float]]
@@ -186,6 +188,7 @@ OTHERS = (transformers, mlx_lm, onnxruntime, onnxruntime_genai, openvino, llama_
 CLIENTS = {client.__name__: client for client in (*OURS, *OTHERS)}
 
 
+@ends_quietly()
 def main() -> None:
     """Measure, and print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 OUT = Path("runs/demo")
 BASELINE = OUT / "full_precision" / "last.ckpt"
 ROUNDED = ("policy.init=minmax", "trainer.max_epochs=0")
@@ -136,6 +138,7 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every training run")
-    main(parser.parse_args().overrides)
+    with ends_quietly():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every training run")
+        main(parser.parse_args().overrides)

@@ -18,6 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qat.broken_pipe import ends_quietly
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``Rows`` to a recipe's."""
@@ -165,6 +167,7 @@ def run_here(commands: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", type=json.loads, help="a list of modules and scripts with their arguments")
-    run_here(parser.parse_args().commands)
+    with ends_quietly():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("commands", type=json.loads, help="a list of modules and scripts with their arguments")
+        run_here(parser.parse_args().commands)

@@ -38,6 +38,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
 side_by_side = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))
 losses = runpy.run_path(str(Path(__file__).with_name("adapter_table.py")))
@@ -52,6 +54,7 @@ METHODS = {"minmax": "round-to-nearest", "mse": "mse", "gptq": "GPTQ", "awq": "A
 SPLITS = {"loftq": "LoftQ", "cloq": "CLoQ"}
 
 
+@ends_quietly()
 def main() -> None:
     """Run what is missing, and print the table."""
     if sys.argv[1:2] == ["--merge"]:

@@ -41,6 +41,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 formats = runpy.run_path(str(Path(__file__).with_name("smollm2_formats.py")))
 side_by_side = runpy.run_path(str(Path(__file__).with_name("side_by_side.py")))
 Plan, Rows, add_options = (side_by_side[name] for name in ("Plan", "Rows", "add_options"))
@@ -51,6 +53,7 @@ LR = {32: 5e-5, 4: 1e-4, 3: 2e-4, 2: 5e-4}
 FULL, TUNED = "full precision", "full precision, tuned"
 
 
+@ends_quietly()
 def main() -> None:
     """Run what is missing, and print the table."""
     options = arguments()

@@ -33,6 +33,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from qat.broken_pipe import ends_quietly
+
 OUT = Path("runs/smollm2")
 MODEL, ROUNDED, TRAINED, NF4 = OUT / "model", OUT / "rounded", OUT / "trained", OUT / "nf4"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,6 +59,7 @@ MOST = {"mlx_lm": 1, "llama_cpp": 4, "qat_q8_0": 4, "executorch": 4, "qat_int8_t
 SPEED_WINDOWS = 3  # of which the fastest counts
 
 
+@ends_quietly()
 def main() -> None:
     """Prepare, train, convert, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 
+from qat.broken_pipe import ends_quietly
 from qat.training.evaluation import evaluate
 from qat.training.metrics import cross_entropy
 from qat.training.optimization import Schedule, learning_rate_factor
 from qat.training.text_data import TextData
 
 
+@ends_quietly()
 def main() -> None:
     """Train, convert, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -27,6 +27,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from ..broken_pipe import ends_quietly
 from ..errors import QATError, did_you_mean, one_line
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing that the code could have done
@@ -45,18 +46,17 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
     """
     sys.argv[1:] = open_specs([as_it_stands(word) for word in sys.argv[1:]], config_name)
     if TRACEBACK_WANTED:
-        hydra_main()
+        with ends_quietly():
+            hydra_main()
         return
     os.environ[FULL_ERROR] = "1"  # Hydra then raises, where it would print text of its own; taken back for a job
     try:
-        hydra_main()
+        with ends_quietly():
+            hydra_main()
     except JobFailed as error:
         fail(f"a job of the sweep failed: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, config_name, sys.argv[1:]))
-    except BrokenPipeError:  # of --help or --cfg job into head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         fail(_no_folder(error))
     except ValueError as error:
@@ -127,7 +127,8 @@ def run_job(module: str, function: str, config: DictConfig) -> None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
-        getattr(import_module(module), function)(config)
+        with ends_quietly():  # before Hydra, which prints a traceback of its own
+            getattr(import_module(module), function)(config)
     except (QATError, MisconfigurationException, HydraException, OmegaConfBaseException, OSError) as error:
         ours = not isinstance(error, OSError) or isinstance(error, HydraException | PermissionError)
         if not ours and error.errno not in DISK:
