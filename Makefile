@@ -43,7 +43,7 @@ test-executorch:
 	$(MAKE) VENV=$(VENV)-executorch .test-executorch
 
 .test-executorch: $(VENV)/installed-dev,executorch
-	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_dynamic.py tests/test_client_readers.py $(ARGS)
+	$(PYTEST) -m "clients" tests/test_executorch.py tests/test_several_inputs.py tests/test_dynamic.py tests/test_client_readers.py $(ARGS)
 
 # For one NVIDIA GPU, about four minutes; peers that are not installed are named.
 bench-int4: $(VENV)/installed-dev

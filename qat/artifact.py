@@ -10,15 +10,15 @@ from torch import nn
 
 from .ahead import compiled_ahead
 from .atomic import atomic_folder
-from .checkpoint import example_like
 from .errors import StateError
 from .formats import native
 from .frozen_model import from_model, to_model
+from .inputs import Inputs, example_like, misfit
 from .unchanged import unchanged_on_error
 
 
 def save(
-    model: nn.Module, out: str | Path, companions: str | Path | None = None, example: torch.Tensor | None = None
+    model: nn.Module, out: str | Path, companions: str | Path | None = None, example: Inputs | None = None
 ) -> None:
     """Write a frozen model as an artifact folder; an artifact that stands there is replaced in one step.
 
@@ -26,8 +26,9 @@ def save(
         model: frozen; an adapter of peft's on it goes into a folder of its own, ``adapter``.
         out: the folder.
         companions: a folder whose tokenizer and generation config go along.
-        example: a batch of inputs, whose shape, dtype and range are kept: what ``python -m qat.convert out --to onnx
-            --model package.module:function`` traces a network of the user's own with.
+        example: a batch of inputs, whose shapes, dtypes and ranges are kept: what ``python -m qat.convert out --to onnx
+            --model package.module:function`` traces a network of the user's own with. Of a forward of several arguments
+            a tuple of tensors, or a dict of them by name; the first axis of each is the batch.
 
     Raises:
         StateError: the model is not frozen, or the example is no batch.
@@ -36,9 +37,11 @@ def save(
     """
     quantized = from_model(model)
     if example is not None:
-        if not isinstance(example, torch.Tensor) or example.dim() < 2 or not example.numel():
-            what = list(example.shape) if isinstance(example, torch.Tensor) else type(example).__name__
-            raise StateError(f"example={what}: give a batch of inputs, one tensor such as torch.randn(1, 3, 32, 32)")
+        if (what := misfit(example)) is not None:
+            raise StateError(
+                f"example={what}: give a batch of inputs, a tensor such as torch.randn(1, 3, 32, 32), or a tuple of "
+                "them or a dict by argument, each with the same batch as first axis"
+            )
         quantized.example = example_like(example)
     quantized.files = None if companions is None else Path(companions)
     with atomic_folder(out, native.is_artifact) as folder:

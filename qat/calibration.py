@@ -90,17 +90,22 @@ def run_inputs(model: nn.Module, batch: Any) -> Any:
     """Return ``model(batch)``, with ``batch[0]`` of a tuple or list.
 
     Raises:
-        StateError: a dict that the model does not take.
+        StateError: a dict that the model does not take, or one tensor where it takes several.
     """
-    batch = batch[0] if isinstance(batch, tuple | list) else batch
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
     try:
-        return model(batch)
+        return model(inputs)
     except (AttributeError, TypeError) as error:
-        if not isinstance(batch, Mapping):
+        if isinstance(inputs, Mapping | tuple | list):
+            stars = "**" if isinstance(inputs, Mapping) else "*"
+            what, how = f"a {type(inputs).__name__}", stars + ("batch" if inputs is batch else "batch[0]")
+        elif isinstance(batch, tuple | list) and "required positional argument" in str(error):
+            what, how = f"the first of {len(batch)} tensors alone", "*batch"
+        else:
             raise
         raise StateError(
-            f"the model does not take a {type(batch).__name__} ({error}): say how to run a batch, such as "
-            "forward=lambda model, batch: model(**batch)"
+            f"the model does not take {what} ({error}): say how to run a batch, such as "
+            f"forward=lambda model, batch: model({how})"
         ) from error
 
 

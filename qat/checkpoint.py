@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, QATError
+from .inputs import Inputs, random_input
 from .policy import QuantPolicy
 from .spec import Init
 from .surgery import prepare
@@ -32,7 +33,7 @@ class Checkpoint:
         architecture: for ``qat.models.build``; None for a model of the user's own.
         policy: the policy it was trained with.
         state_dict: the network's own names.
-        example: shape (without batch), dtype and range of an input; None if unknown.
+        example: what inputs look like, as in ``qat.inputs``; None if unknown.
         source: the path, for messages.
     """
 
@@ -65,25 +66,9 @@ class Checkpoint:
         load_state(model, self.state_dict, self.source)
         return model.eval()
 
-    def example_input(self, batch: int = 2, seed: int = 0) -> Tensor | None:
-        """Return random inputs in the recorded shape, dtype and range; None if nothing was recorded."""
+    def example_input(self, batch: int = 2, seed: int = 0) -> Inputs | None:
+        """Return random inputs of the recorded shapes, dtypes and ranges; None if nothing was recorded."""
         return None if self.example is None else random_input(self.example, batch, seed)
-
-
-def example_like(inputs: Tensor) -> dict[str, Any]:
-    """Return shape (without batch), dtype and range of a batch of inputs."""
-    dtype = "float32" if inputs.is_floating_point() else "uint8" if inputs.dtype == torch.uint8 else "int64"
-    return {"shape": list(inputs.shape[1:]), "dtype": dtype, "low": inputs.min().item(), "high": inputs.max().item()}
-
-
-def random_input(example: dict[str, Any], batch: int = 2, seed: int = 0) -> Tensor:
-    """Return random inputs in an example's shape, dtype and range."""
-    generator = torch.Generator().manual_seed(seed)
-    shape, low, high = [batch, *example["shape"]], example["low"], example["high"]
-    if example["dtype"] in ("int64", "uint8"):
-        dtype = getattr(torch, example["dtype"])
-        return torch.randint(int(low), int(high) + 1, shape, generator=generator, dtype=dtype, device="cpu")
-    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * (high - low) + low
 
 
 def describe(

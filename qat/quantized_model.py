@@ -79,7 +79,7 @@ class QuantizedModel:
         dense: every other tensor's name -> the tensor.
         tied: the name of a dense tensor -> the name of the same tensor in ``dense``.
         source: where it comes from, for messages.
-        example: shape (without batch), dtype and range of an input, as in ``qat.checkpoint``; None if unknown.
+        example: what inputs look like, as in ``qat.inputs``; None if unknown.
         files: the folder that holds what travels with the model, such as its tokenizer.json; None if there is none.
         adapter: writes peft's folder of the adapter on the model; None if there is none, or one in ``files``.
         activation_zero_point: layer name -> its input's zero point, int8 (1, 1), where its spec is asymmetric.

@@ -12,31 +12,42 @@ import sys
 from pathlib import Path
 
 from .broken_pipe import ends_quietly
-from .errors import QATError
+from .errors import QATError, first_line
+
+# In the file that goes between the processes, beside codes/NAME and output/NAME.
+INPUT, WEIGHT, WHY = "input", "weight/", "why the outputs are not compared"
 
 
 def write_reference(model, example, path: Path) -> None:
-    """Write what a prepared model's float32 training forward uses: codes, weight bits and the outputs for one input."""
+    """Write what a prepared model's float32 training forward uses: codes, weight bits and outputs for an example."""
     import torch
     from safetensors.torch import save_file
 
     from .formats.outputs import outputs
+    from .inputs import by_name
     from .layers import matrix, quant_layers
     from .packing import pack
 
     model = model.float().eval()
-    tensors, digests = {}, {}
+    tensors, about = {}, {}
     with torch.no_grad():
         for name, layer in quant_layers(model):
             if layer.weight_quantizer is not None:
                 quantized = layer.weight_quantizer.quantize(matrix(layer))
                 tensors[f"codes/{name}"] = pack(quantized.codes.flatten(1), quantized.spec.bits, -quantized.spec.q_n)
-                digests[name] = _digest(layer.weight_quantizer(matrix(layer)))
-        if example is not None:
-            tensors["input"] = example
-            for output, value in outputs(model, example).items():
-                tensors[f"output/{output}"] = value.float().contiguous().clone()  # no file holds one memory twice
-    save_file(tensors, path, metadata=digests)
+                about[f"{WEIGHT}{name}"] = _digest(layer.weight_quantizer(matrix(layer)))
+        made = {}
+        if example is None:
+            about[WHY] = "the checkpoint recorded no example input"
+        else:
+            try:
+                made = outputs(model, example)
+                tensors |= by_name(example, INPUT)
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+                about[WHY] = f"the network does not run on random inputs of that range: {first_line(error)}"
+        for output, value in made.items():
+            tensors[f"output/{output}"] = value.float().contiguous().clone()  # no file holds one memory twice
+    save_file(tensors, path, metadata=about)
 
 
 def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
@@ -53,12 +64,14 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
     from .formats.float_error import TOLERANCE
     from .formats.outputs import outputs
     from .freezing import quantized_tensors
+    from .inputs import from_names
     from .packing import unpack
 
     loaded = load(artifact, build_model(model)).float()
     total = differing = weights_off = 0
     with safe_open(reference, "pt") as file:
-        digests = file.metadata() or {}
+        about = file.metadata() or {}
+        digests = {name.removeprefix(WEIGHT): digest for name, digest in about.items() if name.startswith(WEIGHT)}
         found = quantized_tensors(loaded)
         if found.keys() != digests.keys():
             print(f"layers differ: {sorted(found.keys() ^ digests.keys())}")
@@ -73,12 +86,13 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
             total, differing, weights_off = total + codes.numel(), differing + off, weights_off + weight_off
         print(f"codes             {differing} of {total:,} differ")
         print(f"weights           {weights_off} of {len(found)} layers differ in any bit")
-        if "input" not in file.keys():  # noqa: SIM118  safe_open is no dict
-            print("output            not compared: the checkpoint recorded no example input")
+        if WHY in about:
+            print(f"output            not compared: {about[WHY]}")
             return not (differing or weights_off)
         equal = not (differing or weights_off)
         with torch.no_grad():
-            made = outputs(loaded, file.get_tensor("input"))
+            parts = {name: file.get_tensor(name) for name in file.keys() if name.startswith(INPUT)}  # noqa: SIM118  no dict
+            made = outputs(loaded, from_names(parts, INPUT))
         for output, value in made.items():
             expected = file.get_tensor(f"output/{output}")
             gap, largest = (value.float() - expected).abs().max().item(), expected.abs().max().item()

@@ -337,13 +337,16 @@ def test_an_example_of_the_inputs_is_kept(tmp_path):
     """As exports trace a network of the user's own with; only shape, dtype and range are stored."""
     model = qat.freeze(prepared())
     for batch, dtype in ((torch.rand(4, 3, 8, 8) - 1, "float32"), (torch.randint(2, 9, (4, 12)), "int64")):
-        qat.save(model, tmp_path / "out", example=batch)
-        example = native.read(tmp_path / "out").example
         low, high = batch.min().item(), batch.max().item()
-        assert example == {"shape": list(batch.shape[1:]), "dtype": dtype, "low": low, "high": high}
-    for wrong in ({"image": batch}, torch.tensor(1.0), torch.zeros(0, 3)):
-        with pytest.raises(StateError, match="give a batch of inputs, one tensor such as"):
-            qat.save(model, tmp_path / "out", example=wrong)
+        looks = {"shape": list(batch.shape[1:]), "dtype": dtype, "low": low, "high": high}
+        several = {"x": batch, "y": batch}
+        for example, stored in (
+            (batch, looks),
+            ((batch, batch), {"inputs": [looks, looks]}),
+            (several, {"inputs": {"x": looks, "y": looks}}),
+        ):
+            qat.save(model, tmp_path / "out", example=example)
+            assert native.read(tmp_path / "out").example == stored
     qat.save(model, tmp_path / "out")
     assert native.read(tmp_path / "out").example is None
 

@@ -250,6 +250,33 @@ def test_a_dict_that_the_model_does_not_take_is_said_with_how_to_give_it():
     qat.calibrate(model, [{"input": torch.randn(4, 8)}], forward=lambda model, batch: model(**batch))
 
 
+def test_a_model_of_several_inputs_is_told_how_to_run_a_batch():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, a, b):
+            return self.linear(a + b)
+
+    a, b = torch.randn(2, 4, 8)
+    policy = qat.QuantPolicy(weight=qat.QuantSpec(bits=4), activation=qat.QuantSpec(bits=8, granularity="tensor"))
+    for batch, what, how in (
+        ((a, b), "the first of 2 tensors alone", "*batch"),
+        (((a, b), torch.zeros(4)), "a tuple", "*batch[0]"),
+        ({"a": a, "b": b}, "a dict", "**batch"),
+        (({"a": a, "b": b}, torch.zeros(4)), "a dict", "**batch[0]"),
+    ):
+        model = qat.prepare(Two(), policy, verbose=False)
+        with pytest.raises(StateError) as error:
+            qat.calibrate(model, [batch])
+        assert f"the model does not take {what} (" in str(error.value)
+        said = str(error.value).split("such as forward=")[1]
+        assert said == f"lambda model, batch: model({how})"
+        qat.calibrate(model, [batch], forward=eval(said))
+        assert not qat.check(model, batch, eval(said))
+
+
 @pytest.mark.parametrize("quantizer", ["lsq", "minmax"])
 def test_a_half_precision_model_under_autocast_of_another_dtype(quantizer):
     """As an fp16 checkpoint in a bf16-mixed run: torch.stack takes no fp16 under bf16 autocast on a CPU."""

@@ -88,6 +88,16 @@ def test_a_checkpoint_without_an_example_compares_the_rest(verify_here, tmp_path
     assert "not compared: the checkpoint recorded no example input" in capsys.readouterr().out
 
 
+def test_a_network_that_asks_more_of_its_inputs_than_a_range_compares_the_rest(verify_here, tmp_path, capsys):
+    """As of lengths that have to fall; here one axis is not what the network takes."""
+    checkpoint(tmp_path / "a.ckpt", example={"shape": [5], "dtype": "float32", "low": 0, "high": 1})
+    command = [str(tmp_path / "a.ckpt"), "--out", str(tmp_path / "out"), "--verify", "--model", f"{__name__}:tiny"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "codes             0 of 81 differ" in said
+    assert "not compared: the network does not run on random inputs of that range: mat1 and mat2 shapes" in said
+
+
 def error_of(capsys, *arguments):
     assert main([str(argument) for argument in arguments]) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -14,13 +14,13 @@ from torch import nn
 
 import qat
 from qat import formats
-from qat.checkpoint import random_input
 from qat.convert import main
 from qat.errors import ArtifactError
 from qat.formats import executorch, executorch_client, executorch_disk, executorch_layers
 from qat.formats.float_error import _OtherOrder
 from qat.formats.onnx_client import _edges
 from qat.frozen_model import from_model, to_model
+from qat.inputs import random_input
 from qat.layers import frozen_layers
 from qat.models import build
 from qat.numerics import quantize

@@ -8,9 +8,9 @@ from torch import nn
 
 import qat
 from qat import verify
-from qat.checkpoint import example_like
 from qat.errors import ArtifactError
 from qat.formats import onnx, onnx_parts
+from qat.inputs import example_like
 
 
 class Skips(nn.Module):

@@ -92,6 +92,12 @@ class Named(Pictures):  # its inputs are arguments of a forward that takes two
         return DataLoader(TensorDataset(*self.tensors), 16, collate_fn=self.collate)
     val_dataloader = train_dataloader
 
+class InOrder(Pictures):  # they have no names
+    def train_dataloader(self):
+        x, y = self.tensors
+        return DataLoader([((one, one.mean((1, 2))), target) for one, target in zip(x, y)], 16)  # collated to lists
+    val_dataloader = train_dataloader
+
 class TwoInputs(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -138,6 +144,7 @@ def own(tmp_path, monkeypatch):
         "Alone",
         "Without",
         "Named",
+        "InOrder",
     ):
         (folder / f"{name}.yaml").write_text(f"_target_: their_data.{name}\n")
     (tmp_path / "configs" / "model").mkdir()
@@ -199,6 +206,8 @@ def test_a_subclass_of_ours_is_measured_where_no_validation_ended_the_run(own, t
             "",
             "image [16, 1, 8, 8], size [16, 1]: ConvNet.forward() got an unexpected keyword argument 'image'",
         ),
+        ("InOrder", "", "[16, 1, 8, 8], [16, 1]: ConvNet.forward() takes 2 positional arguments but 3 were given"),
+        ("InOrder", "task.mixup=0.2", "task.mixup=0.2 adds up shares of two images, each a tensor of floats"),
         ("Named", "task.mixup=0.2", "task.mixup=0.2 adds up shares of two images, each a tensor of floats"),
         ("Alone", "", "a training batch of one example is too small for batch norm"),
         ("Without", "+data.which=train +data.gives=none", "data=Without: train_dataloader gives None: give a loader"),
@@ -254,15 +263,31 @@ def test_a_network_of_the_users_own_teaches_another(own, train, fails, tmp_path)
     assert f"{teacher} does not fit Hollow: missing more.bias" in said
 
 
-def test_named_inputs_are_arguments_of_the_forward(own, train, verify_here, tmp_path, capsys):
-    configs = " ".join(own("Named").split()[:3])
+@pytest.mark.parametrize("data", ["Named", "InOrder"])
+def test_several_inputs_are_arguments_of_the_forward(own, train, verify_here, tmp_path, capsys, data):
+    configs = " ".join(own(data).split()[:3])
     train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=4")
+    said = capsys.readouterr().out
+    assert "warning" not in said  # a random example of both reached every layer
     run = tmp_path / "runs" / "run"
     assert json.loads((run / "result.json").read_text())["metrics"]["accuracy"] > 0.7
     command = [str(run / "last.ckpt"), "--model", "their_data:TwoInputs", "--out", str(run / "artifact"), "--verify"]
     assert convert_command.main(command) == 0
+    assert "output            differs by at most 0 (" in capsys.readouterr().out
     evaluate_command.main([str(run / "artifact"), "--model", "their_data:TwoInputs", *configs.split()])
-    assert "accuracy 0." in capsys.readouterr().out
+    assert float(capsys.readouterr().out.split("accuracy ")[1].split()[0]) > 0.7
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("data", ["Named", "InOrder"])
+def test_several_inputs_of_a_run_ship_to_onnxruntime(own, train, tmp_path, capsys, data):
+    pytest.importorskip("onnxruntime")
+    configs = " ".join(own(data).split()[:3])
+    train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=1")
+    checkpoint = str(tmp_path / "runs" / "run" / "last.ckpt")
+    words = ["--to", "onnx", "--model", "their_data:TwoInputs", "--out", str(tmp_path / "out"), "--verify"]
+    assert convert_command.main([checkpoint, *words]) == 0
+    assert "it takes image [batch, 1, 8, 8], size [batch, 1]" in capsys.readouterr().out
 
 
 def test_an_endless_loader_ends_with_max_steps(own, train, tmp_path):

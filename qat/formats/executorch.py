@@ -25,6 +25,7 @@ from torch import nn
 from ..adapters import refuse_beside
 from ..errors import ArtifactError, some_of
 from ..frozen_model import to_model
+from ..inputs import described, mapped, tensors
 from ..layers import frozen_layers
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Dynamic
@@ -66,18 +67,20 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
         frozen = to_model(replace(model, dense=disk.floats(model.dense)), network, codes=False).float()
         kinds = {name: kind(model.layers[name], layer) for name, layer in frozen_layers(frozen)}
         print(_check_room(model, kinds, folder), flush=True)
-        wrapped = LogitsOnly(frozen).eval()
+        wrapped = LogitsOnly(frozen, example).eval()
         replaced = {}
         for name, layer in frozen_layers(frozen):
             replaced[layer] = disk.keep_(lowered_layer(model, name, layer))
         for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
             if layer in replaced:
                 wrapped.set_submodule(name, replaced[layer])
-        program = lower(wrapped, example, longest, model.source, disk)
+        program = lower(wrapped, tensors(example), longest, model.source, disk)
         with (folder / FILE).open("wb") as stream:
             program.write_to_file(stream)
     copy_companions(model, folder)
-    what = f"1 to {longest} tokens, without a cache" if longest else f"one input of shape {list(example.shape[1:])}"
+    shapes = described(mapped(example, lambda part: part[0]))
+    one = "one input of shape" if len(tensors(example)) == 1 else "inputs of shapes"
+    what = f"1 to {longest} tokens, without a cache" if longest else f"{one} {shapes}"
     notes = _notes(model, kinds)
     run = f"python -c \"from executorch.runtime import Runtime; Runtime.get().load_program('{FILE}')\""
     write_card(model, folder, METHOD, "; ".join(notes), run)

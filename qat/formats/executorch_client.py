@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..inputs import Inputs, tensors
 from ..layers import frozen_layers
 from ..numerics import QuantizedTensor
 from ..packing import pack
@@ -27,7 +29,7 @@ from .outputs import outputs
 NEAR = 2**26  # bytes before the last part that was found, where the next may lie
 
 
-def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Inputs) -> list[tuple[str, str]]:
     """Compare a program with a model; return (what, what was seen) rows.
 
     Args:
@@ -47,7 +49,20 @@ def compare(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> 
             layer.activation_quantizer = DynamicActivation(Dynamic.int8_token)
     with torch.no_grad():
         rows += _compare_layer(model, frozen, kinds)
-        return rows + compare_outputs(file, LogitsOnly(frozen), x)
+        return rows + compare_outputs(file, OneByOne(LogitsOnly(frozen, x)), tensors(x))
+
+
+class OneByOne(nn.Module):
+    """Runs each row of a batch alone, as a program does: some networks compare one with the others, as CLIP does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return the network's outputs, row below row."""
+        made = [outputs(self.network, row) for row in _rows(inputs)]
+        return {name: torch.cat([row[name] for row in made]) for name in made[0]}
 
 
 def _compare_file(file: Path, model: QuantizedModel, kinds: dict[str, str]) -> list[tuple[str, str]]:
@@ -102,14 +117,14 @@ def _compare_layer(model: QuantizedModel, frozen: nn.Module, kinds: dict[str, st
             size = (64, layer.in_features) if model.layers[name].type == "Linear" else (1, layer.in_channels, 16, 16)
             x = torch.randn(size, generator=torch.Generator().manual_seed(0))
             with tempfile.TemporaryDirectory() as folder:
-                lowered = lower(lowered_layer(model, name, layer).eval(), x, None, name, OnDisk(Path(folder)))
+                lowered = lower(lowered_layer(model, name, layer).eval(), (x,), None, name, OnDisk(Path(folder)))
                 program = bytes(lowered.buffer)
             gap, largest = _gap(run(program, x, batched=True), layer(x), TOLERANCE, f"the outputs of {name!r} alone")
             return [(f"ExecuTorch, {name}", f"differs by at most {gap:.3g} (largest {largest:.3g}) on {list(x.shape)}")]
     return []
 
 
-def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+def compare_outputs(file: Path, network: nn.Module, x: Inputs) -> list[tuple[str, str]]:
     """Run the whole program, against our own network with its rounding.
 
     In a deep network one code that falls to the other side changes all later ones. Where the outputs differ by more
@@ -128,7 +143,7 @@ def compare_outputs(file: Path, network: nn.Module, x: Tensor) -> list[tuple[str
 
 
 def _compare_one(
-    file: Path, found: Tensor, expected: Tensor, what: str, name: str, network: nn.Module, x: Tensor
+    file: Path, found: Tensor, expected: Tensor, what: str, name: str, network: nn.Module, x: Inputs
 ) -> str:
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
     try:
@@ -141,12 +156,17 @@ def _compare_one(
     return f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}"
 
 
-def run(program: Path | bytes, x: Tensor, batched: bool = False, which: int = 0) -> Tensor:
+def run(program: Path | bytes, x: Inputs, batched: bool = False, which: int = 0) -> Tensor:
     """Return an output of ExecuTorch's runtime for x, one row at a time unless the program takes the batch."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(program).load_method("forward")
-    return torch.cat([method.execute([part])[which].clone() for part in ([x] if batched else x.split(1))])
+    rows = [tensors(x)] if batched else _rows(tensors(x))
+    return torch.cat([method.execute(list(row))[which].clone() for row in rows])
+
+
+def _rows(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(part.split(1) for part in inputs), strict=True)
 
 
 def _gap(found: Tensor, expected: Tensor, tolerance: float, what: str) -> tuple[float, float]:

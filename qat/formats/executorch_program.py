@@ -16,7 +16,7 @@ from .executorch_disk import OnDisk, share_when_copied_
 from .executorch_layers import lowered
 
 
-def lower(network: nn.Module, example: Tensor, longest: int | None, source: str, disk: OnDisk) -> Any:
+def lower(network: nn.Module, example: tuple[Tensor, ...], longest: int | None, source: str, disk: OnDisk) -> Any:
     """Return an ExecuTorch program; with ``longest``, for any number of tokens up to it.
 
     Its constants lie in files of ``disk``: it must be written while these are there.
@@ -28,11 +28,11 @@ def lower(network: nn.Module, example: Tensor, longest: int | None, source: str,
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    shapes = None if longest is None else ({1: torch.export.Dim("tokens", min=2, max=longest)},)
+    shapes = None if longest is None else (({1: torch.export.Dim("tokens", min=2, max=longest)},),)
     with disk.compiled():
         try:
             # To this form ExecuTorch brings a program anyway; from here on its tensors stay the same objects.
-            exported = torch.export.export(network, (example,), dynamic_shapes=shapes).run_decompositions({})
+            exported = torch.export.export(network, example, dynamic_shapes=shapes).run_decompositions({})
             share_when_copied_(exported)
             edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
         except OSError:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..inputs import Inputs, mapped
 from .outputs import outputs
 
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
@@ -55,7 +56,7 @@ class FloatError:
 
 
 @torch.no_grad()
-def float_error(found: Tensor, network: nn.Module, x: Tensor, name: str | None = None) -> FloatError:
+def float_error(found: Tensor, network: nn.Module, x: Inputs, name: str | None = None) -> FloatError:
     """Return a client's error in units of our own.
 
     Args:
@@ -69,7 +70,7 @@ def float_error(found: Tensor, network: nn.Module, x: Tensor, name: str | None =
         ours.append(_output(network, x, name))
     large = double_(network)
     with _Float64(large):
-        exact = _output(network, x.double() if x.is_floating_point() else x, name)
+        exact = _output(network, mapped(x, lambda part: part.double() if part.is_floating_point() else part), name)
     network.float()
     errors = [_rows(other - exact) for other in (found, *ours)]
     own = torch.stack(errors[1:])
@@ -82,7 +83,7 @@ def float_error(found: Tensor, network: nn.Module, x: Tensor, name: str | None =
 
 
 @torch.no_grad()
-def in_other_orders(network: nn.Module, x: Tensor, name: str | None = None) -> list[Tensor]:
+def in_other_orders(network: nn.Module, x: Inputs, name: str | None = None) -> list[Tensor]:
     """Return a network's output for x, ORDERS times, with the sums of each product in other orders."""
     found = []
     for seed in range(ORDERS):
@@ -109,7 +110,7 @@ def root_mean_square(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
 
 
-def _output(network: nn.Module, x: Tensor, name: str | None) -> Tensor:
+def _output(network: nn.Module, x: Inputs, name: str | None) -> Tensor:
     made = outputs(network, x)
     return next(iter(made.values())) if name is None else made[name]
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import refuse_beside
-from ..checkpoint import random_input
 from ..errors import ArtifactError
 from ..frozen_model import outline, to_model
+from ..inputs import Inputs, random_input
 from ..numerics import scale_dtype
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Dynamic
@@ -149,11 +149,11 @@ def verify(folder: Path, model: QuantizedModel, network: nn.Module | None = None
         return [*rows, ("onnxruntime", "not installed: pip install onnxruntime")]
     rows += onnx_client.compare_layers(file, model)
     x = example_input(model, 8)
-    x = x[:3] if x.dtype == torch.int64 else x  # a text has many outputs
+    x = x[:3] if isinstance(x, Tensor) and x.dtype == torch.int64 else x  # a text has many outputs
     return rows + onnx_client.compare_outputs(file, model, to_model(model, network).float(), x)
 
 
-def example_input(model: QuantizedModel, batch: int = 2) -> Tensor:
+def example_input(model: QuantizedModel, batch: int = 2) -> Inputs:
     """Return random inputs that fit a model.
 
     Raises:
@@ -165,9 +165,9 @@ def example_input(model: QuantizedModel, batch: int = 2) -> Tensor:
         example = {"shape": [16], "dtype": "int64", "low": 0, "high": config["vocab_size"] - 1}
     if example is None:
         raise ArtifactError(
-            f"{model.source} does not say what its inputs look like: give qat.save a batch of them, one tensor, as in "
+            f"{model.source} does not say what its inputs look like: give qat.save a batch of them, as in "
             "qat.save(model, out, example=torch.randn(1, 3, 32, 32)), or convert a checkpoint of python -m qat.train "
-            "whose data give one"
+            "whose data give tensors"
         )
     return random_input(example, batch)
 
@@ -221,6 +221,9 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
     linear = any(layer.type == "Linear" and layer.weight is not None for layer in model.layers.values())
     counted = [kind for kind in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear") if kind in kinds]
     notes = [f"{FILE}: " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in counted)]
+    if len(graph.inputs) > 1:
+        takes = (f"{value.name} [{', '.join(map(str, value.shape))}]" for value in graph.inputs)
+        notes.append(f"it takes {', '.join(takes)}")
     if "MatMulNBits" in kinds:
         notes.append(
             "MatMulNBits multiplies in float32 (accuracy_level=0); setting that attribute to 4 is several times as "
@@ -235,7 +238,7 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
     notes.append(f"OpenVINO {too}multiplies in bfloat16 where a CPU does, unless told EXECUTION_MODE_HINT=ACCURACY")
     if hf.fused_experts(model):
         notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
-    if "input_ids" in [value.name for value in graph.inputs]:
+    if [value.name for value in graph.inputs] == ["input_ids"]:
         notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
     return notes
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..frozen_model import frozen_activation
+from ..inputs import Inputs, tensors
 from ..quantized_model import QuantizedModel
 from .float_error import TOLERANCE, float_error
 from .onnx_parts import WIDE, Parts, compare_wide, session, weight
@@ -58,7 +59,7 @@ def compare_layers(file: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     return rows
 
 
-def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Inputs) -> list[tuple[str, str]]:
     """Run the whole model in onnxruntime, and in OpenVINO where it is installed, against the frozen one in float32.
 
     Raises:
@@ -78,7 +79,7 @@ def compare_outputs(file: Path, model: QuantizedModel, frozen: nn.Module, x: Ten
 
 
 def _compare(
-    runtime: str, found: list[Tensor], expected: dict[str, Tensor], frozen: nn.Module, x: Tensor, model: QuantizedModel
+    runtime: str, found: list[Tensor], expected: dict[str, Tensor], frozen: nn.Module, x: Inputs, model: QuantizedModel
 ) -> list[tuple[str, str]]:
     if len(found) != len(expected):
         raise ArtifactError(f"{runtime} gives {len(found)} outputs, not {len(expected)}")
@@ -96,7 +97,7 @@ def _compare_one(
     found: Tensor,
     expected: Tensor,
     frozen: nn.Module,
-    x: Tensor,
+    x: Inputs,
     model: QuantizedModel,
 ) -> tuple[str, str]:
     if found.shape != expected.shape:
@@ -115,18 +116,19 @@ def _compare_one(
     return f"{runtime}, {what}", seen
 
 
-def _run_onnxruntime(file: Path, x: Tensor) -> list[Tensor]:
+def _run_onnxruntime(file: Path, x: Inputs) -> list[Tensor]:
     running = session(file)
-    return [torch.from_numpy(made) for made in running.run(None, {running.get_inputs()[0].name: x.numpy()})]
+    named = {one.name: part.numpy() for one, part in zip(running.get_inputs(), tensors(x), strict=True)}
+    return [torch.from_numpy(made) for made in running.run(None, named)]
 
 
-def _run_openvino(file: Path, x: Tensor) -> list[Tensor]:
+def _run_openvino(file: Path, x: Inputs) -> list[Tensor]:
     """Run a file as it is: without the hint ACCURACY, OpenVINO rounds the inputs of 4-bit products to int8."""
     import openvino
 
     hints = {"EXECUTION_MODE_HINT": "ACCURACY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", hints)
-    made = compiled([x.numpy()])
+    made = compiled([part.numpy() for part in tensors(x)])
     return [torch.from_numpy(made[index].copy()) for index in range(len(compiled.outputs))]
 
 

@@ -6,6 +6,8 @@ that run it in its place.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import ArtifactError
+from ..inputs import Inputs, tensors
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
 from ..layers.product import CONVOLUTIONS
@@ -61,6 +64,7 @@ class Exported(nn.Module):
         if self.entry.activation is not None:
             x = self._placeholder("activation", x, x.shape)
         if self.multiply:
+            torch._check(x.shape[-1] == self.entry.shape[1])  # as the product itself would ask of an axis that is free
             y = self._placeholder("linear", x, (*x.shape[:-1], self.entry.shape[0]))
             return y if layer.bias is None else y + layer.bias
         weight = matrix(layer) if self.entry.weight is None else self._placeholder("weight", x, self.entry.shape)
@@ -83,26 +87,33 @@ class Exported(nn.Module):
 
 
 class LogitsOnly(nn.Module):
-    """Gives the logits of a language model, without a cache, or the tensors that another network gives."""
+    """Gives the logits of a language model, without a cache, or the tensors that another network gives.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: what makes them.
+        example: inputs like those it will get, which come one by one here, also those that the network takes by name.
+    """
+
+    def __init__(self, network: nn.Module, example: Inputs) -> None:
         super().__init__()
         self.network = network
+        self.names = list(example) if isinstance(example, Mapping) else None
         self.options = {"use_cache": False} if hasattr(network, "config") else {}
 
-    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+    def forward(self, *inputs: Tensor) -> Tensor | dict[str, Tensor]:
         """Return the logits, or what another network returns: several tensors by name."""
-        found = outputs(partial(self.network, **self.options), x)
+        given = inputs if self.names is None else dict(zip(self.names, inputs, strict=True))
+        found = outputs(partial(self.network, **self.options), given)
         return found if len(found) > 1 else next(iter(found.values()))
 
 
-def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool) -> tuple[Any, dict[str, Any]]:
+def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool) -> tuple[Any, dict[str, Any]]:
     """Return an ``onnx_ir.Model`` of a frozen network, with placeholders for quantized layers; and its open values.
 
     Args:
         network: an outline in float32 (``qat.frozen_model.outline``), which is changed.
         model: what it outlines.
-        example: an input.
+        example: inputs.
         qdq: whether the weights of linear layers are dequantized and then multiplied.
 
     Returns:
@@ -111,9 +122,10 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     Raises:
         ArtifactError: torch cannot export it, or only for the example's own batch or length.
     """
-    tokens = example.dtype == torch.int64 and example.dim() == 2
+    tokens = isinstance(example, Tensor) and _like_tokens(example)
     axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
-    wrapped, exported = LogitsOnly(network).eval(), {}
+    names = _input_names(network, example)
+    wrapped, exported = LogitsOnly(network, example).eval(), {}
     for name, layer in frozen_layers(network):
         entry = model.layers[name]
         exported[layer] = Exported(layer, name, entry, not qdq and in_blocks(entry))
@@ -128,13 +140,13 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
     try:
         program = torch.onnx.export(
             wrapped,
-            (example,),
+            tensors(example),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=(axes,),
+            dynamic_shapes=((axes,) if isinstance(example, Tensor) else _free_axes(tensors(example)),),
             optimize=False,
             verbose=False,
-            input_names=["input_ids" if tokens else "input"],
+            input_names=names,
         )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -147,22 +159,64 @@ def export(network: nn.Module, model: QuantizedModel, example: Tensor, qdq: bool
         value.const_value = None
         graph.inputs.append(value)
     program.optimize()
-    del graph.inputs[1:]
+    del graph.inputs[len(names) :]
+    _fix_axes(graph, program.exported_program)
     form = program.exported_program.call_spec.out_spec
     order = tree_unflatten(range(form.num_leaves), form)
     single = "logits" if tokens else ONLY
+    _keep_names(graph, names)
     _name_outputs(graph, sorted(order, key=order.get) if isinstance(order, dict) else [single])
     used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
     return program.model, {name.removeprefix(NETWORK): value for name, value in used.items()}
 
 
-def _name_outputs(graph: Any, names: list[str]) -> None:
-    """Name a graph's outputs; what else has one of the names gets another, but for the input and initialisers."""
-    kept = {value.name for value in graph.inputs} | set(graph.initializers)
+def _like_tokens(x: Tensor) -> bool:
+    return x.dtype == torch.int64 and x.dim() == 2
+
+
+def _input_names(network: nn.Module, example: Inputs) -> list[str]:
+    """Return the names of a graph's inputs: of several, those of the forward's arguments."""
+    if isinstance(example, Tensor):
+        return ["input_ids" if _like_tokens(example) else "input"]
+    if isinstance(example, Mapping):
+        return list(example)
+    parameters = inspect.signature(network.forward).parameters.values()
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return [names[index] if index < len(names) else f"input_{index}" for index in range(len(example))]
+
+
+def _free_axes(inputs: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
+    """Return the axes that are free of several inputs: the batch, and the length of tokens and masks where it can be.
+
+    torch finds out which of them have to be the same, or of one size.
+    """
+    hint = torch.export.Dim
+    return tuple(
+        {0: hint.DYNAMIC if index else "batch"} | ({1: hint.AUTO} if x.dim() == 2 and x.shape[1] > 1 else {})
+        for index, x in enumerate(inputs)
+    )
+
+
+def _fix_axes(graph: Any, exported: Any) -> None:
+    """Give an axis of an input that torch found to be of one size only that size."""
+    sizes = {str(axis): int(found.lower) for axis, found in exported.range_constraints.items() if found.is_singleton()}
+    for value in graph.inputs:
+        for index, axis in enumerate(value.shape):
+            value.shape[index] = sizes.get(str(axis), axis)
+
+
+def _keep_names(graph: Any, names: list[str]) -> None:
+    """Give what nodes give under one of some names another."""
     for node in graph.all_nodes():
         for value in node.outputs:
             if value.name in names:
                 value.name = f"inner.{value.name}"
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Name a graph's outputs; what else has one of the names gets another, but for the inputs and initialisers."""
+    kept = {value.name for value in graph.inputs} | set(graph.initializers)
+    _keep_names(graph, names)
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = f"output.{name}" if name in kept else name
 

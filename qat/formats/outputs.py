@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
+from ..inputs import Inputs, call
 
 ONLY = "output"  # the name of a tensor that has none
 
 
-def outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def outputs(network: nn.Module, x: Inputs) -> dict[str, Tensor]:
     """Return a network's outputs by name; of an output with the field ``logits``, as transformers has, only those.
 
     A dict gives its keys, a list or tuple "output_0", "output_1" and so on, and what lies inside others both names.
@@ -20,7 +21,7 @@ def outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     Raises:
         ArtifactError: there is no tensor among them.
     """
-    made = network(x)
+    made = call(network, x)
     made = getattr(made, "logits", made)
     found = {ONLY: made} if isinstance(made, Tensor) else dict(_tensors(made, ""))
     if not found:

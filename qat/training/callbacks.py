@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..accumulation import weight_quantizers
 from ..calibration import activation_quantizers, calibrate, weights_wait
-from ..checkpoint import random_input
 from ..errors import TrainingError
+from ..inputs import mapped, random_input
 from ..layers import is_prepared, quant_layers
 from ..memory import estimate
 from ..numerics import stored_scale
@@ -69,7 +69,7 @@ class Reach(Callback):
         """Check a prepared model."""
         if task.example is None or not is_prepared(task.model):
             return
-        example = random_input(task.example, batch=1).to(task.device)
+        example = mapped(random_input(task.example, batch=1), lambda x: x.to(task.device))
         try:
             with trainer.strategy.precision_plugin.forward_context():
                 lines = check(task.model, example, run)

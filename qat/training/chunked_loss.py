@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import TrainingError
+from ..inputs import Inputs
 from ..modes import in_eval_mode
 from .metrics import IGNORED, logits_of, run
 
@@ -78,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if made is None else made * grad for made in ctx.saved_tensors), None, None
 
 
-def chunked_loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], targets: Tensor, rows: int) -> Tensor:
+def chunked_loss(model: nn.Module, inputs: Inputs, targets: Tensor, rows: int) -> Tensor:
     """Return a transformers model's mean cross-entropy: ``linear_cross_entropy`` of what its head gets.
 
     Raises:
@@ -88,7 +89,7 @@ def chunked_loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], targets: 
     return linear_cross_entropy(headless(model, head, inputs), head.weight, head.bias, targets, rows)
 
 
-def check_head(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> None:
+def check_head(model: nn.Module, inputs: Inputs) -> None:
     """Raise TrainingError unless the model's logits are what its head makes of its input, and nothing else.
 
     Some models scale or cap them afterwards. Tried on the first few tokens of a batch.
@@ -121,7 +122,7 @@ def head_of(model: nn.Module) -> nn.Linear:
     return head
 
 
-def headless(model: nn.Module, head: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+def headless(model: nn.Module, head: nn.Module, inputs: Inputs) -> Tensor:
     """Return what the head gets, (B, T, H)."""
     head.forward = lambda x: x
     try:

@@ -14,10 +14,9 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
-from ..checkpoint import example_like
 from ..errors import DataError
+from ..inputs import example_like, misfit
 from .in_memory_data import InMemoryData
 from .metrics import pair
 from .own_loader import checked_loader
@@ -67,9 +66,10 @@ def test_batches(data: LightningDataModule, device: torch.device | str) -> Itera
 
 
 def example_of(data: LightningDataModule) -> dict[str, Any] | None:
-    """Return shape (without batch), dtype and range of an input of the user's own data; None where it is no tensor."""
+    """Return what inputs of the user's own data look like; None where they are not batches of tensors."""
     inputs, _ = next(iter(test_batches(data, "cpu")), (None, None))
-    return example_like(inputs) if isinstance(inputs, Tensor) else None
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs  # of torch's own collate, which was given tuples
+    return example_like(inputs) if misfit(inputs) is None else None
 
 
 def _on_device(loader: Iterable[Any], device: torch.device | str) -> Iterator[Any]:

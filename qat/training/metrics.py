@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..errors import DataError, QATError
+from ..inputs import Inputs, call, described, mapped
 from ..layers import frozen_layers
 from ..quantizers.fixed_dtype import keeping_dtype
 
@@ -19,26 +21,23 @@ FLOATS = torch.float32, torch.bfloat16, torch.float16
 IGNORED = -100  # a target that counts nowhere: of a prompt, or of padding
 
 
-def run(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Any:
-    """Return a model's output for a batch's inputs: one tensor, or named ones, which are its forward's arguments.
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Return a model's output for a batch's inputs: one tensor, several, or named ones: its forward's arguments.
 
     A transformers model runs without its key-value cache: in its presence transformers does not keep packed examples
     apart, and each block would be compiled anew, as it has a cache of its own. Images have the dtype of the model, as
     Lightning gives them to one in 16 bits while it trains: calibration, teachers and measuring take the data's own.
     """
-    inputs = _in_dtype_of(model, inputs)
     options = {}
     if getattr(getattr(model, "config", None), "use_cache", False):
         parameters = inspect.signature(model.forward).parameters.values()
         if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):  # peft's takes any
             options = {"use_cache": False}
-    return model(**inputs, **options) if isinstance(inputs, dict) else model(inputs, **options)
+    return call(partial(model, **options), mapped(inputs, partial(_in_dtype_of, model)))
 
 
-def _in_dtype_of(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+def _in_dtype_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return floats of up to 32 bits in the dtype of the model, its first parameter's; autocast casts them itself."""
-    if isinstance(inputs, dict):
-        return {name: _in_dtype_of(model, value) for name, value in inputs.items()}
     if not isinstance(inputs, Tensor) or inputs.dtype not in FLOATS or torch.is_autocast_enabled(inputs.device.type):
         return inputs
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
@@ -61,7 +60,7 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def first_logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+def first_logits(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return a model's logits for the first batch of some data.
 
     Raises:
@@ -72,13 +71,9 @@ def first_logits(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, QATError | torch.OutOfMemoryError):
             raise
-        shapes = inputs if isinstance(inputs, dict) else {"shape": inputs}
-        described = ", ".join(
-            f"{name} {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
-            for name, value in shapes.items()
-        )
+        what = f"shape {described(inputs)}" if isinstance(inputs, Tensor) else described(inputs)
         raise DataError(
-            f"the model cannot run on these data, {described}: {str(error).splitlines()[0]} (HYDRA_FULL_ERROR=1 shows "
+            f"the model cannot run on these data, {what}: {str(error).splitlines()[0]} (HYDRA_FULL_ERROR=1 shows "
             "where); the model and the data have to fit each other"
         ) from error
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..checkpoint import describe
 from ..errors import DataError, TrainingError
+from ..inputs import Inputs
 from ..models import architecture_of
 from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
@@ -118,11 +119,11 @@ class Task(LightningModule):
         with dtypes_kept(self):  # bf16-true casts all of the task
             return super()._apply(fn, recurse)
 
-    def forward(self, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Return the network's logits."""
         return self.logits(self.model, inputs)
 
-    def logits(self, model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Return the logits of the network, or of a copy of it, such as an unquantized one that calibration makes.
 
         Raises:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, TrainingError
+from ..inputs import Inputs
 from .chunked_loss import check_head, chunked_loss
 from .instruction_data import InstructionData, require_apart
 from .metrics import ClassificationMetrics, LanguageMetrics, pair
@@ -44,7 +45,7 @@ class ImageClassification(Task):
                 "data are whole numbers or have names: set task.mixup=0"
             )
 
-    def logits(self, model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Return the logits of the network or a copy of it."""
         if isinstance(inputs, Tensor):
             inputs = inputs.to(memory_format=self.memory_format)
