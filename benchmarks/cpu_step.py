@@ -43,9 +43,10 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.network(images), labels)
 
 
-def convolutions(batch, **fields) -> Callable[[nn.Module], nn.Module]:
-    """Return what prepares a network in W4A4, with further fields of the policy."""
-    grids = {"weight": qat.QuantSpec(granularity="channel"), "activation": qat.QuantSpec(granularity="tensor")}
+def convolutions(batch, symmetric: bool = True, **fields) -> Callable[[nn.Module], nn.Module]:
+    """Return what prepares a network in W4A4, with further fields of the policy; ``symmetric`` is that of inputs."""
+    inputs = qat.QuantSpec(granularity="tensor", symmetric=symmetric)
+    grids = {"weight": qat.QuantSpec(granularity="channel"), "activation": inputs}
     return lambda model: quantize(model, qat.QuantPolicy(**grids, **fields), batch)[0]
 
 
@@ -90,6 +91,7 @@ def main() -> None:
     rows = [
         ("ResNet-20 W4A4", "LSQ", Classifier(), convolutions(images), images),
         ("ResNet-20 W4A4", "PACT", Classifier(), convolutions(images, activation_quantizer="pact"), images),
+        ("ResNet-20 W4A4", "LSQ+", Classifier(), convolutions(images, symmetric=False), images),
     ]
     for what, fields in {"decoder W4": {}, "decoder W4A8": {"dynamic": "int8_token"}}.items():
         rows.append((what, "LSQ", Decoder(**DECODER), linears(**fields), tokens))

@@ -51,7 +51,7 @@ def test_cpu_step(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cpu_step", "--steps", "1", "--threads", str(torch.get_num_threads())])
     cpu_step.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(row[-1] == "installed" or float(row[-1]) > 0 for row in rows)
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import qat
 from qat.quantizers import ActivationStatistics, lsq_plus
@@ -120,6 +121,50 @@ def check_bf16_inputs(lsq_plus):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+def check_stored_zero_point(lsq_plus):
+    """The zero point is that of the stored scale, where the step size has another: 0.3 is stored as 0.30078125."""
+    quantizer = made(8, 0.3, 0, lsq_plus)
+    with torch.no_grad():
+        for below in (100.4, 100.6, 100.8):  # steps of 0.3, which are 100.14 to 100.54 stored ones
+            quantizer.offset.fill_(-below * 0.3)
+            lowest = quantizer(torch.tensor([-1e3])).item()
+            assert lowest == -round(below * 0.3 / 0.30078125) * 0.30078125
+
+
+def check_nan(lsq_plus):
+    """It counts as clipped at the lower end: the offset's gradient has its own, x's and the step size's have not."""
+    quantizer = made(4, 0.5, 6, lsq_plus)
+    x = torch.tensor([[math.nan, 0.6, 1.0]], requires_grad=True)
+    y = quantizer(x)
+    assert y.isnan().tolist() == [[True, False, False]]
+    y.backward(torch.tensor([[5.0, 2.0, 3.0]]))
+    g = 1 / math.sqrt(3 * 15)
+    assert x.grad.tolist() == [[0.0, 2.0, 3.0]]
+    assert quantizer.step_size.grad.item() == pytest.approx(2 * -0.2 * g, rel=1e-5)
+    assert quantizer.offset.grad.item() == pytest.approx(5 * g, rel=1e-6)
+
+
+def check_bounds_that_are_tensors(lsq_plus):
+    """With a step size and an offset for each element, gradients are what numbers give one element at a time."""
+    spec, generator = made(3, 0.5, 2, lsq_plus).spec, torch.Generator().manual_seed(0)
+    scale = torch.rand(64, 1, generator=generator) * 0.4 + 0.1
+    offset, x, grad = -scale * torch.arange(64)[:, None] / 8, *torch.randn(2, 64, 1, generator=generator)
+    together = lsq_plus.gradients(grad, x, scale, offset, spec, 1.0)
+    for row in range(64):
+        one = slice(row, row + 1)
+        alone = lsq_plus.gradients(grad[one], x[one], scale[one], offset[one], spec, 1.0)
+        assert all(torch.equal(found[one], expected) for found, expected in zip(together, alone, strict=True))
+    assert 10 < (together[0] != 0).sum() < 54 and together[1].unique().numel() > 10
+
+
+def test_tensors_without_data_have_gradients_too():
+    """As an estimate of a step's memory has them: no bound is read of them."""
+    with FakeTensorMode():
+        x, step_size, offset = torch.randn(4, 8), torch.ones(1, 1), torch.zeros(1, 1)
+        found = lsq_plus.gradients(x, x, step_size, offset, made(4, 0.5, 6).spec, 1.0)
+    assert [list(each.shape) for each in found] == [[4, 8], [1, 1], [1, 1]]
+
+
 def check_start(lsq_plus):
     """A stored scale and zero point come out as they went in, and say what is a code of what."""
     for zero_point in (-8, -3, 0, 7):
@@ -136,7 +181,13 @@ def check_grid_is_signed(lsq_plus):
     assert quantizer.spec.signed is True and bool(quantizer.signed)
 
 
-@pytest.mark.parametrize("check", [check_stored_scale, check_bf16_inputs, check_start, check_grid_is_signed])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *(check_stored_scale, check_stored_zero_point, check_bf16_inputs, check_start, check_grid_is_signed),
+        *(check_nan, check_bounds_that_are_tensors),
+    ],
+)
 def test_what_is_stored(check):
     check(lsq_plus)
 

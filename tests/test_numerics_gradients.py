@@ -101,11 +101,12 @@ def check_surrogate(numerics):
 
 def check_bounds_of_a_zero_point(numerics):
     """A zero point of 3 moves the bounds of x / s from -8 and 7 to -11 and 4, which give no gradient themselves."""
-    spec, step = QuantSpec(granularity="tensor", symmetric=False, signed=True), torch.tensor([[0.5]])
-    for zero_point in (torch.tensor([[3]], dtype=torch.int8), torch.tensor([[3.0]], dtype=torch.float16)):
-        x = torch.tensor([[-5.75, -5.5, -5.375, 0.0, 1.875, 2.0, 2.25]], requires_grad=True)
+    for rows, dtype in ((1, torch.int8), (1, torch.float16), (2, torch.int8), (2, torch.float16)):
+        spec = QuantSpec(granularity="tensor" if rows == 1 else "channel", symmetric=False, signed=True)
+        step, zero_point = torch.full((rows, 1), 0.5), torch.full((rows, 1), 3, dtype=dtype)
+        x = torch.tensor([[-5.75, -5.5, -5.375, 0.0, 1.875, 2.0, 2.25]] * rows, requires_grad=True)
         numerics.fake_quantize(x, step, spec, zero_point=zero_point).sum().backward()
-        assert x.grad.tolist() == [[0, 0, 1, 1, 1, 0, 0]]
+        assert x.grad.tolist() == [[0, 0, 1, 1, 1, 0, 0]] * rows
 
 
 def check_saved_tensors(numerics):
