@@ -14,11 +14,11 @@ PER_TENSOR = qat.QuantSpec(bits=8, granularity="tensor")
 
 
 class Siamese(nn.Module):
-    """Two images through one network; its inputs have the names of nodes that torch makes."""
+    """Two images through one network; its inputs have the names of nodes that torch makes, and its head no bias."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(16, 5)
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(16, 5, bias=False)
 
     def forward(self, conv2d, relu):
         left, right = (torch.relu(self.conv(x)).mean((2, 3)) for x in (conv2d, relu))
@@ -133,6 +133,8 @@ def test_from_saving_to_onnxruntime(case, qdq, tmp_path, capsys):
     assert f"it takes {named[case]}" in said and said.count("argmax equal") == (4 if case == "reader" else 2)
 
     session = onnx_parts.session(tmp_path / "out" / onnx.FILE)
+    names = ["text", "output.title"] if case == "reader" else ["output"]  # there is an input called title
+    assert [one.name for one in session.get_outputs()] == names
     example = native.read(tmp_path / "artifact").example
     assert onnx.read(tmp_path / "out").example == example
     for batch in (1, 7):  # free, as lengths are
@@ -167,3 +169,30 @@ def test_from_saving_to_executorch(case, tmp_path, capsys):
     }
     said = capsys.readouterr().out
     assert f"model.pte takes inputs of shapes {named[case]}" in said and "verified" in said
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("to", ["onnx", "executorch"])
+def test_a_language_model_with_a_mask(to, tmp_path, capsys):
+    """Both inputs have any length; the head is quantized and has no bias, and its product is the graph's output."""
+    pytest.importorskip("executorch" if to == "executorch" else "onnxruntime")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=40, max_position_embeddings=32, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    qat.prepare(model, qat.QuantPolicy(weight=qat.QuantSpec(bits=4, group_size=32)), verbose=False)
+    example = {"input_ids": torch.randint(0, 40, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    qat.save(qat.freeze(model), tmp_path / "artifact", example=example)
+    assert convert([str(tmp_path / "artifact"), "--to", to, "--out", str(tmp_path / "out"), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "without a cache" in said and "verified" in said
+    if to == "onnx":
+        tokens = text(11, 2)
+        mask = torch.ones_like(tokens)
+        mask[0, :4] = 0
+        session = onnx_parts.session(tmp_path / "out" / onnx.FILE)
+        (found,) = session.run(["logits"], {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model(input_ids=tokens, attention_mask=mask).logits
+        torch.testing.assert_close(torch.from_numpy(found)[:, 4:], expected[:, 4:], rtol=0, atol=1e-5)

@@ -90,8 +90,11 @@ def insert_quantized(ir_model: Any, model: QuantizedModel) -> None:
         build = _Builder(graph, node, name, model, uses[name, node.op_type])
         value = getattr(build, node.op_type)()
         value.shape, value.dtype = node.outputs[0].shape, node.outputs[0].dtype
+        is_output, output = node.outputs[0].is_graph_output(), node.outputs[0].name
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
         node.graph.remove(node, safe=True)
+        if is_output:  # such as a head's without a bias, for which clients ask by name
+            value.name = output
     wanted = {(name, False) for name, layer in model.layers.items() if layer.weight is not None}
     wanted |= {(name, True) for name, layer in model.layers.items() if layer.activation is not None}
     if wanted - reached:
