@@ -79,8 +79,10 @@ def write(model: QuantizedModel, folder: Path, network: nn.Module | None = None)
             program.write_to_file(stream)
     copy_companions(model, folder)
     shapes = described(mapped(example, lambda part: part[0]))
-    one = "one input of shape" if len(tensors(example)) == 1 else "inputs of shapes"
-    what = f"1 to {longest} tokens, without a cache" if longest else f"{one} {shapes}"
+    several = len(tensors(example)) > 1
+    what = f"inputs of shapes {shapes}" if several else f"one input of shape {shapes}"
+    if longest:
+        what = (f"{what} or of " if several else "") + f"1 to {longest} tokens, without a cache"
     notes = _notes(model, kinds)
     run = f"python -c \"from executorch.runtime import Runtime; Runtime.get().load_program('{FILE}')\""
     write_card(model, folder, METHOD, "; ".join(notes), run)

@@ -28,7 +28,10 @@ def lower(network: nn.Module, example: tuple[Tensor, ...], longest: int | None, 
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    shapes = None if longest is None else (({1: torch.export.Dim("tokens", min=2, max=longest)},),)
+    shapes = None
+    if longest is not None:
+        tokens = torch.export.Dim("tokens", min=2, max=longest)
+        shapes = (tuple({1: tokens} if part.dim() == 2 else {} for part in example),)
     with disk.compiled():
         try:
             # To this form ExecuTorch brings a program anyway; from here on its tensors stay the same objects.

@@ -238,7 +238,8 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
     notes.append(f"OpenVINO {too}multiplies in bfloat16 where a CPU does, unless told EXECUTION_MODE_HINT=ACCURACY")
     if hf.fused_experts(model):
         notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
-    if [value.name for value in graph.inputs] == ["input_ids"]:
+    names = {value.name for value in (*graph.inputs, *graph.outputs)}
+    if {"input_ids", "logits"} <= names:
         notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
     return notes
 

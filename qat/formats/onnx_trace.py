@@ -163,7 +163,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
     _fix_axes(graph, program.exported_program)
     form = program.exported_program.call_spec.out_spec
     order = tree_unflatten(range(form.num_leaves), form)
-    single = "logits" if tokens else ONLY
+    single = "logits" if "input_ids" in names else ONLY
     _keep_names(graph, names)
     _name_outputs(graph, sorted(order, key=order.get) if isinstance(order, dict) else [single])
     used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
