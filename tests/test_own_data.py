@@ -102,8 +102,9 @@ class TwoInputs(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.size, self.last = torch.nn.Linear(64, 16), torch.nn.Linear(1, 16), torch.nn.Linear(16, 10)
+        self.norm = torch.nn.BatchNorm1d(16)
     def forward(self, image, size):
-        return self.last(torch.relu(self.first(image.flatten(1)) + self.size(size)))
+        return self.last(torch.relu(self.norm(self.first(image.flatten(1)) + self.size(size))))
 
 def scripted():
     return torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
@@ -266,7 +267,8 @@ def test_a_network_of_the_users_own_teaches_another(own, train, fails, tmp_path)
 @pytest.mark.parametrize("data", ["Named", "InOrder"])
 def test_several_inputs_are_arguments_of_the_forward(own, train, verify_here, tmp_path, capsys, data):
     configs = " ".join(own(data).split()[:3])
-    train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu trainer.max_epochs=4")
+    more = "callbacks=batch_norm trainer.max_epochs=4"
+    train(f"{configs} model=two_inputs policy=conv_w4a4 trainer.accelerator=cpu {more}")
     said = capsys.readouterr().out
     assert "warning" not in said  # a random example of both reached every layer
     run = tmp_path / "runs" / "run"

@@ -38,6 +38,6 @@ class BatchNormEstimate(Callback):
         if not any(isinstance(module, _BatchNorm) for module in task.model.modules()):
             return
         loader = training_batches(trainer.datamodule, task.device)
-        inputs = (batch[0] for batch in islice(loader, self.batches))
+        inputs = ((batch[0],) for batch in islice(loader, self.batches))  # of a tuple torch takes the first
         with trainer.strategy.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             update_bn(inputs, task)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import TrainingError
-from ..inputs import Inputs
+from ..inputs import Inputs, mapped
 from ..modes import in_eval_mode
 from .metrics import IGNORED, logits_of, run
 
@@ -95,7 +95,7 @@ def check_head(model: nn.Module, inputs: Inputs) -> None:
     Some models scale or cap them afterwards. Tried on the first few tokens of a batch.
     """
     head = head_of(model)
-    few = {k: v[:1, :TRIED] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[:1, :TRIED]
+    few = mapped(inputs, lambda x: x[:1, :TRIED])
     with in_eval_mode(model), torch.no_grad():
         logits = logits_of(run(model, few)).float()
         found = F.linear(headless(model, head, few), head.weight, head.bias).float()
