@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from qat import verify
 from qat.checkpoint import describe, load_state, read_checkpoint
 from qat.convert import convert, main
 from qat.errors import CheckpointError
+from qat.formats import FORMATS
 
 EXAMPLE = {"shape": [6], "dtype": "float32", "low": -2.0, "high": 2.0}
 POLICY = qat.QuantPolicy(weight=qat.QuantSpec(bits=4, group_size=3), activation=qat.QuantSpec(granularity="tensor"))
@@ -225,6 +227,30 @@ def test_every_format_goes_out_and_comes_back(llama, tmp_path, capsys, name):
     for key, tensor in direct.items():
         assert torch.equal(tensor.codes, back[key].codes)
         assert torch.equal(tensor.dequantize(), back[key].dequantize())
+
+
+EXPORT = """
+import sys
+from pathlib import Path
+from qat import formats
+for name in sys.argv[3:]:
+    folder = Path(sys.argv[2]) / name
+    folder.mkdir(parents=True)
+    formats.module(name).write(formats.read(Path(sys.argv[1])), folder)
+"""
+
+
+def test_the_same_model_gives_the_same_bytes_in_every_process(llama, tmp_path):
+    """Whatever the order of Python's sets and of other hash maps there is."""
+    names = [name for name in FORMATS if name not in ("bitsandbytes", "executorch")]  # its levels are NF4's; too large
+    names = [name for name in names if find_spec({"gguf": "gguf", "onnx": "onnxscript"}.get(name, "torch"))]
+    for seed in ("0", "1"):
+        command = [sys.executable, "-P", "-c", EXPORT, str(llama / "artifact"), str(tmp_path / seed), *names]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    files = [file.relative_to(tmp_path / "0") for file in (tmp_path / "0").rglob("*") if file.is_file()]
+    assert len(files) >= 2 * len(names)
+    one, other = ([(tmp_path / seed / file).read_bytes() for file in files] for seed in ("0", "1"))
+    assert [file for file, here, there in zip(files, one, other, strict=True) if here != there] == []
 
 
 def test_a_folder_is_replaced_only_by_its_own_format(llama, tmp_path, capsys):

@@ -19,7 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 class ShardWriter:
     """Collects tensors and writes a shard when ``shard_bytes`` is reached; memory holds one shard at most.
 
-    Each shard's header carries the metadata.
+    Each shard's header carries the metadata, sorted: the same tensors give the same bytes.
 
     Use as ``writer.add(name, tensor)`` any number of times, then ``writer.close()``.
     """
@@ -73,9 +73,22 @@ class ShardWriter:
         return self.folder / f"part-{index}"
 
     def _flush(self) -> None:
+        file = self._part(len(self._shards))
         try:
-            save_file(self._held, self._part(len(self._shards)), metadata=self._metadata)
+            save_file(self._held, file, metadata=self._metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
+        _sort_metadata(file)
         self._shards.append(list(self._held))
         self._held, self._places, self._held_bytes = {}, set(), 0
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort the metadata in a file's header in place: safetensors writes a hash map's order, another in each process."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()  # as long as theirs
+        stream.seek(8)
+        stream.write(text.ljust(length))
