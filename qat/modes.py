@@ -1,7 +1,8 @@
-"""Eval mode for a while: each module then has the mode it had, which may differ from the model's."""
+"""How a model runs: in eval mode for a while, each module then as it was, and without a key-value cache."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,3 +19,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Return the options that a forward takes to make no key-value cache: none but of transformers models with one."""
+    if not getattr(getattr(model, "config", None), "use_cache", False):
+        return {}
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)  # peft's takes any
+    return {"use_cache": False} if takes else {}

@@ -384,5 +384,21 @@ def test_what_transformers_fails_at_is_one_error(tmp_path):
     qat.prepare(model, qat.QuantPolicy(weight=weight(group_size=32), rules=head(None)), verbose=False)
     model = from_model(qat.freeze(model))
     compressed_tensors.write(model, tmp_path)
-    with pytest.raises(ArtifactError, match=r"transformers fails to open .* or to run it: 'Linear' object has no"):
+    with pytest.raises(ArtifactError, match=r"transformers fails to open .* or to run it: AttributeError: 'Linear'"):
+        compressed_tensors.verify(tmp_path, model)
+
+
+@pytest.mark.clients
+def test_a_config_that_the_model_itself_fails_at_is_one_error(tmp_path):
+    """MiniCPM3's attention has no groups of heads, whatever num_key_value_heads says."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import MiniCPM3Config, MiniCPM3ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+    model = MiniCPM3ForCausalLM(MiniCPM3Config(**sizes, q_lora_rank=32, kv_lora_rank=32, pad_token_id=0))
+    qat.prepare(model, qat.QuantPolicy(weight=weight(group_size=32), rules=head(None)), verbose=False)
+    model = from_model(qat.freeze(model))
+    compressed_tensors.write(model, tmp_path)
+    with pytest.raises(ArtifactError, match=r"MiniCPM3ForCausalLM of this config fails at 16 tokens.*: RuntimeError: "):
         compressed_tensors.verify(tmp_path, model)

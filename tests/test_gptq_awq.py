@@ -328,6 +328,22 @@ def test_onnxruntime_genai_takes_projections_apart_and_has_a_loop_of_its_own(tmp
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_model_that_onnxruntime_genai_fails_to_load_is_said(tmp_path, method):
+    """It looks for attention in RWKV's blocks, which was a traceback."""
+    pytest.importorskip("onnxruntime_genai")
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    config = RwkvConfig(hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, vocab_size=64, context_length=64)
+    policy = qat.QuantPolicy(weight=weight(group_size=32), rules=[{"match": "head", "weight": None}])
+    model = from_model(qat.freeze(qat.prepare(RwkvForCausalLM(config), policy, verbose=False)))
+    FORMATS[method].write(model, tmp_path)
+    said = dict(FORMATS[method].verify(tmp_path, model))["onnxruntime-genai"]
+    assert said.startswith("not compared: its loader does not take this model (IndexError")
+
+
+@pytest.mark.clients
 def test_onnxruntime_genai_reads_version_2_wrongly_which_verify_notices(tmp_path):
     """Why version 1 is written."""
     pytest.importorskip("onnxruntime_genai")

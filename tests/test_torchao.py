@@ -212,6 +212,23 @@ def test_transformers_runs_it_with_the_trained_logits(tmp_path, monkeypatch, spe
 
 
 @pytest.mark.clients
+def test_a_model_whose_cache_transformers_fails_at_runs_as_it_trained(tmp_path):
+    """Training makes no cache; Qwen3-Next of linear attention alone fails where it asks one for its length."""
+    pytest.importorskip("torchao")
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "linear_num_key_heads": 2}
+    sizes |= {"shared_expert_intermediate_size": 32, "linear_num_value_heads": 2, "linear_key_head_dim": 32}
+    sizes |= {"linear_value_head_dim": 32, "layer_types": ["linear_attention"] * 2}
+    torch.manual_seed(0)
+    policy = qat.QuantPolicy(weight=weight(group_size=4), rules=[{"match": "lm_head", "weight": None}])
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**LLAMA, **sizes))
+    quantized = from_model(qat.freeze(qat.prepare(model, policy, verbose=False)))
+    torchao.write(quantized, tmp_path)
+    assert dict(torchao.verify(tmp_path, quantized))["logits, transformers"].startswith("differ by at most 0 ")
+
+
+@pytest.mark.clients
 @pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
 def test_what_torchao_quantized_keeps_its_codes(tmp_path, mapping):
     pytest.importorskip("torchao")

@@ -34,7 +34,7 @@ from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Codebook, QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, not_compared, small
+from .comparison import compare, compare_logits, compare_own, logits, not_compared, one_error, small
 from .integer_linears import grid, largest_size, refuse, tensors, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import DTYPES, StoredTensors
@@ -158,15 +158,20 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows += compare(model, one, METHOD)
     if not small(model):
         return [*rows, not_compared("transformers")]
-    client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    for module in client.modules():
-        if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.float32
-            module.support_avx512bf16_for_cpu = False  # its kernel there multiplies in bf16
-    for parameter in client.parameters():
-        if parameter.is_floating_point():  # transformers leaves it in the stored dtype
-            parameter.data = parameter.data.float()
-    return [*rows, compare_logits(model, lambda tokens: client(tokens).logits, "transformers")]
+
+    def client(tokens: Tensor) -> Tensor:
+        with one_error(f"transformers fails to open {folder} or to run it"):
+            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+            for module in opened.modules():
+                if isinstance(module, Linear4bit):
+                    module.compute_dtype = torch.float32
+                    module.support_avx512bf16_for_cpu = False  # its kernel there multiplies in bf16
+            for parameter in opened.parameters():
+                if parameter.is_floating_point():  # transformers leaves it in the stored dtype
+                    parameter.data = parameter.data.float()
+            return logits(opened, tokens)
+
+    return [*rows, compare_logits(model, client, "transformers")]
 
 
 def _refuse_skipped(layers: dict[str, QuantizedLayer], dense: dict[str, int]) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError, first_line
+from ..errors import ArtifactError
 from ..frozen_model import to_model
 from ..layers import frozen_layers
 from ..quantized_model import QuantizedModel
 from .float_error import TOLERANCE
 from .integer_linears import grid, tensors
+from .outputs import ONLY, outputs
+
+TOKENS = 16  # of a text whose logits are compared
 
 
 def compare(model: QuantizedModel, other: Callable[[str], tuple[Tensor, Tensor]], reader: str) -> list[tuple[str, str]]:
@@ -74,45 +76,70 @@ def compare_own(model: QuantizedModel, read: QuantizedModel) -> list[tuple[str, 
 
 
 def compare_logits(
-    model: QuantizedModel, client: Callable[[Tensor], Tensor], name: str, rounded: torch.dtype | None = None
+    model: QuantizedModel,
+    client: Callable[[Tensor], Tensor],
+    name: str,
+    as_client: Callable[[nn.Module], str] | None = None,
+    length: int = TOKENS,
 ) -> tuple[str, str]:
-    """Compare a client's logits for 16 random tokens with our frozen float32 model's; return a row of a table.
+    """Compare a client's logits for random tokens with our frozen float32 model's; return a row of a table.
 
     Args:
         model: what was exported.
-        client: tokens (1, 16) int64 -> logits (1, 16, vocabulary) float32.
+        client: tokens (1, length) int64 -> logits (1, length, vocabulary) float32.
         name: the client's, for the table.
-        rounded: to which the client rounds each weight before it computes in float32.
+        as_client: changes our frozen model to compute what the client is known to compute otherwise, and says it.
+        length: how many tokens.
 
     Raises:
-        ArtifactError: they differ by more than TOLERANCE.
+        ArtifactError: they differ by more than TOLERANCE, or our model does not run either.
     """
-    tokens = torch.randint(0, vocabulary(model), (1, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, vocabulary(model), (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         network = to_model(model).float()
-        if rounded is not None:
-            for layer_name, layer in list(frozen_layers(network)):
-                network.set_submodule(layer_name, _plain(model.quantized(layer_name).dequantize(rounded), layer.bias))
-        expected = network(tokens).logits
+        how = (as_client(network) if as_client else "") + (f", {length} tokens" if length < TOKENS else "")
+        with one_error(f"{type(network).__name__} of this config fails at {length} tokens, whatever the format"):
+            expected = logits(network, tokens)
         gap = (client(tokens) - expected).abs().max().item()
     largest = expected.abs().max().item()
     if not gap <= TOLERANCE * largest:
-        raise ArtifactError(f"the logits of {name} differ by {gap:g} from the trained model's (largest {largest:g})")
-    how = "" if rounded is None else f", with q*s rounded to {str(rounded).removeprefix('torch.')}"
+        raise ArtifactError(
+            f"the logits of {name}{how} differ by {gap:g} from the trained model's (largest {largest:g})"
+        )
     return f"logits, {name}{how}", f"differ by at most {gap:g} (largest {largest:g})"
 
 
+def logits(network: nn.Module, tokens: Tensor) -> Tensor:
+    """Return a language model's logits, (batch, length, vocabulary)."""
+    return outputs(network, tokens)[ONLY]
+
+
+def rounding_weights(model: QuantizedModel, dtype: torch.dtype) -> Callable[[nn.Module], str]:
+    """Return what lets a frozen network of ``model`` multiply in float32 with each q*s rounded to a dtype."""
+
+    def change(network: nn.Module) -> str:
+        for name, layer in list(frozen_layers(network)):
+            network.set_submodule(name, _plain(model.quantized(name).dequantize(dtype), layer.bias))
+        return f", with q*s rounded to {str(dtype).removeprefix('torch.')}"
+
+    return change
+
+
 @contextmanager
-def one_error(client: str, folder: Path) -> Iterator[None]:
-    """Say in one error what a client fails with in the block, which has no class in common with other failures.
+def one_error(what: str) -> Iterator[None]:
+    """Say in one line what a client fails with in the block, which has no class in common with other failures.
+
+    Args:
+        what: who fails at what.
 
     Raises:
         ArtifactError: it failed.
     """
     try:
         yield
-    except Exception as error:
-        raise ArtifactError(f"{client} fails to open {folder} or to run it: {first_line(error):.300}") from error
+    except (Exception, SystemExit) as error:  # mlx-lm exits where it misses a package
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ArtifactError(f"{what}: {reason:.300}") from error
 
 
 def not_compared(name: str, why: object = "this is no small language model") -> tuple[str, str]:

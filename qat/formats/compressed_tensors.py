@@ -27,7 +27,16 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Granularity, QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, not_compared, one_error, small
+from .comparison import (
+    compare,
+    compare_logits,
+    compare_own,
+    logits,
+    not_compared,
+    one_error,
+    rounding_weights,
+    small,
+)
 from .integer_linears import (
     container_bits,
     exact,
@@ -142,19 +151,19 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows += compare(model, one, METHOD)
     if not small(model):
         return [*rows, not_compared("transformers")]
-    options, rounded = {}, None
+    options, as_client = {}, None
     if any(not layer.weight.symmetric for layer in model.layers.values()):
         if len(quantization["config_groups"]) > 1:
             return [*rows, not_compared("transformers", "it takes zero points in one config group only")]
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         dtype = hf.model_dtype(model)  # of the scales, in which it dequantizes whatever dtype it is asked for
-        rounded = None if dtype == torch.float32 else dtype
+        as_client = None if dtype == torch.float32 else rounding_weights(model, dtype)
 
-    def logits(tokens: Tensor) -> Tensor:
-        with one_error("transformers", folder):
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)(tokens).logits
+    def client(tokens: Tensor) -> Tensor:
+        with one_error(f"transformers fails to open {folder} or to run it"):
+            return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options), tokens)
 
-    return [*rows, compare_logits(model, logits, "transformers", rounded)]
+    return [*rows, compare_logits(model, client, "transformers", as_client)]
 
 
 def _scheme(spec: QuantSpec) -> tuple[int, int | None, bool]:

@@ -21,6 +21,7 @@ from ..inputs import Inputs, tensors
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
 from ..layers.product import CONVOLUTIONS
+from ..modes import without_cache
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
@@ -98,7 +99,7 @@ class LogitsOnly(nn.Module):
         super().__init__()
         self.network = network
         self.names = list(example) if isinstance(example, Mapping) else None
-        self.options = {"use_cache": False} if hasattr(network, "config") else {}
+        self.options = without_cache(network)
 
     def forward(self, *inputs: Tensor) -> Tensor | dict[str, Tensor]:
         """Return the logits, or what another network returns: several tensors by name."""

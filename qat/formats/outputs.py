@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..inputs import Inputs, call
+from ..modes import without_cache
 
 ONLY = "output"  # the name of a tensor that has none
 
@@ -16,12 +18,13 @@ ONLY = "output"  # the name of a tensor that has none
 def outputs(network: nn.Module, x: Inputs) -> dict[str, Tensor]:
     """Return a network's outputs by name; of an output with the field ``logits``, as transformers has, only those.
 
-    A dict gives its keys, a list or tuple "output_0", "output_1" and so on, and what lies inside others both names.
+    A dict gives its keys, a list or tuple "output_0", "output_1" and so on, and what lies inside others both names. As
+    in training, a model of transformers makes no key-value cache, which some of its kinds fail at.
 
     Raises:
         ArtifactError: there is no tensor among them.
     """
-    made = call(network, x)
+    made = call(partial(network, **without_cache(network)), x)
     made = getattr(made, "logits", made)
     found = {ONLY: made} if isinstance(made, Tensor) else dict(_tensors(made, ""))
     if not found:

@@ -29,7 +29,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, not_compared, one_error, small
+from .comparison import compare, compare_logits, compare_own, logits, not_compared, one_error, small
 from .integer_linears import exact, grid, tensors, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import StoredTensors
@@ -122,20 +122,20 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     if not small(model):
         return [*rows, not_compared("transformers")]
 
-    def logits(tokens: Tensor) -> Tensor:
-        with one_error("transformers", folder):
-            client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-            _in_float32(client)
-            return client(tokens).logits
+    def client(tokens: Tensor) -> Tensor:
+        with one_error(f"transformers fails to open {folder} or to run it"):
+            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+            _in_float32(opened)
+            return logits(opened, tokens)
 
-    return [*rows, compare_logits(model, logits, "transformers")]
+    return [*rows, compare_logits(model, client, "transformers")]
 
 
-def _in_float32(client: nn.Module) -> None:
+def _in_float32(model: nn.Module) -> None:
     """Cast a model in place, the weights with the dtype that they were stored with too."""
     from torchao.utils import TorchAOBaseTensor
 
-    for module in client.modules():
+    for module in model.modules():
         for key, parameter in list(module._parameters.items()):
             if isinstance(parameter, TorchAOBaseTensor):
                 module._parameters[key] = nn.Parameter(parameter.to(dtype=torch.float32), requires_grad=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torchmetrics import Metric
 from ..errors import DataError, QATError
 from ..inputs import Inputs, call, described, mapped
 from ..layers import frozen_layers
+from ..modes import without_cache
 from ..quantizers.fixed_dtype import keeping_dtype
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16
@@ -28,12 +28,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     apart, and each block would be compiled anew, as it has a cache of its own. Images have the dtype of the model, as
     Lightning gives them to one in 16 bits while it trains: calibration, teachers and measuring take the data's own.
     """
-    options = {}
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        parameters = inspect.signature(model.forward).parameters.values()
-        if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):  # peft's takes any
-            options = {"use_cache": False}
-    return call(partial(model, **options), mapped(inputs, partial(_in_dtype_of, model)))
+    return call(partial(model, **without_cache(model)), mapped(inputs, partial(_in_dtype_of, model)))
 
 
 def _in_dtype_of(model: nn.Module, inputs: Tensor) -> Tensor:
