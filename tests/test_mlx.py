@@ -133,23 +133,6 @@ def test_verify_notices_a_mutant(tmp_path, mutant):
         mlx.verify(tmp_path, model)
 
 
-@pytest.mark.parametrize(
-    ("entries", "said"),
-    [
-        ({"model_type": "mistral", "sliding_window": 32}, True),
-        ({"model_type": "mistral", "sliding_window": None}, False),
-        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}, False),
-        ({"model_type": "gemma2", "sliding_window": 64}, False),  # no text is longer
-        ({"model_type": "gemma3_text", "sliding_window": 32}, False),  # mlx-lm has its windows
-    ],
-)
-def test_a_sliding_window_that_mlx_lm_does_not_have_is_said(tmp_path, entries, said):
-    model = model_of({ONE: random_tensor(8, 128, weight(group_size=32))})
-    model.architecture["transformers"].update(max_position_embeddings=64, **entries)
-    notes = mlx.write(model, tmp_path)
-    assert any("mlx-lm attends beyond the model's sliding window of 32 tokens" in note for note in notes) == said
-
-
 @pytest.mark.clients
 @given(
     bits=st.integers(2, 8),
@@ -201,63 +184,3 @@ def test_mlx_lm_runs_it_with_the_trained_logits(tmp_path, spec, rules, options):
     rows = dict(mlx.verify(tmp_path, quantized))
     assert rows["codes, mlx"].startswith("0 of")
     assert rows["logits, mlx-lm"].startswith("differ by at most")
-
-
-@pytest.mark.clients
-def test_a_model_that_mlx_lm_does_not_open_is_said(tmp_path):
-    """Its Qwen2 has heads of hidden_size / num_attention_heads, whatever the config says."""
-    pytest.importorskip("mlx_lm")
-    model = frozen("qwen2", head_dim=48)
-    mlx.write(model, tmp_path)
-    with pytest.raises(ArtifactError, match="mlx-lm does not open"):
-        mlx.verify(tmp_path, model)
-
-
-NESTED = {"sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
-NESTED |= {"full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0}}
-
-
-def frozen(kind, **options):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**LLAMA, "pad_token_id": 0, **options})
-    policy = qat.QuantPolicy(weight=weight(group_size=32), rules=[{"match": "lm_head", "weight": None}])
-    return from_model(qat.freeze(qat.prepare(AutoModelForCausalLM.from_config(config), policy, verbose=False)))
-
-
-@pytest.mark.clients
-@pytest.mark.parametrize(
-    ("kind", "options", "older"),
-    [
-        ("phi", {}, {"partial_rotary_factor": 0.5, "rope_theta": 10000.0}),  # mlx-lm's default is 0.4
-        ("stablelm", {}, {"partial_rotary_factor": 0.25, "rope_theta": 10000.0}),
-        (
-            "gemma3_text",
-            {"num_hidden_layers": 6, "head_dim": 64, "rope_parameters": NESTED},
-            {"rope_theta": 3e3, "rope_local_base_freq": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        ),
-    ],
-)
-def test_mlx_lm_finds_the_rotation_under_its_older_keys(tmp_path, kind, options, older):
-    """And transformers reads the same model from the file."""
-    pytest.importorskip("mlx_lm")
-    from transformers import AutoConfig
-
-    model = frozen(kind, **options)
-    mlx.write(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert {key: config[key] for key in older} == older
-    expected = model.architecture["transformers"]["rope_parameters"]
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config["rope_parameters"] == expected
-    assert dict(mlx.verify(tmp_path, model))["logits, mlx-lm"].startswith("differ by at most")
-
-
-@pytest.mark.clients
-def test_a_model_that_mlx_lm_fails_at_is_said(tmp_path):
-    """Its Gemma 3 has the layers of a pattern of six, at least."""
-    pytest.importorskip("mlx_lm")
-    model = frozen("gemma3_text", num_hidden_layers=2, head_dim=64)
-    mlx.write(model, tmp_path)
-    with pytest.raises(ArtifactError, match=r"mlx-lm opens .* and does not run it"):
-        mlx.verify(tmp_path, model)

@@ -16,6 +16,7 @@ from ..errors import ArtifactError
 from ..frozen_model import to_model
 from ..quantized_model import QuantizedModel, shares_embedding
 from ..quantizers import DynamicActivation
+from . import huggingface as hf
 from .float_error import TOLERANCE, in_other_orders, root_mean_square
 from .gguf_names import ARCHITECTURES, ROPE_FREQUENCIES, gguf_names, row_order
 from .gguf_rounding import DTYPES, round_as_llama_cpp_
@@ -156,7 +157,8 @@ def compare_outputs(file: Path, model: QuantizedModel, config: dict[str, Any]) -
         ArtifactError: logits differ in transformers, or in llama.cpp by more than its rounding explains.
     """
     frozen = to_model(model).float()
-    length = min(16, config["max_position_embeddings"] - 1)
+    # Without the last one, whose next token llama.cpp would have no place for; and it has no sliding windows.
+    length = hf.within_window(config, min(16, config["max_position_embeddings"] - 1))
     tokens = torch.randint(0, config["vocab_size"], (TEXTS, length), generator=torch.Generator().manual_seed(0))
     for module in frozen.modules():
         if isinstance(module, DynamicActivation):

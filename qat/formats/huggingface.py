@@ -69,10 +69,19 @@ def fused_expert_notes(model: QuantizedModel) -> list[str]:
 
 def window_notes(config: dict[str, Any], client: str) -> list[str]:
     """Return what to say of a client that knows no sliding windows, where a model of transformers has one."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    window = _window(config)
     if not window or window >= (config.get("max_position_embeddings") or float("inf")):
         return []
     return [f"{client} attends beyond the model's sliding window of {window} tokens: keep texts shorter"]
+
+
+def within_window(config: dict[str, Any], length: int) -> int:
+    """Return the length of a text that a model's sliding window does not shorten: this one, or the window's."""
+    return min(length, _window(config) or length)
+
+
+def _window(config: dict[str, Any]) -> int | None:
+    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
 
 
 def skipped_layers(model: QuantizedModel, matrices: dict[str, int]) -> list[str]:

@@ -25,7 +25,8 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel, shares_embedding
 from ..spec import QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, not_compared, small
+from . import mlx_client
+from .comparison import compare, compare_own, not_compared, small
 from .integer_linears import exact, grid, largest_size, pack_words, refuse, tensors, unpack_words, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import StoredTensors
@@ -34,8 +35,6 @@ METHOD = "mlx"
 PARTS = ("weight", "scales", "biases")
 GROUP_SIZES = (128, 64, 32)
 BITS = (2, 3, 4, 5, 6, 8)
-# The kinds of models whose sliding windows mlx-lm 0.32 has; of others, such as Mistral and Gemma 2, it attends to all.
-WINDOWS = ("cohere2", "exaone4", "gemma3_text", "gpt_oss", "ministral3", "olmo3")
 
 
 def write(model: QuantizedModel, folder: Path) -> list[str]:
@@ -47,6 +46,8 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     """
     refuse_beside(model, METHOD)
     layers = weight_only_layers(model, METHOD, embeddings=True)
+    config = model.architecture["transformers"]
+    mlx_client.refuse_other_arithmetic(config)
     if hf.ties_embeddings(model):
         layers = {name: layer for name, layer in layers.items() if not shares_embedding(model, name)}
     hf.refuse_fused_experts(model, METHOD)
@@ -71,11 +72,10 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     description = dict(zip(("group_size", "bits", "mode"), commonest, strict=True))
     description.update({name: kind for name, kind in kinds.items() if tuple(kind.values()) != commonest})
     entries = {"quantization": description, "quantization_config": description}
+    entries |= mlx_client.looked_for(config)
     hf.write_folder(model, folder, METHOD, entries, "mlx_lm.generate --model . --prompt 'Hello'")
     rounding = "" if dtype == torch.float32 else f"; it multiplies in {str(dtype).removeprefix('torch.')}"
-    config = model.architecture["transformers"]
-    windows = [] if config.get("model_type") in WINDOWS else hf.window_notes(config, "mlx-lm")
-    return [f"{METHOD}: {hf.WEIGHTS_ONLY}{rounding}", *windows]
+    return [f"{METHOD}: {hf.WEIGHTS_ONLY}{rounding}", *mlx_client.notes(config, dtype)]
 
 
 def read(folder: Path) -> QuantizedModel:
@@ -123,7 +123,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows = compare_own(model, read(folder))
     try:
         import mlx.core as mx
-        from mlx_lm.utils import load_model
+        import mlx_lm  # noqa: F401  which runs what mlx reads
     except ImportError:
         return [*rows, (METHOD, "not installed: pip install 'mlx[cpu]' mlx-lm (without [cpu] on a Mac)")]
     read_back = read(folder)
@@ -141,18 +141,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows += compare(model, one, METHOD)
     if not small(model) or hf.model_dtype(model) != torch.float32:
         return [*rows, not_compared("mlx-lm", "this is no small language model in float32")]
-    try:
-        client, _ = load_model(folder)
-    except (ValueError, TypeError, LookupError) as error:  # of a kind of model, heads or a config that it does not know
-        raise ArtifactError(f"mlx-lm does not open {folder}: {error}") from error
-
-    def logits(tokens: Tensor) -> Tensor:
-        try:
-            return torch.from_numpy(numpy.array(client(mx.array(tokens.numpy()))))
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ArtifactError(f"mlx-lm opens {folder} and does not run it: {error}") from error
-
-    return [*rows, compare_logits(model, logits, "mlx-lm")]
+    return [*rows, mlx_client.compare_outputs(folder, model)]
 
 
 def _bits(spec: QuantSpec) -> int:
