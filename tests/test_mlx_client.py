@@ -142,6 +142,7 @@ MINICPM3 |= {"num_key_value_heads": 4, "max_position_embeddings": 128}
         ("cohere2", {"layer_types": [S, S, F, S], "sliding_window": 4, **SMALL}, ""),
         ("exaone4", {"layer_types": [S, F, F, S], "sliding_window": 4, **SMALL}, ""),
         ("olmo3", {"layer_types": [S, F, F, S], "sliding_window": 4, **SMALL}, ""),
+        ("smollm3", {"layer_types": [S, F, F, S], "use_sliding_window": True, "sliding_window": 4, **SMALL}, ""),
         ("glm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}, ""),
         ("minicpm3", {"tie_word_embeddings": False, **MINICPM3}, ""),
         ("apertus", {}, ""),

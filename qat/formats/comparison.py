@@ -125,6 +125,18 @@ def rounding_weights(model: QuantizedModel, dtype: torch.dtype) -> Callable[[nn.
     return change
 
 
+def scaling_embeddings(exact: float, rounded: float) -> Callable[[nn.Module], str]:
+    """Return what lets a network of a Gemma multiply its embedding by a client's rounded factor."""
+
+    def change(network: nn.Module) -> str:
+        for module in network.modules():
+            if hasattr(module, "embed_scale"):
+                module.embed_scale.fill_(rounded)
+        return f", with {rounded:g} for {exact:g}"
+
+    return change
+
+
 @contextmanager
 def one_error(what: str) -> Iterator[None]:
     """Say in one line what a client fails with in the block, which has no class in common with other failures.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from ..errors import ArtifactError, first_line, some_of
 from ..packing import unpack
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
-from .comparison import compare, compare_logits, not_compared, small
+from .comparison import TOKENS, compare, compare_logits, not_compared, scaling_embeddings, small
 from .onnx_parts import session
 
 CLIENT = "onnxruntime-genai"
@@ -33,17 +34,31 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 # Without these its builder would round the head, the embedding, and the inputs of all products.
 OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
 
+# What its builder leaves out without a word.
+RMS_NORMS = {"olmo": "takes no mean off in this model's norms"}
+NO_WINDOWS = ("mistral",)  # it has those of layers that the config marks with layer_types
+ROUNDED_SCALES = ("gemma", "gemma2", "gemma3_text")  # sqrt(hidden_size) to two decimals
 
-def notes(skipped: list[str]) -> list[str]:
+
+def notes(skipped: list[str], config: dict[str, Any]) -> list[str]:
     """Return what to tell the loader's user.
 
     Args:
         skipped: layers that are not quantized in a quantized block, for which the loader fails.
+        config: of the model.
     """
-    if not skipped:
-        told = f"--extra_options {' '.join(OPTIONS)}"
-        return [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {told}"]
-    return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({some_of(skipped)}): use --to onnx there"]
+    if skipped:
+        return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({some_of(skipped)}): use --to onnx there"]
+    told = f"--extra_options {' '.join(OPTIONS)}"
+    said = [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {told}"]
+    if config.get("model_type") in RMS_NORMS:
+        said.append(f"warning: {CLIENT} 0.18 {RMS_NORMS[config['model_type']]}: use --to onnx there")
+    if config.get("model_type") in NO_WINDOWS:
+        said += hf.window_notes(config, CLIENT)
+    exact, rounded = _embedding_scales(config)
+    if exact != rounded:
+        said.append(f"{CLIENT} multiplies the embedding by {rounded:g} where this model has {exact:g}")
+    return said
 
 
 def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tuple[str, str]]:
@@ -85,14 +100,19 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
     if odd:
         why = f"its builder makes a block of {odd[0]} inputs, and onnxruntime has powers of two; --to onnx runs there"
         return [*rows, not_compared(CLIENT, why)]
+    if config.get("model_type") in RMS_NORMS:
+        return [*rows, not_compared(CLIENT, f"it {RMS_NORMS[config['model_type']]}; --to onnx runs there")]
     if not small(model):
         return [*rows, not_compared(CLIENT)]
+    length = hf.within_window(config, TOKENS) if config.get("model_type") in NO_WINDOWS else TOKENS
+    exact, rounded = _embedding_scales(config)
+    as_client = None if exact == rounded else scaling_embeddings(exact, rounded)
     with tempfile.TemporaryDirectory() as made:
         try:
             run = build(folder, Path(made), *cache)
         except ArtifactError as error:  # it wants a tokenizer, and knows fewer architectures than its loader
             return [*rows, not_compared(CLIENT, error)]
-        return [*rows, compare_logits(model, run, CLIENT)]
+        return [*rows, compare_logits(model, run, CLIENT, as_client, length)]
 
 
 def _operands(loaded: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -104,6 +124,12 @@ def _operands(loaded: Any, name: str) -> tuple[Tensor, Tensor]:
     zero_points = unpack(module.qzeros.view(rows, -1), 4, groups)
     codes = codes.int() - zero_points.int().repeat_interleave(half * 2, 1)
     return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
+
+
+def _embedding_scales(config: dict[str, Any]) -> tuple[float, float]:
+    """Return what an embedding is multiplied by in float32, and in the builder's model."""
+    exact = math.sqrt(config.get("hidden_size") or 1)
+    return exact, round(exact, 2) if config.get("model_type") in ROUNDED_SCALES else exact
 
 
 def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor], Tensor]:

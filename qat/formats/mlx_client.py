@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..quantized_model import QuantizedModel
 from . import huggingface as hf
-from .comparison import TOKENS, compare_logits, one_error
+from .comparison import TOKENS, compare_logits, one_error, scaling_embeddings
 
 CLIENT = "mlx-lm"
 OTHERS = "use --to compressed-tensors or onnx"
 # The kinds of models whose sliding windows it has; of others, such as Mistral and Gemma 2, it attends to all.
-WINDOWS = ("cohere2", "exaone4", "gemma3_text", "gpt_oss", "ministral3", "olmo3")
+WINDOWS = ("cohere2", "exaone4", "gemma3_text", "gpt_oss", "ministral3", "olmo3", "smollm3")
 EVERY_NTH = ("cohere2", "gemma3_text")  # its layers without a window are each nth one
 WHOLE_HEADS = ("glm",)  # turns all of a head
 UNSCALED = ("cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "glm", "glm4", "gpt_neox", "helium", "phi")
@@ -146,10 +146,7 @@ def _as_client(config: dict[str, Any]) -> Callable[[nn.Module], str]:
                     if type(module) is type(ACT2FN[wanted]):
                         setattr(owner, name, ACT2FN[found])
         if exact != rounded:
-            said += f", with {rounded:g} for {exact:g}"
-            for module in network.modules():
-                if hasattr(module, "embed_scale"):
-                    module.embed_scale.fill_(rounded)
+            said += scaling_embeddings(exact, rounded)(network)
         return said
 
     return change

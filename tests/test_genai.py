@@ -1,0 +1,52 @@
+"""What onnxruntime-genai's builder makes of a config: what it leaves out is said, and simulated or not compared."""
+
+import pytest
+from random_quantized import weight
+from test_gptq_awq import FORMATS, llama, with_tokenizer
+
+from qat.errors import ArtifactError
+from qat.formats import genai
+
+CASES = [
+    ("Mistral", {"sliding_window": 8}, "attends beyond the model's sliding window of 8 tokens", ", 8 tokens"),
+    (
+        "Gemma",
+        {"hidden_size": 128},
+        "multiplies the embedding by 11.31 where this model has 11.3137",
+        ", with 11.31 for",
+    ),
+    ("Olmo", {}, "takes no mean off in this model's norms: use --to onnx there", None),
+]
+
+
+def written(method, folder, kind, options):
+    out = folder / "out"
+    out.mkdir()
+    model = llama(weight(group_size=32), kind=kind, pad_token_id=0, max_position_embeddings=128, **options)
+    return with_tokenizer(model, folder / "tokenizer"), out, FORMATS[method].write(model, out)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize(("kind", "options", "note", "how"), CASES)
+def test_what_it_leaves_out_is_said(tmp_path, method, kind, options, note, how):
+    _, _, notes = written(method, tmp_path, kind, options)
+    assert any(f"onnxruntime-genai {note}" in said.replace("genai 0.18", "genai") for said in notes)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(("kind", "options", "note", "how"), CASES)
+def test_all_else_is_compared(tmp_path, monkeypatch, kind, options, note, how):
+    """And what is left out is: without the simulation the logits are others."""
+    pytest.importorskip("onnxruntime_genai")
+    model, out, _ = written("gptq", tmp_path, kind, options)
+    rows = dict(FORMATS["gptq"].verify(out, model))
+    [(row, result)] = [(row, result) for row, result in rows.items() if row.startswith("logits")]
+    if how is None:
+        assert result.startswith("not compared: it takes no mean off")
+    else:
+        assert row.startswith(f"logits, onnxruntime-genai{how}") and result.startswith("differ by at most")
+    for name in ("NO_WINDOWS", "ROUNDED_SCALES"):
+        monkeypatch.setattr(genai, name, ())
+    monkeypatch.setattr(genai, "RMS_NORMS", {})
+    with pytest.raises(ArtifactError, match="the logits of onnxruntime-genai differ by"):
+        FORMATS["gptq"].verify(out, model)
