@@ -28,6 +28,7 @@ from .stored_tensors import Selected, StoredTensors
 CONFIG = "config.json"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 RUN_TRANSFORMERS = "python -c \"import transformers; transformers.AutoModelForCausalLM.from_pretrained('.')\""
+TWO_ROTATIONS = ("gemma3_text", "gemma3n_text", "olmo3")  # kinds of transformers 4 whose layers turn in two ways
 WEIGHTS_ONLY = "activations stay in floating point: only the weights are quantized, as they were in training"
 
 
@@ -134,7 +135,9 @@ def write_config(model: QuantizedModel, folder: Path, entries: dict[str, Any]) -
 def _older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return what transformers 5 has in rope_parameters as others look for it, who take a default unasked."""
     rope, keys = config.get("rope_parameters") or {}, {}
-    if "full_attention" in rope:  # one for each kind of attention, such as Gemma 3's
+    if "full_attention" in rope:  # one for each kind of attention
+        if config.get("model_type") not in TWO_ROTATIONS:  # then transformers would read these as the only one
+            return {}
         keys["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
         rope = rope["full_attention"]
     if "rope_theta" not in rope:
