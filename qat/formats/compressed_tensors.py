@@ -160,7 +160,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
         as_client = None if dtype == torch.float32 else rounding_weights(model, dtype)
 
     def client(tokens: Tensor) -> Tensor:
-        with one_error(f"transformers fails to open {folder} or to run it"):
+        with one_error(f"transformers fails to open {folder} or to run it (--to torchao may do there)"):
             return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options), tokens)
 
     return [*rows, compare_logits(model, client, "transformers", as_client)]
