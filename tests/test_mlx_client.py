@@ -6,32 +6,18 @@ import json
 
 import pytest
 import torch
-from random_quantized import LLAMA, random_tensor, weight
+from random_families import frozen
+from random_quantized import random_tensor, weight
 from test_mlx import ONE, model_of
 
-import qat
 from qat.errors import ArtifactError
 from qat.formats import mlx, mlx_client
-from qat.frozen_model import from_model
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 TANH = "gelu_pytorch_tanh"
 EXAONE4 = {"model_type": "exaone4", "hidden_size": 256, "num_attention_heads": 4}
 S, F = "sliding_attention", "full_attention"
-
-
-def frozen(kind, **options):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**LLAMA, "pad_token_id": 0, "initializer_range": 0.1, **options})
-    policy = qat.QuantPolicy(weight=weight(group_size=32), rules=[{"match": "lm_head", "weight": None}])
-    model = AutoModelForCausalLM.from_config(config).float()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms of ones or zeros would hide much
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return from_model(qat.freeze(qat.prepare(model, policy, verbose=False)))
 
 
 def written(folder, **entries):

@@ -65,7 +65,8 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         "modules_to_not_convert": skipped or None,
     }
     hf.write_folder(model, folder, METHOD, {"quantization_config": description}, "vllm serve .")
-    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(skipped, model.architecture["transformers"])]
+    config = model.architecture["transformers"]
+    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(skipped, config, hf.model_dtype(model))]
     return notes + marlin_notes(layers, dict.fromkeys(layers, size))
 
 

@@ -34,7 +34,7 @@ from ..packing import pack, unpack
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Codebook, QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, logits, not_compared, one_error, small
+from .comparison import as_stored_, compare, compare_logits, compare_own, logits, not_compared, one_error, small
 from .integer_linears import grid, largest_size, refuse, tensors, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import DTYPES, StoredTensors
@@ -169,7 +169,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
             for parameter in opened.parameters():
                 if parameter.is_floating_point():  # transformers leaves it in the stored dtype
                     parameter.data = parameter.data.float()
-            return logits(opened, tokens)
+            return logits(as_stored_(opened, hf.model_dtype(model)), tokens)
 
     return [*rows, compare_logits(model, client, "transformers")]
 

@@ -129,12 +129,23 @@ def scaling_embeddings(exact: float, rounded: float) -> Callable[[nn.Module], st
     """Return what lets a network of a Gemma multiply its embedding by a client's rounded factor."""
 
     def change(network: nn.Module) -> str:
-        for module in network.modules():
-            if hasattr(module, "embed_scale"):
-                module.embed_scale.fill_(rounded)
+        for scale in _embedding_scales(network):
+            scale.fill_(rounded)
         return f", with {rounded:g} for {exact:g}"
 
     return change
+
+
+def as_stored_(opened: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Round what a model of a dtype, opened in float32, would have rounded in its own: a Gemma's embedding scale."""
+    for scale in _embedding_scales(opened):
+        scale.copy_(scale.to(dtype))
+    return opened
+
+
+def _embedding_scales(network: nn.Module) -> list[Tensor]:
+    scales = [getattr(module, "embed_scale", None) for module in network.modules()]
+    return [scale for scale in scales if isinstance(scale, Tensor)]  # of others it is a number
 
 
 @contextmanager

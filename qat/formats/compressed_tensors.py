@@ -28,6 +28,7 @@ from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import Granularity, QuantSpec
 from . import huggingface as hf
 from .comparison import (
+    as_stored_,
     compare,
     compare_logits,
     compare_own,
@@ -151,17 +152,18 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
     rows += compare(model, one, METHOD)
     if not small(model):
         return [*rows, not_compared("transformers")]
-    options, as_client = {}, None
+    options, as_client, dtype = {}, None, hf.model_dtype(model)
     if any(not layer.weight.symmetric for layer in model.layers.values()):
         if len(quantization["config_groups"]) > 1:
             return [*rows, not_compared("transformers", "it takes zero points in one config group only")]
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-        dtype = hf.model_dtype(model)  # of the scales, in which it dequantizes whatever dtype it is asked for
+        # It dequantizes in the scales' dtype, whatever it is asked for.
         as_client = None if dtype == torch.float32 else rounding_weights(model, dtype)
 
     def client(tokens: Tensor) -> Tensor:
         with one_error(f"transformers fails to open {folder} or to run it (--to torchao may do there)"):
-            return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options), tokens)
+            opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            return logits(as_stored_(opened, dtype), tokens)
 
     return [*rows, compare_logits(model, client, "transformers", as_client)]
 

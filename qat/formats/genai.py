@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArtifactError, first_line, some_of
 from ..packing import unpack
@@ -37,15 +37,16 @@ OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_to
 # What its builder leaves out without a word.
 RMS_NORMS = {"olmo": "takes no mean off in this model's norms"}
 NO_WINDOWS = ("mistral",)  # it has those of layers that the config marks with layer_types
-ROUNDED_SCALES = ("gemma", "gemma2", "gemma3_text")  # sqrt(hidden_size) to two decimals
+GEMMAS = ("gemma", "gemma2", "gemma3_text")  # it rounds sqrt(hidden_size) to two decimals, and 1 + a norm's weight
 
 
-def notes(skipped: list[str], config: dict[str, Any]) -> list[str]:
+def notes(skipped: list[str], config: dict[str, Any], dtype: torch.dtype) -> list[str]:
     """Return what to tell the loader's user.
 
     Args:
         skipped: layers that are not quantized in a quantized block, for which the loader fails.
         config: of the model.
+        dtype: its own.
     """
     if skipped:
         return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({some_of(skipped)}): use --to onnx there"]
@@ -55,9 +56,11 @@ def notes(skipped: list[str], config: dict[str, Any]) -> list[str]:
         said.append(f"warning: {CLIENT} 0.18 {RMS_NORMS[config['model_type']]}: use --to onnx there")
     if config.get("model_type") in NO_WINDOWS:
         said += hf.window_notes(config, CLIENT)
-    exact, rounded = _embedding_scales(config)
-    if exact != rounded:
+    if config.get("model_type") in GEMMAS:
+        exact, rounded = _embedding_scales(config, dtype)
         said.append(f"{CLIENT} multiplies the embedding by {rounded:g} where this model has {exact:g}")
+        if dtype != torch.float32:
+            said[-1] += f", and rounds 1 + the weights of norms to {str(dtype).removeprefix('torch.')}"
     return said
 
 
@@ -105,8 +108,7 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
     if not small(model):
         return [*rows, not_compared(CLIENT)]
     length = hf.within_window(config, TOKENS) if config.get("model_type") in NO_WINDOWS else TOKENS
-    exact, rounded = _embedding_scales(config)
-    as_client = None if exact == rounded else scaling_embeddings(exact, rounded)
+    as_client = _as_client(config, hf.model_dtype(model)) if config.get("model_type") in GEMMAS else None
     with tempfile.TemporaryDirectory() as made:
         try:
             run = build(folder, Path(made), *cache)
@@ -126,10 +128,22 @@ def _operands(loaded: Any, name: str) -> tuple[Tensor, Tensor]:
     return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
 
 
-def _embedding_scales(config: dict[str, Any]) -> tuple[float, float]:
-    """Return what an embedding is multiplied by in float32, and in the builder's model."""
-    exact = math.sqrt(config.get("hidden_size") or 1)
-    return exact, round(exact, 2) if config.get("model_type") in ROUNDED_SCALES else exact
+def _embedding_scales(config: dict[str, Any], dtype: torch.dtype) -> tuple[float, float]:
+    """Return what a Gemma of a dtype multiplies its embedding by, and what the builder does."""
+    exact = math.sqrt(config["hidden_size"])
+    return torch.tensor(exact, dtype=dtype).item(), round(exact, 2)
+
+
+def _as_client(config: dict[str, Any], dtype: torch.dtype) -> Callable[[nn.Module], str]:
+    """Return what lets a float32 network of a Gemma compute what the builder makes of it."""
+
+    def change(network: nn.Module) -> str:
+        for module in network.modules():
+            if dtype != torch.float32 and type(module).__name__.endswith("RMSNorm"):
+                module.weight = nn.Parameter((1 + module.weight.to(dtype)).float() - 1)  # the old one is the model's
+        return scaling_embeddings(*_embedding_scales(config, dtype))(network)
+
+    return change
 
 
 def build(folder: Path, made: Path, heads: int, size: int) -> Callable[[Tensor], Tensor]:

@@ -94,7 +94,8 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     if skipped:
         description["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
     hf.write_folder(model, folder, METHOD, {"quantization_config": description}, "vllm serve . --dtype bfloat16")
-    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(skipped, model.architecture["transformers"])]
+    config = model.architecture["transformers"]
+    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(skipped, config, hf.model_dtype(model))]
     return notes + marlin_notes(layers, dict.fromkeys(layers, size or -1))
 
 

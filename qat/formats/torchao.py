@@ -29,7 +29,7 @@ from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from ..spec import QuantSpec
 from . import huggingface as hf
-from .comparison import compare, compare_logits, compare_own, logits, not_compared, one_error, small
+from .comparison import as_stored_, compare, compare_logits, compare_own, logits, not_compared, one_error, small
 from .integer_linears import exact, grid, tensors, weight_only_layers
 from .shards import ShardWriter
 from .stored_tensors import StoredTensors
@@ -126,7 +126,7 @@ def verify(folder: Path, model: QuantizedModel) -> list[tuple[str, str]]:
         with one_error(f"transformers fails to open {folder} or to run it"):
             opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
             _in_float32(opened)
-            return logits(opened, tokens)
+            return logits(as_stored_(opened, hf.model_dtype(model)), tokens)
 
     return [*rows, compare_logits(model, client, "transformers")]
 
