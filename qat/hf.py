@@ -43,6 +43,7 @@ from .policy import Decision, QuantPolicy
 from .quantizers import DynamicActivation, FrozenActivation
 from .spec import Dynamic, QuantSpec
 from .surgery import weight_quantizer
+from .wrappers import call_every_layer_
 
 FOREIGN = ("gguf", "mlx", "onnx")
 METHODS = ("bitsandbytes_4bit", "gptq", "awq", "compressed-tensors", "torchao")  # as transformers calls them
@@ -90,6 +91,7 @@ class QATQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        call_every_layer_(model)
         if not self.pre_quantized:
             self.decisions = _weight_decisions(model, self.quantization_config.policy)
             return

@@ -73,6 +73,7 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
     except QATError:
         undo()
         raise
+    call_every_layer_(model)
     weight_quantizers: dict[int, OfWeight] = {}
     for decision in decisions:
         if decision.weight is None and decision.activation is None:
@@ -88,7 +89,6 @@ def prepare(model: nn.Module, policy: QuantPolicy | dict[str, Any] | str | Path,
         elif decision.activation is not None:
             activation = activation_quantizer(decision, policy.init, policy.activation_quantizer)
         make_fake_quant_(layer, weight, activation)
-    call_every_layer_(model)
     if verbose:
         print(table(model, decisions))
     return model

@@ -1,4 +1,4 @@
-"""What torch puts around a model, and its own shortcuts past the forwards of a model's layers."""
+"""What torch puts around a model, and shortcuts past the forwards of a model's layers."""
 
 from __future__ import annotations
 
@@ -71,9 +71,19 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def call_every_layer_(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoder`` from its fused forward, which in eval mode reads weights and calls no layer."""
+    """Keep a model from what it does past its layers in eval mode.
+
+    ``nn.TransformerEncoder`` has a fused forward there, which reads weights and calls no layer, and transformers' RWKV
+    divides some weights in place, against overflow in fp16, by powers of two that it takes off the hidden states again.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # one of the conditions of its fast path
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only the fast path takes
+        elif getattr(module, "layers_are_rescaled", None) is not None:
+            if module.layers_are_rescaled:  # it ran in eval mode
+                was, module.training = module.training, True
+                module._rescale_layers()
+                module.training = was
+            module.config.rescale_every = 0

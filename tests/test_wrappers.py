@@ -1,4 +1,4 @@
-"""What torch puts around a model, and its own shortcuts past the forwards of a model's layers."""
+"""What torch puts around a model, and shortcuts past the forwards of a model's layers."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 import qat
+import qat.hf
 from qat.errors import LayerError, PolicyError, StateError
 
 W4 = {"weight": {"bits": 4}}
@@ -63,6 +64,35 @@ def test_a_transformer_encoder_is_evaluated_with_rounded_weights(padded, tmp_pat
     assert torch.equal(run(qat.freeze(model)), evaluated)
     qat.save(model, tmp_path / "artifact")
     assert torch.equal(run(qat.load(tmp_path / "artifact", model=build())), evaluated)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_rwkv_is_evaluated_with_the_weights_that_it_trained(ran_before, tmp_path):
+    """In eval mode transformers divides those of its seventh block and later, in place: other codes, or none at all."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(hidden_size=32, num_hidden_layers=7, vocab_size=32, context_length=16)
+    model, tokens = transformers.RwkvForCausalLM(config), torch.arange(16)[None]
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    last = model.rwkv.blocks[-1].attention.output
+    weight = last.weight.detach().clone()
+    if ran_before:
+        model.eval()(tokens)
+    rules = [{"match": "head", "weight": None}]
+    model = qat.prepare(model, qat.QuantPolicy(weight=qat.QuantSpec(bits=8), rules=rules), verbose=False)
+    assert torch.equal(last.weight, weight)
+    trained = model.train()(tokens).logits
+    codes = {name: tensor.codes for name, tensor in qat.quantized_tensors(model).items()}
+    assert torch.equal(model.eval()(tokens).logits, trained)
+    assert all(torch.equal(tensor.codes, codes[name]) for name, tensor in qat.quantized_tensors(model).items())
+    assert torch.equal(qat.freeze(model)(tokens).logits, trained)
+    qat.save(model, tmp_path / "artifact")
+    for opened in (
+        qat.load(tmp_path / "artifact"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "artifact"),
+    ):
+        assert torch.equal(opened.eval()(tokens).logits, trained)
 
 
 def test_a_transformer_encoder_is_calibrated():
