@@ -64,6 +64,8 @@ def looked_for(config: dict[str, Any]) -> dict[str, Any]:
         return {"rope_scaling": {"rope_type": "default", "original_max_position_embeddings": longest}}
     if kind == "apertus":
         return {"mlp_bias": False, "post_norm": False, "qk_norm": True}
+    if kind == "gpt_bigcode":
+        return {"n_inner": config.get("n_inner") or 4 * config["n_embd"]}
     if kind == "lfm2":
         return {"block_dim": config["hidden_size"]}
     return {}
