@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qat.errors import ArtifactError
 from qat.formats import mlx, mlx_client
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 TANH = "gelu_pytorch_tanh"
 EXAONE4 = {"model_type": "exaone4", "hidden_size": 256, "num_attention_heads": 4}
@@ -32,6 +34,9 @@ OTHER = [
     ({"model_type": "glm", "partial_rotary_factor": 0.5}, "glm turns whole heads"),  # as transformers 4 has it
     ({"model_type": "gemma2", "rope_parameters": LINEAR}, "gemma2 does not scale its rotation.*'linear'"),
     ({"model_type": "gemma2", "rope_scaling": {"type": "linear", "factor": 4.0}}, "gemma2 does not scale its rotation"),
+    ({"model_type": "minicpm3", "rope_parameters": LINEAR}, "minicpm3 does not scale its rotation so.*'linear'"),
+    ({"model_type": "llama", "rope_parameters": {**YARN, "attention_factor": 1.0}}, "llama knows no attention_factor"),
+    ({"model_type": "llama", "rope_parameters": {**YARN, "truncate": False}}, "llama knows no .* truncate"),
     ({"model_type": "phi3", "rope_parameters": LONG}, "phi3 turns short texts too.*'longrope'"),
     ({"model_type": "llama", "hidden_act": "relu"}, "llama computes silu .* and this one has 'relu'"),
     ({"model_type": "cohere2", "layer_types": [F, S, F, F]}, "cohere2 has no sliding window in each nth layer only"),
@@ -50,6 +55,7 @@ def test_another_model_than_the_config_s_is_refused(tmp_path, entries, said):
         {"model_type": "glm", "rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 1e4}},
         {"model_type": "glm4", "rope_parameters": {"partial_rotary_factor": 0.5}},
         {"model_type": "llama", "rope_parameters": LINEAR},
+        {"model_type": "llama", "rope_parameters": {**YARN, "attention_factor": 0.1 * math.log(4) + 1}},
         {"model_type": "minicpm3", "rope_parameters": {**LONG, "short_factor": LONG["long_factor"]}},
         {"model_type": "llama", "hidden_act": "swish"},
         {"model_type": "gpt2", "activation_function": "gelu_new"},
@@ -157,6 +163,9 @@ def test_mlx_lm_runs_it(tmp_path, kind, options, how):
         ("glm", {}),
         ("gemma2", {"head_dim": 64, "rope_parameters": LINEAR}),
         ("llama", {"hidden_act": "relu"}),
+        ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.0}, "max_position_embeddings": 128}),
+        ("llama", {"rope_parameters": {**YARN, "truncate": False}, "max_position_embeddings": 128}),
+        ("minicpm3", {**MINICPM3, "tie_word_embeddings": False, "rope_parameters": LINEAR}),
         ("minicpm3", {**MINICPM3, "dim_model_base": 64}),
         ("minicpm3", {**MINICPM3, "rope_parameters": {**LONG, "original_max_position_embeddings": 64}}),
     ],
@@ -182,7 +191,8 @@ def test_mlx_lm_still_has_no_fields_for_what_it_leaves_out():
         return {field.name for field in dataclasses.fields(module.ModelArgs)}
 
     assert not [kind for kind in mlx_client.ACTIVATIONS if fields(kind) & set(mlx_client.ACTIVATION_KEYS)]
-    assert not [kind for kind in mlx_client.UNSCALED if fields(kind) & {"rope_scaling", "rope_parameters"}]
+    unscaled = [kind for kind, types in mlx_client.ROTATIONS.items() if types == ("default",)]
+    assert not [kind for kind in unscaled if fields(kind) & {"rope_scaling", "rope_parameters"}]
     assert not [kind for kind in mlx_client.WHOLE_HEADS if "partial_rotary_factor" in fields(kind)]
 
 

@@ -28,8 +28,10 @@ OTHERS = "use --to compressed-tensors or onnx"
 WINDOWS = ("cohere2", "exaone4", "gemma3_text", "gpt_oss", "ministral3", "olmo3", "smollm3")
 EVERY_NTH = ("cohere2", "gemma3_text")  # its layers without a window are each nth one
 WHOLE_HEADS = ("glm",)  # turns all of a head
-UNSCALED = ("cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "glm", "glm4", "gpt_neox", "helium", "phi")
-UNSCALED += ("recurrent_gemma", "stablelm", "starcoder2")  # turn as they did before rotations were scaled
+# Types of rotations that it has, of kinds that turn as they did before rotations were scaled.
+ROTATIONS = dict.fromkeys(("cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "glm", "glm4", "gpt_neox"), ("default",))
+ROTATIONS |= dict.fromkeys(("helium", "phi", "recurrent_gemma", "stablelm", "starcoder2"), ("default",))
+ROTATIONS |= {"minicpm3": ("default", "longrope")}
 TANH = "gelu_pytorch_tanh"
 SAME = {"swish": "silu", "gelu_new": TANH, "gelu_fast": TANH, "gelu_python": "gelu"}
 # What it has for hidden_act, without asking for it.
@@ -79,8 +81,10 @@ def refuse_other_arithmetic(config: dict[str, Any]) -> None:
     wanted, found = _activations(config)
     if kind in WHOLE_HEADS and turned != 1:
         problem = f"turns whole heads, and this one's partial_rotary_factor is {turned}"
-    elif kind in UNSCALED and scaling != "default":
-        problem = f"does not scale its rotation, and this one's rope_type is {scaling!r}"
+    elif scaling not in ROTATIONS.get(kind, (scaling,)):
+        problem = f"does not scale its rotation so, and this one's rope_type is {scaling!r}"
+    elif scaling == "yarn" and not _computes_yarn(rope):
+        problem = "knows no attention_factor and truncate of rope_type 'yarn', and this one has one"
     elif scaling == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
         problem = "turns short texts too by the factors of long ones, which this one's rope_type 'longrope' keeps apart"
     elif kind == "minicpm3" and config.get("tie_word_embeddings") and config["hidden_size"] != config["dim_model_base"]:
@@ -163,6 +167,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 def _scaling(config: dict[str, Any]) -> str:
     rope = _rope(config)
     return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _computes_yarn(rope: dict[str, Any]) -> bool:
+    """Return whether mlx-lm has a "yarn" rotation's range of frequencies, in whole ones, and its attention_factor."""
+    factor = rope.get("attention_factor")
+    usual = factor is None or math.isclose(factor, 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-6)
+    return usual and rope.get("truncate") is not False
 
 
 def _activations(config: dict[str, Any]) -> tuple[str | None, str | None]:
