@@ -35,7 +35,8 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 OPTIONS = ("accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather")
 
 # What its builder leaves out without a word.
-RMS_NORMS = {"olmo": "takes no mean off in this model's norms"}
+RMS_NORMS = ("olmo",)
+UNSCALED = ("llama", "smollm3")  # it scales their rotation for Llama 3.1's rope type only
 NO_WINDOWS = ("mistral",)  # it has those of layers that the config marks with layer_types
 GEMMAS = ("gemma", "gemma2", "gemma3_text")  # it rounds sqrt(hidden_size) to two decimals, and 1 + a norm's weight
 
@@ -52,8 +53,8 @@ def notes(skipped: list[str], config: dict[str, Any], dtype: torch.dtype) -> lis
         return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({some_of(skipped)}): use --to onnx there"]
     told = f"--extra_options {' '.join(OPTIONS)}"
     said = [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {told}"]
-    if config.get("model_type") in RMS_NORMS:
-        said.append(f"warning: {CLIENT} 0.18 {RMS_NORMS[config['model_type']]}: use --to onnx there")
+    if left_out := _left_out(config):
+        said.append(f"warning: {CLIENT} 0.18 {left_out}: use --to onnx there")
     if config.get("model_type") in NO_WINDOWS:
         said += hf.window_notes(config, CLIENT)
     if config.get("model_type") in GEMMAS:
@@ -103,8 +104,8 @@ def compare_folder(folder: Path, model: QuantizedModel, method: str) -> list[tup
     if odd:
         why = f"its builder makes a block of {odd[0]} inputs, and onnxruntime has powers of two; --to onnx runs there"
         return [*rows, not_compared(CLIENT, why)]
-    if config.get("model_type") in RMS_NORMS:
-        return [*rows, not_compared(CLIENT, f"it {RMS_NORMS[config['model_type']]}; --to onnx runs there")]
+    if left_out := _left_out(config):
+        return [*rows, not_compared(CLIENT, f"it {left_out}; --to onnx runs there")]
     if not small(model):
         return [*rows, not_compared(CLIENT)]
     length = hf.within_window(config, TOKENS) if config.get("model_type") in NO_WINDOWS else TOKENS
@@ -126,6 +127,17 @@ def _operands(loaded: Any, name: str) -> tuple[Tensor, Tensor]:
     zero_points = unpack(module.qzeros.view(rows, -1), 4, groups)
     codes = codes.int() - zero_points.int().repeat_interleave(half * 2, 1)
     return codes, codes.float() * module.scales.float().view(rows, groups).repeat_interleave(half * 2, 1)
+
+
+def _left_out(config: dict[str, Any]) -> str | None:
+    """Return what makes another model of the builder's; None where that is not known of any."""
+    if config.get("model_type") in RMS_NORMS:
+        return "takes no mean off in this model's norms"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the latter is transformers 4's
+    kind = rope.get("rope_type") or rope.get("type")
+    if config.get("model_type") in UNSCALED and kind in ("linear", "yarn", "longrope"):
+        return f"does not scale this model's rotation, of rope_type {kind!r}"
+    return None
 
 
 def _embedding_scales(config: dict[str, Any], dtype: torch.dtype) -> tuple[float, float]:
