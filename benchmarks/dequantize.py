@@ -13,7 +13,7 @@ from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_linear import int4_dequantize
 
 from benchmarks.problem import LLAMA_8B
-from benchmarks.timing import copies, copy_ceiling, graph_time
+from benchmarks.timing import copies, copy_ceiling, graph_time, require_gpu
 from qat import codebook
 from qat.broken_pipe import ends_quietly
 from qat.packing import pack
@@ -51,6 +51,7 @@ def rows(outputs: int, inputs: int, block: int = 64) -> dict[str, tuple[float, f
 @ends_quietly()
 def main() -> None:
     """Measure and print."""
+    require_gpu()
     ceiling = copy_ceiling()
     print(f"{datetime.date.today()}, {torch.cuda.get_device_name()}, copy {ceiling / 1e12:.2f} TB/s, bf16")
     print("| N x K | what | us | TB/s | of the copy |\n|---|---|---|---|---|")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.problem import KERNELS, LLAMA_8B, LLAMA_70B, MOST_TOKENS, Kernels, Problem, parse_shape
-from benchmarks.timing import copy_ceiling, graph_time, read_ceiling
+from benchmarks.timing import copy_ceiling, graph_time, read_ceiling, require_gpu
 from qat.broken_pipe import ends_quietly
 
 Regimes = dict[str, tuple[int, ...]]
@@ -177,6 +177,7 @@ def main(
     if options.draw:
         print(report(json.loads(options.draw.read_text()), options.out))
         return
+    require_gpu()
     start = time.time()
     regimes = few_regimes if options.quick else all_regimes
     shapes = options.shapes or [*LLAMA_8B.values()] + ([] if options.quick else [*LLAMA_70B.values()])

@@ -7,6 +7,8 @@ take the problem, raises; the benchmark prints why in the place of a number.
 from __future__ import annotations
 
 import copy
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,9 +32,17 @@ LLAMA_70B = {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), 
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """Read NxK, for argparse."""
-    outputs, inputs = text.split("x")
-    return int(outputs), int(inputs)
+    """Read NxK, for argparse.
+
+    Raises:
+        ArgumentTypeError: it is no such shape, or its rows are no whole groups.
+    """
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None or int(found[2]) % GROUP_SIZE:
+        raise ArgumentTypeError(
+            f"{text!r}: give NxK, outputs and inputs, such as 4096x14336; K a multiple of {GROUP_SIZE}"
+        )
+    return int(found[1]), int(found[2])
 
 
 @dataclass

@@ -12,6 +12,15 @@ import triton.language as tl
 ROTATED_BYTES = 160e6
 
 
+def require_gpu() -> None:
+    """End a command that measures a GPU where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"error: this measures a GPU, and torch {torch.__version__} can use none here: python -m qat.doctor says "
+            "more"
+        )
+
+
 def copies(weight_bytes: float) -> int:
     """Return how many copies of a weight are rotated."""
     return max(2, int(ROTATED_BYTES // weight_bytes) + 1)

@@ -24,7 +24,7 @@ from qat.kernels.int8_linear import row_sums
 from torch import Tensor
 
 from benchmarks.problem import LLAMA_8B, LLAMA_70B, Problem, parse_shape
-from benchmarks.timing import graph_time
+from benchmarks.timing import graph_time, require_gpu
 from qat.broken_pipe import ends_quietly
 from qat.quantizers.dynamic import round_dynamic
 from qat.spec import Dynamic
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=int4_plans.cache_path())
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
+    require_gpu()
     shapes = options.shapes or [*LLAMA_8B.values(), *LLAMA_70B.values()]
     tokens = options.tokens or (INT8_TOKENS if options.what == "int8" else TOKENS)
     table, lines = tune(shapes, tuple(tokens), options.what)

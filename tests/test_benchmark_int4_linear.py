@@ -1,5 +1,6 @@
 """What the int4 benchmark does with its measurements. Needs no GPU."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -104,3 +105,19 @@ def test_what_the_tuner_runs(benchmarks):
     tune, problem, x = benchmarks("tune"), small_problem(benchmarks), torch.randn(4, 256).bfloat16()
     weight = problem.weights[0]
     assert torch.equal(tune.runner(x, weight, True)(None, weight), int8_linear(x, weight, row_sums(weight), None))
+
+
+def test_a_shape_that_is_none_is_refused_with_the_form(benchmarks):
+    problem = benchmarks("problem")
+    assert problem.parse_shape("4096x14336") == (4096, 14336)
+    for text in ("12", "0x128", "128x-128", "128X128", "128x128x2", "128x100", "ax128", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r}: give NxK, .* such as 4096x14336"):
+            problem.parse_shape(text)
+
+
+@pytest.mark.parametrize("name", ["int4_linear", "int8_linear", "tune", "dequantize"])
+def test_without_a_gpu_a_benchmark_of_one_says_so(benchmarks, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match=r"error: this measures a GPU, and torch .* can use none here"):
+        benchmarks(name).main()
