@@ -13,8 +13,9 @@ from .atomic import atomic_folder
 from .errors import StateError
 from .formats import native
 from .frozen_model import from_model, to_model
-from .inputs import Inputs, example_like, misfit
+from .inputs import Inputs, described, example_like, misfit, tensors, unbound
 from .unchanged import unchanged_on_error
+from .wrappers import unwrapped
 
 
 def save(
@@ -31,16 +32,23 @@ def save(
             a tuple of tensors, or a dict of them by name; the first axis of each is the batch.
 
     Raises:
-        StateError: the model is not frozen, or the example is no batch.
+        StateError: the model is not frozen, or the example is no batch or not what its forward takes.
         ArtifactError: ``out`` is no artifact and not empty, the model's state dict holds what no artifact does, or the
             disk is full or read-only; nothing is changed then.
     """
     quantized = from_model(model)
     if example is not None:
         if (what := misfit(example)) is not None:
+            none = any(part is None for part in tensors(example))
             raise StateError(
                 f"example={what}: give a batch of inputs, a tensor such as torch.randn(1, 3, 32, 32), or a tuple of "
                 "them or a dict by argument, each with the same batch as first axis"
+                + ("; leave out what is None, in a dict" if none else "")
+            )
+        if (what := unbound(unwrapped(model), example)) is not None:
+            raise StateError(
+                f"example={described(example)}: {what}; give its arguments in their order in a tuple, or by name in a "
+                "dict"
             )
         quantized.example = example_like(example)
     quantized.files = None if companions is None else Path(companions)

@@ -333,9 +333,10 @@ def test_zero_points_survive(tmp_path_factory, bits, group, seed):
     assert torch.equal(model(torch.eye(6)).t().double(), values.view(5, 6))
 
 
-def test_an_example_of_the_inputs_is_kept(tmp_path):
+def test_an_example_of_the_inputs_is_kept(tmp_path, monkeypatch):
     """As exports trace a network of the user's own with; only shape, dtype and range are stored."""
     model = qat.freeze(prepared())
+    monkeypatch.setattr(Net, "forward", lambda self, x, y=None: x)
     for batch, dtype in ((torch.rand(4, 3, 8, 8) - 1, "float32"), (torch.randint(2, 9, (4, 12)), "int64")):
         low, high = batch.min().item(), batch.max().item()
         looks = {"shape": list(batch.shape[1:]), "dtype": dtype, "low": low, "high": high}

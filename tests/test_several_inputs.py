@@ -7,7 +7,9 @@ from torch import nn
 
 import qat
 from qat.convert import main as convert
+from qat.errors import ArtifactError
 from qat.formats import native, onnx, onnx_parts
+from qat.formats.onnx_trace import LogitsOnly
 from qat.inputs import random_input
 
 PER_TENSOR = qat.QuantSpec(bits=8, granularity="tensor")
@@ -105,6 +107,16 @@ def test_what_is_loaded_is_what_was_saved(case, tmp_path):
     again = qat.load(tmp_path, model=CASES[case][0]())
     first, second = run(model, inputs), run(again, inputs)
     assert str(first) == str(second)
+
+
+def test_another_network_than_the_one_that_was_saved_is_refused(tmp_path):
+    """Of both formats that trace one."""
+    shipped("reader", tmp_path)
+    made = random_input(native.read(tmp_path).example)
+    with pytest.raises(
+        ArtifactError, match=r"as image .*, and Siamese.forward\(conv2d, relu\): .* give the --model that"
+    ):
+        LogitsOnly(Siamese(), made)
 
 
 @pytest.mark.clients

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import ArtifactError
-from ..inputs import Inputs, tensors
+from ..inputs import Inputs, described, tensors, unbound
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
 from ..layers.product import CONVOLUTIONS
@@ -93,10 +93,18 @@ class LogitsOnly(nn.Module):
     Args:
         network: what makes them.
         example: inputs like those it will get, which come one by one here, also those that the network takes by name.
+
+    Raises:
+        ArtifactError: the network's forward takes other arguments.
     """
 
     def __init__(self, network: nn.Module, example: Inputs) -> None:
         super().__init__()
+        if (what := unbound(network, example)) is not None:
+            raise ArtifactError(
+                f"inputs were recorded as {described(example)}, and {what}: save the model again with an example=... "
+                "of what its forward takes, or give the --model that was saved"
+            )
         self.network = network
         self.names = list(example) if isinstance(example, Mapping) else None
         self.options = without_cache(network)
