@@ -1,5 +1,7 @@
 """Networks that take several tensors: from ``qat.save`` with an example to outputs in onnxruntime and ExecuTorch."""
 
+import re
+
 import pytest
 import torch
 from onnx_models import clients
@@ -59,6 +61,17 @@ class Table(nn.Module):
 
     def forward(self, categories, numbers):
         return self.head(torch.cat([torch.relu(self.wide(self.embed(categories).flatten(1))), numbers], 1))
+
+
+class Added(nn.Module):
+    """The size of one input decides the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x, y):
+        return self.head(x + y)
 
 
 def images(batch=4):
@@ -164,6 +177,28 @@ def test_from_saving_to_onnxruntime(case, qdq, tmp_path, capsys):
         found = session.run(None, {name: value.numpy() for name, value in given.items()})
         for ours, theirs in zip(expected, found, strict=True):
             torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=1e-5 * ours.abs().max().item())
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize(
+    ("build", "example", "what"),
+    [
+        (Added, lambda: (torch.rand(4, 8), torch.rand(4, 9)), r"\[2, 9\], and the network takes y \[batch, 8\]"),
+        (Table, lambda: (torch.rand(4, 5), torch.rand(4, 3)), "and the network does not run: RuntimeError: Expected"),
+        (Siamese, lambda: (images(), images()[:, :2]), r"\[2, 2, 8, 8\], and the network does not run: RuntimeError"),
+    ],
+)
+def test_an_example_that_the_network_does_not_run_on_is_named(build, example, what, tmp_path, capfd):
+    """In one line, where torch prints the traceback too."""
+    clients()
+    model = qat.prepare(build(), qat.QuantPolicy(weight=qat.QuantSpec(bits=4)), verbose=False)
+    qat.save(qat.freeze(model), tmp_path / "artifact", example=example())
+    words = ["--to", "onnx", "--out", str(tmp_path / "out"), "--model", f"{__name__}:{build.__name__}"]
+    capfd.readouterr()
+    assert convert([str(tmp_path / "artifact"), *words]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert re.search(f"error: inputs were recorded as .*{what}.*; save the model again with an example=", said), said
 
 
 @pytest.mark.clients

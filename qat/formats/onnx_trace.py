@@ -7,16 +7,25 @@ that run it in its place.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils._pytree import tree_unflatten
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
 from ..inputs import Inputs, described, tensors, unbound
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
@@ -29,6 +38,10 @@ from .onnx_weights import in_blocks
 from .outputs import ONLY, outputs
 
 OPSET = 21
+MISFIT = (
+    "inputs were recorded as {}, and {}; save the model again with an example=... of what its forward takes, or give "
+    "the --model that was saved"
+)
 NETWORK = "network."  # where LogitsOnly holds it
 
 
@@ -101,10 +114,7 @@ class LogitsOnly(nn.Module):
     def __init__(self, network: nn.Module, example: Inputs) -> None:
         super().__init__()
         if (what := unbound(network, example)) is not None:
-            raise ArtifactError(
-                f"inputs were recorded as {described(example)}, and {what}: save the model again with an example=... "
-                "of what its forward takes, or give the --model that was saved"
-            )
+            raise ArtifactError(MISFIT.format(described(example), what))
         self.network = network
         self.names = list(example) if isinstance(example, Mapping) else None
         self.options = without_cache(network)
@@ -147,17 +157,20 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     fake_(wrapped)
     try:
-        program = torch.onnx.export(
-            wrapped,
-            tensors(example),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=((axes,) if isinstance(example, Tensor) else _free_axes(tensors(example)),),
-            optimize=False,
-            verbose=False,
-            input_names=names,
-        )
+        with _without_tracebacks():
+            program = torch.onnx.export(
+                wrapped,
+                tensors(example),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=((axes,) if isinstance(example, Tensor) else _free_axes(tensors(example)),),
+                optimize=False,
+                verbose=False,
+                input_names=names,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
+        if (problem := _problem_with(wrapped, example)) is not None:
+            raise ArtifactError(MISFIT.format(described(example), f"the network does not run: {problem}")) from error
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         sizes = " and ".join(axes.values())
         raise ArtifactError(f"torch cannot export {model.source} to ONNX for any {sizes} size: {reason}") from error
@@ -170,6 +183,10 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
     program.optimize()
     del graph.inputs[len(names) :]
     _fix_axes(graph, program.exported_program)
+    for value, part in zip(graph.inputs, tensors(example), strict=True):
+        if any(isinstance(axis, int) and axis != size for axis, size in zip(value.shape, part.shape, strict=True)):
+            takes = f"the network takes {value.name} [{', '.join(map(str, value.shape))}]"
+            raise ArtifactError(MISFIT.format(described(example), takes))
     form = program.exported_program.call_spec.out_spec
     order = tree_unflatten(range(form.num_leaves), form)
     single = "logits" if "input_ids" in names else ONLY
@@ -177,6 +194,34 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
     _name_outputs(graph, sorted(order, key=order.get) if isinstance(order, dict) else [single])
     used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
     return program.model, {name.removeprefix(NETWORK): value for name, value in used.items()}
+
+
+def _problem_with(wrapped: LogitsOnly, example: Inputs) -> str | None:
+    """Return why a network that holds fake tensors does not run on inputs; None where it does, or that is not seen."""
+    modes = [value.fake_mode for value in wrapped.state_dict().values() if isinstance(value, FakeTensor)]
+    mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with _without_tracebacks(), torch.no_grad(), mode:
+            wrapped(*(mode.from_tensor(part) for part in tensors(example)))
+    except (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException):
+        return None
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keep torch from printing where a network failed, before it raises that."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export._trace")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _like_tokens(x: Tensor) -> bool:
@@ -231,4 +276,4 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
 
 
 def _is_fake(tensor: Any) -> bool:
-    return isinstance(getattr(tensor, "raw", None), torch._subclasses.FakeTensor)
+    return isinstance(getattr(tensor, "raw", None), FakeTensor)
