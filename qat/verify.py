@@ -62,7 +62,7 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
     from .artifact import load
     from .convert import build_model
     from .formats.float_error import TOLERANCE
-    from .formats.outputs import outputs
+    from .formats.outputs import gap, outputs
     from .freezing import quantized_tensors
     from .inputs import from_names
     from .packing import unpack
@@ -95,10 +95,10 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
             made = outputs(loaded, from_names(parts, INPUT))
         for output, value in made.items():
             expected = file.get_tensor(f"output/{output}")
-            gap, largest = (value.float() - expected).abs().max().item(), expected.abs().max().item()
+            off, largest = gap(value.float(), expected)
             what = "output" if len(made) == 1 else f"output {output}"
-            print(f"{what:17} differs by at most {gap:g} (largest {largest:g})")
-            equal &= gap <= TOLERANCE * largest
+            print(f"{what:17} differs by at most {off:g} (largest {largest:g})")
+            equal &= off <= TOLERANCE * largest
     return equal
 
 

@@ -74,6 +74,17 @@ class Added(nn.Module):
         return self.head(x + y)
 
 
+class Moves(nn.Module):
+    """What may not be chosen is minus infinity."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x, legal):
+        return self.head(x).masked_fill(~legal, float("-inf"))
+
+
 def images(batch=4):
     return torch.rand(batch, 3, 8, 8) * 2 - 1
 
@@ -216,6 +227,19 @@ def test_from_saving_to_executorch(case, tmp_path, capsys):
     }
     said = capsys.readouterr().out
     assert f"model.pte takes inputs of shapes {named[case]}" in said and "verified" in said
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("to", ["onnx", "executorch"])
+def test_outputs_that_a_mask_makes_infinite(to, tmp_path, capsys):
+    """They are equal to their like, in place of NaN away from it."""
+    clients() if to == "onnx" else pytest.importorskip("executorch")
+    model = qat.prepare(Moves(), qat.QuantPolicy(weight=qat.QuantSpec(bits=4)), verbose=False)
+    qat.save(qat.freeze(model), tmp_path / "artifact", example=(torch.rand(4, 8), torch.rand(4, 5) < 0.5))
+    words = ["--to", to, "--out", str(tmp_path / "out"), "--verify", "--model", f"{__name__}:Moves"]
+    assert convert([str(tmp_path / "artifact"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "verified" in said and "nan" not in said and "inf" not in said
 
 
 @pytest.mark.clients

@@ -24,7 +24,7 @@ from .executorch_program import lower, lowered_layer, quantized_weights
 from .float_error import TOLERANCE, TYPICAL, float_error
 from .onnx_client import ROUNDING_TOLERANCE
 from .onnx_trace import LogitsOnly
-from .outputs import outputs
+from .outputs import gap, outputs
 
 NEAR = 2**26  # bytes before the last part that was found, where the next may lie
 
@@ -119,8 +119,8 @@ def _compare_layer(model: QuantizedModel, frozen: nn.Module, kinds: dict[str, st
             with tempfile.TemporaryDirectory() as folder:
                 lowered = lower(lowered_layer(model, name, layer).eval(), (x,), None, name, OnDisk(Path(folder)))
                 program = bytes(lowered.buffer)
-            gap, largest = _gap(run(program, x, batched=True), layer(x), TOLERANCE, f"the outputs of {name!r} alone")
-            return [(f"ExecuTorch, {name}", f"differs by at most {gap:.3g} (largest {largest:.3g}) on {list(x.shape)}")]
+            off, largest = _gap(run(program, x, batched=True), layer(x), TOLERANCE, f"the outputs of {name!r} alone")
+            return [(f"ExecuTorch, {name}", f"differs by at most {off:.3g} (largest {largest:.3g}) on {list(x.shape)}")]
     return []
 
 
@@ -147,13 +147,13 @@ def _compare_one(
 ) -> str:
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
     try:
-        gap, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the {what} of {file}")
+        off, largest = _gap(found, expected, ROUNDING_TOLERANCE, f"the {what} of {file}")
     except ArtifactError as problem:
         error = float_error(found, network, x, name)
         if not error.explained(overall=TYPICAL):
             raise ArtifactError(f"{problem}: {error}") from None
         return f"{error}; {equal}"
-    return f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}"
+    return f"differ by at most {off:.3g} (largest {largest:.3g}); {equal}"
 
 
 def run(program: Path | bytes, x: Inputs, batched: bool = False, which: int = 0) -> Tensor:
@@ -172,7 +172,7 @@ def _rows(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 def _gap(found: Tensor, expected: Tensor, tolerance: float, what: str) -> tuple[float, float]:
     if found.shape != expected.shape:
         raise ArtifactError(f"{what} have the shape {list(found.shape)}, not {list(expected.shape)}")
-    gap, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not gap <= tolerance * largest:
-        raise ArtifactError(f"{what} differ by {gap:g} (largest {largest:g})")
-    return gap, largest
+    off, largest = gap(found, expected)
+    if not off <= tolerance * largest:
+        raise ArtifactError(f"{what} differ by {off:g} (largest {largest:g})")
+    return off, largest

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..inputs import Inputs, mapped
-from .outputs import outputs
+from .outputs import difference, outputs
 
 TOLERANCE = 1e-5  # of the largest output: the same float32 products, perhaps summed in another order
 ORDERS = 4  # beside the plain one
@@ -72,7 +72,7 @@ def float_error(found: Tensor, network: nn.Module, x: Inputs, name: str | None =
     with _Float64(large):
         exact = _output(network, mapped(x, lambda part: part.double() if part.is_floating_point() else part), name)
     network.float()
-    errors = [_rows(other - exact) for other in (found, *ours)]
+    errors = [_rows(difference(other, exact)) for other in (found, *ours)]
     own = torch.stack(errors[1:])
     whole = [root_mean_square(rows) for rows in errors]
     return FloatError(

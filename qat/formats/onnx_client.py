@@ -14,7 +14,7 @@ from ..inputs import Inputs, tensors
 from ..quantized_model import QuantizedModel
 from .float_error import TOLERANCE, float_error
 from .onnx_parts import WIDE, Parts, compare_wide, session, weight
-from .outputs import outputs
+from .outputs import gap, outputs
 
 # Where inputs are quantized, a sum at the edge of two integers may fall to either side: one code, not 1e-5.
 ROUNDING_TOLERANCE = 0.05
@@ -104,14 +104,14 @@ def _compare_one(
         raise ArtifactError(f"{runtime} gives {what} of shape {list(found.shape)}, not {list(expected.shape)}")
     if not expected.numel():
         return f"{runtime}, {what}", "empty"
-    gap, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    off, largest = gap(found, expected)
     rounded = any(layer.activation is not None for layer in model.layers.values())
     equal = f"argmax equal in {(found.argmax(-1) == expected.argmax(-1)).float().mean().item():.2%}"
-    seen = f"differ by at most {gap:.3g} (largest {largest:.3g}); {equal}"
-    if not gap <= (ROUNDING_TOLERANCE if rounded else TOLERANCE) * largest:
+    seen = f"differ by at most {off:.3g} (largest {largest:.3g}); {equal}"
+    if not off <= (ROUNDING_TOLERANCE if rounded else TOLERANCE) * largest:
         error = float_error(found, frozen, x, name)
         if not error.explained():
-            raise ArtifactError(f"{what} of {runtime} differ by {gap:g} (largest {largest:g}): {error}")
+            raise ArtifactError(f"{what} of {runtime} differ by {off:g} (largest {largest:g}): {error}")
         seen += f"; {error}"
     return f"{runtime}, {what}", seen
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
@@ -32,6 +33,17 @@ def outputs(network: nn.Module, x: Inputs) -> dict[str, Tensor]:
             f"the network gives a {type(made).__name__} without a tensor in it: let it give its outputs"
         )
     return found
+
+
+def difference(found: Tensor, expected: Tensor) -> Tensor:
+    """Return found - expected, and 0 between equal infinities, as a network gives for what a mask forbids."""
+    return torch.where(found == expected, 0.0, found - expected)
+
+
+def gap(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Return the largest difference, and the largest finite number that was expected; 0 of none."""
+    off, largest = difference(found, expected).abs(), expected[expected.isfinite()].abs()
+    return off.max().item() if off.numel() else 0.0, largest.max().item() if largest.numel() else 0.0
 
 
 def _tensors(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
