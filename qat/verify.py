@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from .broken_pipe import ends_quietly
-from .errors import QATError, first_line
+from .errors import QATError
 
 # In the file that goes between the processes, beside codes/NAME and output/NAME.
 INPUT, WEIGHT, WHY = "input", "weight/", "why the outputs are not compared"
@@ -23,7 +23,7 @@ def write_reference(model, example, path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from .formats.outputs import outputs
+    from .formats.outputs import outputs_of_random
     from .inputs import by_name
     from .layers import matrix, quant_layers
     from .packing import pack
@@ -40,11 +40,12 @@ def write_reference(model, example, path: Path) -> None:
         if example is None:
             about[WHY] = "the checkpoint recorded no example input"
         else:
-            try:
-                made = outputs(model, example)
+            found = outputs_of_random(model, example)
+            if isinstance(found, str):
+                about[WHY] = found
+            else:
+                made = found
                 tensors |= by_name(example, INPUT)
-            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-                about[WHY] = f"the network does not run on random inputs of that range: {first_line(error)}"
         for output, value in made.items():
             tensors[f"output/{output}"] = value.float().contiguous().clone()  # no file holds one memory twice
     save_file(tensors, path, metadata=about)

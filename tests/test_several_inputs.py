@@ -85,6 +85,17 @@ class Moves(nn.Module):
         return self.head(x).masked_fill(~legal, float("-inf"))
 
 
+class Span(nn.Module):
+    """Where something starts and how long it is: together no more than 9."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 5)
+
+    def forward(self, start, length):
+        return self.head(self.embed(start + length))
+
+
 def images(batch=4):
     return torch.rand(batch, 3, 8, 8) * 2 - 1
 
@@ -227,6 +238,20 @@ def test_from_saving_to_executorch(case, tmp_path, capsys):
     }
     said = capsys.readouterr().out
     assert f"model.pte takes inputs of shapes {named[case]}" in said and "verified" in said
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("to", ["onnx", "executorch"])
+def test_inputs_that_have_to_fit_each_other(to, tmp_path, capsys):
+    """Random ones do not: the outputs are not compared, which is said."""
+    clients() if to == "onnx" else pytest.importorskip("executorch")
+    model = qat.prepare(Span(), qat.QuantPolicy(weight=qat.QuantSpec(bits=4)), verbose=False)
+    start = torch.arange(10)
+    qat.save(qat.freeze(model), tmp_path / "artifact", example=(start, 9 - start))
+    words = ["--to", to, "--out", str(tmp_path / "out"), "--verify", "--model", f"{__name__}:Span"]
+    assert convert([str(tmp_path / "artifact"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "not compared: the network does not run on random inputs of that range: index out of range" in said
 
 
 @pytest.mark.clients

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
 from ..inputs import Inputs, call
 from ..modes import without_cache
 
@@ -33,6 +33,14 @@ def outputs(network: nn.Module, x: Inputs) -> dict[str, Tensor]:
             f"the network gives a {type(made).__name__} without a tensor in it: let it give its outputs"
         )
     return found
+
+
+def outputs_of_random(network: nn.Module, x: Inputs) -> dict[str, Tensor] | str:
+    """Return a network's outputs for random inputs; or why there are none, as of two that have to fit each other."""
+    try:
+        return outputs(network, x)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"the network does not run on random inputs of that range: {first_line(error)}"
 
 
 def difference(found: Tensor, expected: Tensor) -> Tensor:
