@@ -11,7 +11,7 @@ from gguf_models import CONFIG, LLAMA_3, QWEN2, model_of, random_tensor
 
 import qat
 from qat.errors import ArtifactError
-from qat.formats import gguf, gguf_blocks, gguf_rounding
+from qat.formats import gguf, gguf_blocks, gguf_client, gguf_rounding
 from qat.formats.gguf_names import language_config, rope_frequencies, row_order
 from qat.formats.gguf_vocab import add_vocabulary
 from qat.frozen_model import from_model, to_model
@@ -303,3 +303,12 @@ def test_a_norm_to_the_last_bit():
         assert np.array_equal(row * scale * weight.numpy(), y)
     plain = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
     assert not torch.equal(found, plain)
+
+
+@pytest.mark.clients
+def test_what_llama_cpp_does_not_open_is_said_in_one_line(tmp_path):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ArtifactError, match=r"llama.cpp does not run .*/model.gguf: \w+Error: .+") as caught:
+        gguf_client._run_llama_cpp(tmp_path / "model.gguf", torch.zeros(1, 3, dtype=torch.int64))
+    assert "\n" not in str(caught.value)

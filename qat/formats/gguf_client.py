@@ -197,7 +197,9 @@ def _run_llama_cpp(file: Path, tokens: Tensor) -> list[list[tuple[int, float]]]:
     command = [sys.executable, "-P", "-c", _LLAMA_CPP, str(file), json.dumps(tokens.tolist()), most]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise ArtifactError(f"llama.cpp does not run {file}: {run.stderr.strip()[-500:]}")
+        reason = run.stderr.strip()[-500:]
+        reason = reason.splitlines()[-1] if "Traceback" in run.stderr else reason  # else it is llama.cpp's own end
+        raise ArtifactError(f"llama.cpp does not run {file}: {reason}")
     answers = next(line for line in run.stdout.splitlines() if line.startswith("found "))
     return json.loads(answers.removeprefix("found "))
 
