@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from .errors import StateError
+from .inputs import unbound
 from .layers import is_prepared, quant_layers
 from .modes import in_eval_mode
 from .quantizers import ActivationStatistics, LearnedActivation, WeightCodebook, WeightLSQ
 from .quantizers.lsq import never_reached
 from .spec import Init
+from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from .ptq import Options
@@ -99,14 +102,27 @@ def run_inputs(model: nn.Module, batch: Any) -> Any:
         if isinstance(inputs, Mapping | tuple | list):
             stars = "**" if isinstance(inputs, Mapping) else "*"
             what, how = f"a {type(inputs).__name__}", stars + ("batch" if inputs is batch else "batch[0]")
-        elif isinstance(batch, tuple | list) and "required positional argument" in str(error):
-            what, how = f"the first of {len(batch)} tensors alone", "*batch"
+        elif isinstance(batch, tuple | list) and (how := _arguments(model, batch)) is not None:
+            what = f"the first of {len(batch)} tensors alone"
         else:
             raise
         raise StateError(
             f"the model does not take {what} ({error}): say how to run a batch, such as "
             f"forward=lambda model, batch: model({how})"
         ) from error
+
+
+def _arguments(model: nn.Module, batch: Sequence[Any]) -> str | None:
+    """Return the arguments as which a model that does not take the first part of a batch takes all; None for none."""
+    model = unwrapped(model)
+    if unbound(model, batch[0]) is None:
+        return None
+    for how, part in (("*batch", batch), ("*batch[:-1]", batch[:-1])):  # the last may be targets
+        if unbound(model, part) is None:
+            return how
+    named = dict(zip(inspect.signature(model.forward).parameters, batch, strict=False))
+    fits = len(named) == len(batch) and unbound(model, named) is None
+    return ", ".join(f"{name}=batch[{index}]" for index, name in enumerate(named)) if fits else None
 
 
 def weights_wait(model: nn.Module) -> bool:

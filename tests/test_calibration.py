@@ -259,15 +259,21 @@ def test_a_model_of_several_inputs_is_told_how_to_run_a_batch():
         def forward(self, a, b):
             return self.linear(a + b)
 
+    class Named(Two):
+        def forward(self, *, a, b):
+            return self.linear(a + b)
+
     a, b = torch.randn(2, 4, 8)
     policy = qat.QuantPolicy(weight=qat.QuantSpec(bits=4), activation=qat.QuantSpec(bits=8, granularity="tensor"))
-    for batch, what, how in (
-        ((a, b), "the first of 2 tensors alone", "*batch"),
-        (((a, b), torch.zeros(4)), "a tuple", "*batch[0]"),
-        ({"a": a, "b": b}, "a dict", "**batch"),
-        (({"a": a, "b": b}, torch.zeros(4)), "a dict", "**batch[0]"),
+    for build, batch, what, how in (
+        (Two, (a, b), "the first of 2 tensors alone", "*batch"),
+        (Two, ((a, b), torch.zeros(4)), "a tuple", "*batch[0]"),
+        (Two, {"a": a, "b": b}, "a dict", "**batch"),
+        (Two, ({"a": a, "b": b}, torch.zeros(4)), "a dict", "**batch[0]"),
+        (Two, [a, b, torch.zeros(4)], "the first of 3 tensors alone", "*batch[:-1]"),
+        (Named, (a, b), "the first of 2 tensors alone", "a=batch[0], b=batch[1]"),
     ):
-        model = qat.prepare(Two(), policy, verbose=False)
+        model = qat.prepare(build(), policy, verbose=False)
         with pytest.raises(StateError) as error:
             qat.calibrate(model, [batch])
         assert f"the model does not take {what} (" in str(error.value)
