@@ -13,7 +13,7 @@ from qat.errors import DataError
 from qat.models import build
 from qat.training.evaluation import evaluate
 from qat.training.image_data import ImageData
-from qat.training.metrics import ClassificationMetrics, LanguageMetrics
+from qat.training.metrics import ClassificationMetrics, LanguageMetrics, first_logits
 from qat.training.text_data import TextData
 
 
@@ -146,3 +146,12 @@ def test_a_chosen_precision_is_left_alone():
         assert model.seen == {"ieee"}
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_a_network_that_says_nothing_is_named_by_its_error():
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    with pytest.raises(DataError, match=r"cannot run on these data, shape \[2, 3\]: ValueError \("):
+        first_logits(Silent(), torch.randn(2, 3))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..accumulation import weight_quantizers
 from ..calibration import activation_quantizers, calibrate, weights_wait
-from ..errors import TrainingError
+from ..errors import TrainingError, first_line
 from ..inputs import mapped, random_input
 from ..layers import is_prepared, quant_layers
 from ..memory import estimate
@@ -80,7 +80,7 @@ class Reach(Callback):
             LookupError,
             AttributeError,
         ) as error:  # not for such a batch
-            lines = [f"not checked which layers a batch reaches: {str(error).splitlines()[0]}"]
+            lines = [f"not checked which layers a batch reaches: {first_line(error)}"]
         for line in lines:
             rank_zero_only(print)(f"warning     {line}")
 
@@ -104,7 +104,7 @@ class MemoryEstimate(Callback):
             blocks = task.compilation.blocks(task.model)
             memory = str(estimate(task.model, task.optimizer, batch, loss, blocks))
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:  # an operator that needs data
-            memory = f"not estimated: {str(error).splitlines()[0]}"
+            memory = f"not estimated: {first_line(error)}"
         rank_zero_only(print)(f"memory      {memory}")
 
 

@@ -60,7 +60,7 @@ def _tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} has no tokenizer ({str(error).splitlines()[0]:.200}): give --tokenizer") from None
+        raise DataError(f"{folder} has no tokenizer ({first_line(error):.200}): give --tokenizer") from None
 
 
 def _numbers(results: dict[str, dict[str, Any]]) -> dict[str, float]:

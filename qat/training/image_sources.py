@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, first_line
 
 MODES = {mode: mode for mode in ("L", "RGB", "RGBA")} | {"1": "L", "P": "RGB", "LA": "L"}  # Pillow's, and what is read
 
@@ -90,7 +90,7 @@ def read_parquet(path: str | None, name: str) -> Images:
             label = _column(columns, ("label", "fine_label", "labels"), "label", file)
             table = parquet.read_table(file, columns=[image, label])
         except (ArrowException, OSError) as error:
-            raise DataError(f"{file} is no parquet file, or damaged: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{file} is no parquet file, or damaged: {first_line(error)}") from None
         labels += _classes(table[label].to_pylist(), label, file)
         encoded += _encoded(table[image].to_pylist(), image, file)
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..arguments import wrong_types
-from ..errors import QATError, TrainingError
+from ..errors import QATError, TrainingError, first_line
 
 TYPED = ("qat.", "lightning.", "torch.")  # whose hints are relied on; a user's own may be careless
 
@@ -35,7 +35,7 @@ def make(node: DictConfig, **arguments: Any) -> Any:
         raise
     except (OSError, ImportError) as error:
         name = next((node[key] for key in ("name", "pretrained_model_name_or_path") if key in node), "")
-        raise TrainingError(f"{node._target_}({name}): {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"{node._target_}({name}): {first_line(error)}") from error
     except pickle.UnpicklingError:
         raise TrainingError(
             f"{node._target_}: the weights are a pickle with more than tensors, which is never executed: "
@@ -57,7 +57,7 @@ def check_types(node: DictConfig) -> None:
     try:
         target = get_object(node._target_)
     except (ImportError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise TrainingError(f"{full_key(node)}._target_={node._target_} cannot be found: {reason}") from error
     if not node._target_.startswith(TYPED):
         return

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ..errors import DataError, QATError
+from ..errors import DataError, QATError, first_line
 from ..inputs import Inputs, call, described, mapped
 from ..layers import frozen_layers
 from ..modes import without_cache
@@ -68,7 +68,7 @@ def first_logits(model: nn.Module, inputs: Inputs) -> Tensor:
             raise
         what = f"shape {described(inputs)}" if isinstance(inputs, Tensor) else described(inputs)
         raise DataError(
-            f"the model cannot run on these data, {what}: {str(error).splitlines()[0]} (HYDRA_FULL_ERROR=1 shows "
+            f"the model cannot run on these data, {what}: {first_line(error)} (HYDRA_FULL_ERROR=1 shows "
             "where); the model and the data have to fit each other"
         ) from error
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, first_line
 from .in_memory_data import InMemoryData
 from .loader import EpochSampler, Gather, Loader
 from .tokenizer import load_tokenizer
@@ -194,7 +194,7 @@ def _read_datasets(name: str, places: str | Sequence[str]) -> str:
         try:
             rows = load_dataset(dataset, config or None, split=split)
         except (OSError, ValueError) as error:
-            raise DataError(f"data.{name}={place} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise DataError(f"data.{name}={place} cannot be loaded: {first_line(error)}") from None
         if "text" not in rows.column_names:
             raise DataError(f"data.{name}={place} has no column 'text', only {', '.join(rows.column_names)}")
         parts += rows["text"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 
 
 def load_tokenizer(name: str) -> Any:
@@ -23,7 +23,7 @@ def load_tokenizer(name: str) -> Any:
     except ImportError:
         raise DataError(f"data.tokenizer={name} needs transformers: pip install 'qat-lsq[hf]'") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={name} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise DataError(f"data.tokenizer={name} cannot be loaded: {first_line(error)}") from None
 
 
 def keep_tokenizer(tokenizer: Any, model: nn.Module, folder: Path) -> None:
