@@ -169,6 +169,8 @@ def main(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="bf16, the shapes of Llama 8B, fewer numbers of tokens")
     parser.add_argument("--shapes", nargs="*", type=parse_shape, metavar="NxK", help="Llama 8B and 70B by default")
+    parser.add_argument("--tokens", nargs="*", type=int, help="of those that are measured, these alone")
+    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float16"), help="of x, both by default")
     parser.add_argument("--kernels", nargs="*", choices=kernels, default=list(kernels))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no further shape after this long")
@@ -180,8 +182,11 @@ def main(
     require_gpu()
     start = time.time()
     regimes = few_regimes if options.quick else all_regimes
+    if options.tokens:
+        chosen = {name: tuple(m for m in tokens if m in options.tokens) for name, tokens in regimes.items()}
+        regimes = {name: tokens for name, tokens in chosen.items() if tokens}
     shapes = options.shapes or [*LLAMA_8B.values()] + ([] if options.quick else [*LLAMA_70B.values()])
-    dtypes = (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float16)
+    dtypes = options.dtypes or ["bfloat16"] + ([] if options.quick else ["float16"])
     tokens = [m for ms in regimes.values() for m in ms]
     versions = []
     for package in PACKAGES:
@@ -200,9 +205,9 @@ def main(
     for dtype in dtypes:
         for outputs, inputs in shapes:
             if time.time() - start < options.seconds:
-                found = measure(outputs, inputs, dtype, tokens, options.kernels, kernels)
+                found = measure(outputs, inputs, getattr(torch, dtype), tokens, options.kernels, kernels)
                 print(lines_of(found), flush=True)
-                records.setdefault(str(dtype).removeprefix("torch."), []).extend(found)
+                records.setdefault(dtype, []).extend(found)
                 text = report(data, options.out)
                 torch.cuda.empty_cache()
     print(text)

@@ -61,11 +61,17 @@ def compile_plan(case: tuple) -> str | None:
     return None
 
 
+def _kernel(plan: Plan) -> Plan:
+    """Return a plan of the same kernel that runs on weights of any size."""
+    return plan._replace(unsplit=0) if isinstance(plan, int4_plans.Batch) else plan
+
+
 def compile_all(plans: dict[tuple[int, int, int], list[Plan]], dtype: torch.dtype) -> list[str]:
     """Compile the kernels of all plans, given by (tokens, outputs, inputs); return a line a failure, and the time."""
     # A kernel depends on the shape through what divides it alone: one small weight compiles for many.
     inputs = {k: 4096 if k % 4096 == 0 else k for _, _, k in plans}
-    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k], dtype) for (m, _, k), ps in plans.items() for plan in ps}
+    kernels = {(m, n, k): {_kernel(plan) for plan in of_case} for (m, n, k), of_case in plans.items()}
+    cases = {(plan, inputs[k]): (plan, m, 256, inputs[k], dtype) for (m, _, k), ps in kernels.items() for plan in ps}
     start = time.time()
     with multiprocessing.get_context("spawn").Pool() as pool:
         lines = [line for line in pool.imap_unordered(compile_plan, cases.values()) if line]

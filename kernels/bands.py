@@ -8,10 +8,10 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def place_in_band(M, BLOCK_M: gl.constexpr, row_blocks, BLOCKS: gl.constexpr, band):
+def place_in_band(index, M, BLOCK_M: gl.constexpr, row_blocks, BLOCKS: gl.constexpr, band):
     """Return the first token and the first row block of a program: bands of ``band`` blocks of tokens, one by one."""
     in_band = band * gl.cdiv(row_blocks, BLOCKS)
-    first = gl.program_id(0) // in_band * band
+    first = index // in_band * band
     width = min(gl.cdiv(M, BLOCK_M) - first, band)
-    place = gl.program_id(0) % in_band
+    place = index % in_band
     return (first + place % width) * BLOCK_M, place // width * BLOCKS

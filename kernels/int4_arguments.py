@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import int4_batch, int4_decode, int4_few, int4_portable, int4_stream
-from .int4_layout import INPUTS, Int4Weight
+from .int4_layout import INPUTS, ROWS, Int4Weight
 from .int4_plans import Batch, Decode, Few, Stream, band
 
 
@@ -52,12 +52,12 @@ def stream_launch(plan: Stream, x_MK: Tensor, weight: Int4Weight, bias: Tensor |
 
 
 def few_launches(plan: Few, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> tuple[Prepared, Prepared | None]:
-    """Return the product of 2 to 16 tokens (M, K) with a weight, and the sum of its parts, None for one part."""
+    """Return the product of 2 to 8 tokens (M, K) with a weight, and the sum of its parts, None for one part."""
     sizes, span = sizes_of(weight, x_MK), plan.warps * plan.tiles
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     row_blocks, tiles, _ = weight.words.shape
     constants = _constants(weight, bias if plan.split == 1 else None)
-    tail = *sizes, *constants, tiles == plan.split * span, plan.warps, plan.block_m, plan.tiles, plan.stages, plan.early
+    tail = *sizes, *constants, tiles == plan.split * span, plan.warps, plan.tiles, plan.stages, plan.early
     grid = min(plan.programs, row_blocks), plan.split, 1
     return Prepared(int4_few.few_kernel, key, grid, tail), _sum_launch(plan, x_MK, weight, bias)
 
@@ -66,22 +66,34 @@ def batch_launches(
     plan: Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None
 ) -> tuple[Prepared, Prepared | None]:
     """Return the product of many tokens (M, K) with a weight, and the sum of its parts, None for a product in one."""
-    sizes = sizes_of(weight, x_MK)
+    sizes, first_n = sizes_of(weight, x_MK), first_in_parts(plan)
+    if plan.split > -(-weight.words.shape[1] // plan.tiles):
+        raise ValueError(f"{plan}: K is {weight.words.shape[1]} tiles, fewer rounds than parts")
+    *constants, _, _ = plan
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
-    programs = -(-weight.words.shape[0] // plan.blocks) * -(-x_MK.shape[0] // plan.block_m)
-    tail = *sizes, band(sizes[1], plan.block_m), *_constants(weight, bias), *plan
-    product = Prepared(int4_batch.batch_kernel, key, (programs, plan.split, 1), tail)
-    return product, _sum_launch(plan, x_MK, weight, bias)
+    along_m, along_n = -(-x_MK.shape[0] // plan.block_m), -(-weight.words.shape[0] // plan.warps)
+    unsplit = plan.unsplit * along_m
+    items = unsplit + (along_m * along_n - unsplit) * plan.split
+    programs = min(items, plan.programs or items)
+    places = along_m if unsplit else band(sizes[1], plan.block_m), unsplit, first_n
+    rounds = weight.words.shape[1] % plan.tiles == 0 and weight.in_features % INPUTS == 0
+    tail = *sizes, *places, *_constants(weight, bias), rounds, *constants, plan.programs > 0
+    return Prepared(int4_batch.batch_kernel, key, (programs, 1, 1), tail), _sum_launch(plan, x_MK, weight, bias)
+
+
+def first_in_parts(plan: Few | Batch) -> int:
+    """Return the first output whose sum over K is one of parts, where the plan has any."""
+    return plan.unsplit * plan.warps * ROWS if isinstance(plan, Batch) else 0
 
 
 def _sum_launch(plan: Few | Batch, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None) -> Prepared | None:
     if plan.split == 1:
         return None
-    size = x_MK.shape[0] * weight.out_features
-    kind = size % 16 == 0, size == 1, size < 2**31
-    key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, weight.out_features, kind, plan.early
-    tail = size, weight.out_features, plan.split, 1024, plan.early > 0
-    return Prepared(int4_portable.sum_parts_kernel, key, (-(-size // 1024), 1, 1), tail)
+    tokens, outputs, first_n = x_MK.shape[0], weight.out_features, first_in_parts(plan)
+    key = "sum", plan.split, x_MK.dtype, bias is None or bias.dtype, outputs, first_n, plan.early
+    tail = tokens, outputs, first_n, plan.split, 1024, plan.early > 0
+    grid = tokens, -(-(outputs - first_n) // 1024), 1
+    return Prepared(int4_portable.sum_parts_kernel, key, grid, tail)
 
 
 def dequantize_launch(weight: Int4Weight, matrix: Tensor) -> tuple[tuple[int, int, int], tuple]:

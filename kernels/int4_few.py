@@ -1,8 +1,8 @@
-"""Int4 matmul of 2 to 16 tokens on Hopper, in Gluon: one program a multiprocessor, which never stops reading.
+"""Int4 matmul of 2 to 8 tokens on Hopper, in Gluon: one program a multiprocessor, which never stops reading.
 
 As ``int4_stream`` for one token, whose eight equal columns of a multiplication are tokens here. x stays in registers
-for all of a program's row blocks, which have room for 4096 inputs of 8 tokens or, in twice the warps, for 8192, or for
-4096 of 16. Beyond that the programs along the grid's second axis share out K, and their sums are added up in one order.
+for all of a program's row blocks, which have room for 4096 inputs or, in twice the warps, for 8192. Beyond that the
+programs along the grid's second axis share out K, and their sums are added up in one order.
 """
 
 import triton
@@ -13,30 +13,32 @@ from .int4_registers import let_next_kernel_start, wait_for_previous_kernel
 from .int4_ring import start_reading
 from .int4_stream import mma_layout, multiply
 
+TOKENS = gl.constexpr(8)  # columns of a multiplication
+
 
 @triton.constexpr_function
-def _load_layout(tokens, warps):
-    """Return how (warps, tokens, 64 inputs) are loaded: 64 bytes of a token by each four lanes."""
+def _load_layout(warps):
+    """Return how (warps, 8 tokens, 64 inputs) are loaded: 64 bytes of a token by each four lanes."""
     of_warps = [[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)]
     of_lanes = [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    of_registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 32], [0, 8, 0]][: 5 if tokens == 16 else 4]
-    return gl.DistributedLinearLayout(of_registers, of_lanes, of_warps, [], [warps, tokens, 64])
+    of_registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 32]]
+    return gl.DistributedLinearLayout(of_registers, of_lanes, of_warps, [], [warps, TOKENS, 64])
 
 
 @triton.constexpr_function
-def _operand_layout(tokens, warps):
+def _operand_layout(warps):
     """Return how the same are held as right operands of ``mma``, the planes of 16 inputs side by side."""
     of_warps = [[1 << bit, 0, 0] for bit in range(warps.bit_length() - 1)]
     of_lanes = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    of_registers = [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 8, 0]][: 5 if tokens == 16 else 4]
-    return gl.DistributedLinearLayout(of_registers, of_lanes, of_warps, [], [warps, tokens, 64])
+    of_registers = [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 0, 32]]
+    return gl.DistributedLinearLayout(of_registers, of_lanes, of_warps, [], [warps, TOKENS, 64])
 
 
 @gluon.jit
-def _as_planes(x, WARPS: gl.constexpr, TOKENS: gl.constexpr):
+def _as_planes(x, WARPS: gl.constexpr):
     """Return the four right operands (warps, 16 inputs, tokens) that a K tile of x is."""
     right: gl.constexpr = gl.DotOperandLayout(1, mma_layout(WARPS), 2)
-    x = gl.convert_layout(x, _operand_layout(TOKENS, WARPS)).reshape([WARPS, TOKENS, 2, 2, 16]).permute([0, 4, 1, 2, 3])
+    x = gl.convert_layout(x, _operand_layout(WARPS)).reshape([WARPS, TOKENS, 2, 2, 16]).permute([0, 4, 1, 2, 3])
     even, odd = gl.split(x)
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
@@ -71,7 +73,6 @@ def few_kernel(
     HAS_BIAS: gl.constexpr,
     WHOLE: gl.constexpr,  # whether the parts' WARPS * TILES tiles make up K
     WARPS: gl.constexpr,
-    TOKENS: gl.constexpr,  # 8 or 16
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
@@ -85,7 +86,7 @@ def few_kernel(
     )
     if EARLY > 0:
         wait_for_previous_kernel()
-    layout: gl.constexpr = _load_layout(TOKENS, WARPS)
+    layout: gl.constexpr = _load_layout(WARPS)
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     place = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
@@ -97,7 +98,7 @@ def few_kernel(
         let_next_kernel_start()
     held = ()
     for d in gl.static_range(TILES):
-        held = held + _as_planes(xs[d], WARPS, TOKENS)
+        held = held + _as_planes(xs[d], WARPS)
     multiply(
         *(reading, None, held, levels_ptr, bias_ptr, parts_ptr, M, N, row_blocks, tiles, groups),
         *(x_ptr.dtype.element_ty, TOKENS, GROUP, HALVES, HAS_ZERO, HAS_LEVELS, HAS_BIAS),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .int4_layout import INPUTS, ROWS
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 class Decode(NamedTuple):
@@ -52,7 +52,6 @@ class Few(NamedTuple):
     """Constants of ``int4_few.few_kernel``, how many parts K is shared out to, and how many programs a part has."""
 
     warps: int
-    block_m: int
     tiles: int
     stages: int
     programs: int
@@ -61,18 +60,22 @@ class Few(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Constants of ``int4_batch.batch_kernel``."""
+    """Constants of ``int4_batch.batch_kernel``, and what it is launched with.
+
+    Attributes:
+        unsplit: how many blocks of outputs, the first ones, are not split.
+        programs: how many run at the most, each with several items; 0 for as many as there are items.
+    """
 
     warps: int
-    blocks: int
     block_m: int
     tiles: int
     step: int
     stages: int
-    ahead: int
     split: int
     early: int
-    own: int = 0
+    unsplit: int = 0
+    programs: int = 0
 
 
 class Dequantize(NamedTuple):
@@ -94,7 +97,7 @@ Plan = Decode | Stream | Few | Batch | Dequantize
 _KINDS = {"decode": Decode, "stream": Stream, "few": Few, "batch": Batch, "dequantize": Dequantize, "int8": Int8}
 
 # For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
-ANY_TOKENS = Batch(8, 8, 64, 4, 2, 4, 4, 1, 2)
+ANY_TOKENS = Batch(8, 64, 8, 2, 4, 1, 2)
 
 # Shared memory of a program that leaves room for one of the next kernel, on Hopper.
 RESIDENT_BYTES = 113 * 1024
@@ -157,8 +160,8 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
         plan = _stream(blocks, tiles, multiprocessors)
         if plan is not None:
             return plan
-    if tokens <= 16 and hopper:
-        plans = few(tokens, blocks, tiles, multiprocessors)
+    if tokens <= 8 and hopper:
+        plans = few(blocks, tiles, multiprocessors)
         if plans:
             return plans[0]
     if tokens <= 8 or (tokens <= 16 and not hopper):
@@ -167,19 +170,17 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
         return Dequantize()
     if tokens > 64:
         return _large_batch(tokens, blocks, tiles, multiprocessors)
-    block_m, programs = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 8)
-    if programs > 1.5 * multiprocessors and block_m != 32:
-        return Batch(4, 8, 64, 8, 2, 4, 2, 1, 2) if block_m == 64 else Batch(8, 8, block_m, 8, 2, 4, 4, 1, 2, 1)
-    if block_m == 64 or (block_m == 32 and tiles <= 256):  # 64 outputs a program, of which several run side by side
-        split = _parts(-(-blocks // 4), 1.9 * multiprocessors, tiles)
-        return Batch(4, 4, block_m, 8, 2, 4, 2, split, 2, 1)
-    split = _parts(programs, (1.4 if block_m == 32 else 1.9) * multiprocessors, tiles)
-    return Batch(8, 8, block_m, 8, 2, 4, 4, split, 2, 1)
+    block_m, narrow = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 4)
+    if block_m == 64 and narrow > 3 * multiprocessors:
+        return Batch(8, 64, 8, 2, 4, 1, 2)
+    # 64 outputs a program, of which several run side by side.
+    split = _parts(narrow, (1.9 if block_m == 64 else 2.4) * multiprocessors, tiles)
+    return Batch(4, block_m, 8, 2, 4, split, 2)
 
 
 def _parts(programs: int, wanted: float, tiles: int) -> int:
     """Return how many parts of K make enough programs, each of 16 tiles or more."""
-    return next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 16 * split), 8)
+    return next((split for split in (1, 2, 4) if programs * split >= wanted or tiles < 32 * split), 8)
 
 
 def _decode(block_m: int, blocks: int, capability: int, multiprocessors: int) -> Decode:
@@ -189,23 +190,40 @@ def _decode(block_m: int, blocks: int, capability: int, multiprocessors: int) ->
 
 
 def _large_batch(tokens: int, blocks: int, tiles: int, multiprocessors: int) -> Batch:
-    """Return the plan that takes least: by the microseconds of a K tile, and of writing and adding up parts of K.
+    """Return the plan that takes least: by the microseconds of a K tile, of a program, and of adding up parts of K.
 
-    They were measured on an H200, where the sum of both is within a tenth of 30 cases of 65 to 512 tokens.
+    They were measured on an H200, where what it takes is within 2 % of the best plan in 31 of 32 cases of 128 to 1024
+    tokens.
     """
-    kinds = [(0.363, Batch(8, 8, 128, 8, 2, 4, 2, 1, 2, 1)), (0.228, Batch(4, 4, 128, 8, 2, 4, 2, 1, 2, 1))]
+    kinds = [(0.323, Batch(8, 128, 8, 2, 4, 1, 2)), (0.215, Batch(4, 128, 8, 2, 4, 1, 2))]
     if tokens > 128:
-        kinds.append((0.67, Batch(8, 8, 256, 4, 1, 4, 2, 1, 2, 1)))
+        kinds.append((0.626, Batch(8, 256, 4, 1, 4, 1, 2)))
     options = []
-    for of_tile, plan in kinds:
-        programs = -(-blocks // plan.blocks) * -(-tokens // plan.block_m)
-        for split in (1, 2, 4):  # parts pay while they all run at once
-            if split > 1 and (programs * split > multiprocessors or tiles < 16 * split):
-                break
-            of_parts = 1.5 + 0.65e-6 * 4 * split * tokens * blocks * ROWS if split > 1 else 0.0
-            waves = -(-programs * split // multiprocessors)
-            options.append((waves * tiles / split * of_tile + of_parts, plan._replace(split=split)))
+    for of_tile, kind in kinds:
+        for plan, programs, in_a_row in shared_out(kind, tokens, blocks, tiles, multiprocessors):
+            in_parts = 4 * plan.split * tokens * (blocks - plan.unsplit * plan.warps) * ROWS if plan.split > 1 else 0
+            options.append((in_a_row * of_tile + 2 * programs + 0.57e-6 * in_parts, plan))
     return min(options, key=lambda option: option[0])[1]
+
+
+def shared_out(plan: Batch, tokens: int, blocks: int, tiles: int, multiprocessors: int) -> list[tuple[Batch, int, int]]:
+    """Return the plan with sums over K in one part, in several, and in several where they would start a last round.
+
+    With each comes how many programs, and how many K tiles of them, a multiprocessor has, if it runs one at a time.
+    Parts are of 16 tiles or more, and all run at once.
+    """
+    along_m, along_n, steps = -(-tokens // plan.block_m), -(-blocks // plan.warps), -(-tiles // plan.tiles)
+    rounds = -(-along_m * along_n // multiprocessors)
+    several = multiprocessors if plan.block_m == 256 and rounds > 1 else 0  # it pays where a round takes long
+    options = [(plan._replace(programs=several), rounds, rounds * tiles)]
+    for unsplit in sorted({0, along_m * along_n // multiprocessors * multiprocessors // along_m}):
+        rounds = -(-along_m * unsplit // multiprocessors)
+        free = (rounds + 1) * multiprocessors - along_m * unsplit
+        for split in (2, 3, 4):
+            if unsplit < along_n and along_m * (along_n - unsplit) * split <= free and tiles >= 16 * split:
+                in_parts = plan._replace(split=split, unsplit=unsplit, programs=several if unsplit else 0)
+                options.append((in_parts, rounds + 1, rounds * tiles + -(-steps // split) * plan.tiles))
+    return options
 
 
 def band(inputs: int, block_m: int) -> int:
@@ -234,15 +252,14 @@ def deepest(plan: Stream, tiles: int) -> Stream | None:
     return plan._replace(stages=stages) if stages >= 2 else None
 
 
-def few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
-    """Return the plans for 2 to 16 tokens, by what they take: counted in K tiles that a multiprocessor reads.
+def few(row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
+    """Return the plans for 2 to 8 tokens, by what they take: counted in K tiles that a multiprocessor reads.
 
-    A row block costs ten beside its tiles; x, which each program loads, four for each tile of 8 tokens; a sum of parts
-    200 (measured on an H200, where a tile takes 16 ns).
+    A row block costs ten beside its tiles; x, which each program loads, four for each tile; a sum of parts 200
+    (measured on an H200, where a tile takes 16 ns).
     """
-    block_m = 8 if tokens <= 8 else 16
     plans = []
-    for warps, ahead in ((8, 8), (8, 4), (8, 2), (8, 1), (16, 8) if block_m == 8 else (16, 4)):
+    for warps, ahead in ((8, 8), (8, 4), (8, 2), (8, 1), (16, 8)):
         span = warps * ahead
         split = -(-tiles // span)
         if split > min(MOST_PARTS, multiprocessors):
@@ -251,8 +268,8 @@ def few(tokens: int, row_blocks: int, tiles: int, multiprocessors: int) -> list[
         blocks = -(-row_blocks // programs)
         stages = max(2, min(blocks, MOST_STAGES if span <= 64 else 2))
         early = 3 if blocks <= stages else 2 if split > 1 else 1
-        cost = blocks * (span + 10) + 0.5 * span * block_m + (200 if split > 1 else 0)
-        plans.append((cost, Few(warps, block_m, ahead, stages, programs, split, early)))
+        cost = blocks * (span + 10) + 4 * span + (200 if split > 1 else 0)
+        plans.append((cost, Few(warps, ahead, stages, programs, split, early)))
     return [plan for _, plan in sorted(plans)]
 
 

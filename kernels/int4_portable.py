@@ -144,19 +144,31 @@ def matmul_kernel(
     tl.store(y_ptr + m[None, :] * N + n[:, None], round_to(acc, dtype), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-@triton.jit
-def sum_parts_kernel(parts_ptr, bias_ptr, y_ptr, size, N, PARTS: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr):
-    """Add the float32 parts of a split sum, always in the same order, then the bias, and round once."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["M"])
+def sum_parts_kernel(
+    parts_ptr,  # (PARTS, M, N - first_n) float32, contiguous
+    bias_ptr,
+    y_ptr,  # (M, N), contiguous
+    M,
+    N,
+    first_n,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Add the parts of a split sum, always in one order, then the bias, and round once: outputs from first_n on."""
+    m, width = tl.program_id(0), N - first_n
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if WAIT:  # for the kernel before, which allowed this one to start early (PTX ISA, griddepcontrol)
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
-        total += tl.load(parts_ptr + part * size.to(tl.int64) + at, mask=at < size, other=0.0)
+        total += tl.load(parts_ptr + (part * M + m).to(tl.int64) * width + at, mask=at < width, other=0.0)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + at % N, mask=at < size, other=0.0).to(tl.float32)
+        total += tl.load(bias_ptr + first_n + at, mask=at < width, other=0.0).to(tl.float32)
     if WAIT:
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
-    tl.store(y_ptr + at, round_to(total, y_ptr.dtype.element_ty), mask=at < size)
+    y_ptrs = y_ptr + m.to(tl.int64) * N + first_n + at
+    tl.store(y_ptrs, round_to(total, y_ptr.dtype.element_ty), mask=at < width)

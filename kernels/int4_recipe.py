@@ -84,8 +84,10 @@ def decode(launch: Launch, shape: torch.Size) -> Recipe:
     return recipe
 
 
-def batch(launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: int | None, split: int) -> Recipe:
-    """Return a recipe for a kernel of ``int4_batch``, and for the one that sums ``split`` parts where it is more.
+def batch(
+    launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: int | None, split: int, outputs: int
+) -> Recipe:
+    """Return a recipe for a kernel of ``int4_batch``, and for the one that sums ``split`` parts of its last outputs.
 
     Without ``inputs`` the kernel is one of ``int4_few``, to which x is not described.
     """
@@ -102,7 +104,7 @@ def batch(launch: Launch, sum_parts: Launch | None, shape: torch.Size, inputs: i
 
         return whole
 
-    add_up, outputs = sum_parts.starter(), shape[-1]
+    add_up = sum_parts.starter()
 
     def in_parts(x: Tensor, weight: Int4Weight, bias: Tensor | None, at: Addresses) -> Tensor:
         x_at, *others = at

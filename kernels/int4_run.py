@@ -21,6 +21,7 @@ from .int4_arguments import (
     decode_launch,
     dequantize_launch,
     few_launches,
+    first_in_parts,
     operands_of,
     sizes_of,
     stream_launch,
@@ -72,7 +73,7 @@ def _recipe(plan, x_MK: Tensor, weight: Int4Weight, bias: Tensor | None, shape: 
     product, sum_parts = _in_parts(plan, x_MK, weight, bias)
     sum_parts = None if sum_parts is None else _again(sum_parts)
     inputs = x_MK.shape[1] if isinstance(plan, Batch) else None
-    return int4_recipe.batch(_again(product), sum_parts, shape, inputs, plan.split)
+    return int4_recipe.batch(_again(product), sum_parts, shape, inputs, plan.split, shape[-1] - first_in_parts(plan))
 
 
 def _again(prepared: Prepared) -> int4_recipe.Launch:
@@ -222,7 +223,8 @@ def _several(
     x = x_MK if isinstance(plan, Few) else int4_batch.descriptor(x_MK, plan.block_m)
     parts = y_MN
     if plan.split > 1:
-        parts = x_MK.new_empty(plan.split, *y_MN.shape, dtype=torch.float32)
+        tokens, outputs = y_MN.shape
+        parts = x_MK.new_empty(plan.split, tokens, outputs - first_in_parts(plan), dtype=torch.float32)
     arguments = x, *operands_of(weight, bias, x_MK), y_MN, parts, x_MK.shape[0], *tail
     launch(kernel, key, grid, arguments, plan.warps, plan.early)
     if sum_parts is not None:

@@ -68,19 +68,8 @@ def _load_as(values, held: gl.constexpr, wanted: gl.constexpr):
 
 
 @gluon.jit
-def _sums(nothing):
-    """Return the sums that products take turns to be added to: as many as registers have room for."""
-    if nothing.shape[2] == 8:
-        return nothing, nothing, nothing, nothing
-    else:
-        return nothing, nothing
-
-
-@gluon.jit
 def _added_up(sums, TOKENS: gl.constexpr):
-    total = sums[0] + sums[1]
-    if len(sums) == 4:
-        total += sums[2] + sums[3]
+    total = (sums[0] + sums[1]) + (sums[2] + sums[3])
     if TOKENS == 1:
         total = gl.expand_dims(gl.max(total, 2), 2)  # of columns that are the same
     return total
@@ -152,7 +141,7 @@ def multiply(
     tiles,
     groups,
     dtype: gl.constexpr,  # of x and y
-    TOKENS: gl.constexpr,  # 1, or as many columns as held has, 8 or 16
+    TOKENS: gl.constexpr,  # 1, or the columns of a multiplication, 8
     GROUP: gl.constexpr,
     HALVES: gl.constexpr,
     HAS_ZERO: gl.constexpr,
@@ -182,11 +171,10 @@ def multiply(
     if HAS_LEVELS:
         level = level_of_lane(levels_ptr)
 
-    COLUMNS: gl.constexpr = max(TOKENS, 8)
-    like_x = gl.zeros([WARPS, 16, COLUMNS], dtype, right)
+    like_x = gl.zeros([WARPS, 16, 8], dtype, right)
     # Sums that take turns, since a multiplication waits long for the one whose sum it adds to.
-    nothing = gl.zeros([WARPS, 16, COLUMNS], gl.float32, mma)
-    acc = _sums(nothing)
+    nothing = gl.zeros([WARPS, 16, 8], gl.float32, mma)
+    acc = nothing, nothing, nothing, nothing
     mine = (row_blocks // PARTS - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     slot = 0
     now = first_place()
@@ -229,7 +217,7 @@ def multiply(
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
         if STEPS == 1 or now[2] == STEPS - 1:
             sums.store(_added_up(acc, TOKENS))
-            acc, last = _sums(nothing), now
+            acc, last = (nothing, nothing, nothing, nothing), now
         now = next_place(now, PARTS, STEPS)
     _write(
         *(sums, last, gate, bias_ptr, y_ptr, M, N, row_blocks, dtype, TOKENS),

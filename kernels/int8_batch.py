@@ -112,7 +112,7 @@ def int8_batch_kernel(
     if EARLY == 1:
         let_next_kernel_start()
 
-    first_m, block = place_in_band(M, BLOCK_M, row_blocks, BLOCKS, BAND)
+    first_m, block = place_in_band(gl.program_id(0), M, BLOCK_M, row_blocks, BLOCKS, BAND)
     steps = gl.cdiv(tiles, SPAN) * STEPS  # past the last tile, codes are filled with zeros
 
     # One allocation a slot: the compiler then knows that a copy into one and a product from another need no barrier.

@@ -86,13 +86,13 @@ def weight(n=96, k=128, group=64, **options):
     return prepack(pack(codes, 4), torch.rand(n, k // group).bfloat16(), None, k, group, **options)
 
 
-def variants():
+def variants(k=128):
     """Return weights and biases of all kinds that the kernels take."""
-    zeros = torch.randint(-8, 8, (6, 2, 16), dtype=torch.int8)
+    zeros = torch.randint(-8, 8, (6, k // 64, 16), dtype=torch.int8)
     bias = torch.randn(96).bfloat16()
     return [
-        (weight(), None),
-        (weight(), bias),
-        (weight()._replace(zero_point=zeros), None),
-        (weight(levels=torch.tensor(codebook.NF4)), bias),
+        (weight(k=k), None),
+        (weight(k=k), bias),
+        (weight(k=k)._replace(zero_point=zeros), None),
+        (weight(k=k, levels=torch.tensor(codebook.NF4)), bias),
     ]

@@ -18,10 +18,10 @@ from qat.formats import native
 PLANS = [
     Decode(4, 2, 8, 4, 3, 1),
     Stream(8, 1, 3, 132, 3),
-    Few(8, 8, 1, 3, 132, 1, 3),
-    Few(8, 8, 1, 3, 66, 2, 1),
-    Batch(8, 8, 64, 4, 2, 4, 3, 1, 2, 0),
-    Batch(8, 8, 64, 4, 2, 4, 3, 2, 2, 0),
+    Few(8, 1, 3, 132, 1, 3),
+    Few(8, 1, 3, 66, 2, 1),
+    Batch(8, 64, 8, 2, 4, 1, 2),
+    Batch(4, 64, 8, 2, 4, 2, 2),
     Dequantize(),
 ]
 
@@ -74,7 +74,7 @@ def kernels(monkeypatch):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inputs", [128, 136])
+@pytest.mark.parametrize("inputs", [1024, 1032])
 @pytest.mark.parametrize("scheme", ["symmetric", "zero points", "table"])
 def test_the_kernels_that_a_call_launches(kernels, monkeypatch, scheme, inputs, bias, plan):
     monkeypatch.setattr(int4_run, "choose", lambda *shape: plan)
@@ -98,7 +98,7 @@ def test_the_kernels_that_a_call_launches(kernels, monkeypatch, scheme, inputs, 
 
 def test_one_kernel_for_each_product_and_number_of_tokens(kernels, monkeypatch):
     monkeypatch.setattr(int4_run, "choose", lambda tokens, *shape: PLANS[0] if tokens < 9 else PLANS[5])
-    fits = Product(96, 128, 32, torch.bfloat16, None, False, False, torch.bfloat16)
+    fits = Product(96, 1024, 32, torch.bfloat16, None, False, False, torch.bfloat16)
     compile_ahead([fits, fits._replace(out_features=32), fits._replace(scale=torch.float32)], [1, 70], None)
     assert [len(kernel.warm) for kernel in kernels.values()] == [
         2,

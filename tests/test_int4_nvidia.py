@@ -31,11 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 def compile(kernel, pointers, constants, warps, capability):
-    sizes = [n for n in ("M", "N", "K", "row_blocks", "tiles", "groups", "band") if n in kernel.arg_names]
+    sizes = "M", "N", "K", "row_blocks", "tiles", "groups", "band", "unsplit", "first_n"
+    sizes = [n for n in sizes if n in kernel.arg_names]
     signature = dict(pointers) | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     at = {name: (kernel.arg_names.index(name),) for name in signature}
-    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "band", "x_desc", "codes_desc", "eps")]
+    aligned = [n for n in (*pointers, *sizes) if n not in ("M", "band", "unsplit", "x_desc", "codes_desc", "eps")]
     attributes = {at[name]: [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(kernel, signature, {at[n]: v for n, v in constants.items()}, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -62,8 +63,10 @@ def int4_case(kind, capability, dtype, has_zero, has_levels):
         constants = common | {"MASK_K": has_zero} | {name.upper(): value for name, value in plan._asdict().items()}
         found = compile(decode_kernel, {"x_ptr": "*" + dtype} | pointers, constants, plan.warps, capability)
     else:
-        plan = Batch(8, 8, 16, 8, 2, 4, 4, 2, 2, 1) if kind == "own" else Batch(4, 8, 16, 2, 1, 4, 2, 2, 2)
-        constants = common | {name.upper(): value for name, value in plan._asdict().items()}
+        plan = Batch(8, 16, 8, 2, 4, 1, 2) if kind == "whole" else Batch(4, 16, 4, 1, 4, 2, 2)
+        common |= {"WHOLE": kind == "whole", "SEVERAL": kind != "whole"}
+        launched = "unsplit", "programs"
+        constants = common | {name.upper(): value for name, value in plan._asdict().items() if name not in launched}
         x = f"tensordesc<{dtype}[16, 64],{SWIZZLED!r}>"
         pointers |= {"x_desc": x, "parts_ptr": "*fp32"}
         found = compile(batch_kernel, pointers, constants, plan.warps, capability)
@@ -90,7 +93,7 @@ def few_case(tokens, inputs, dtype, has_zero, has_levels):
     tiles, plan = inputs // 64, heuristic(tokens, 28672, inputs, 90, 132)
     constants = {"GROUP": 32 if has_zero else 128, "HALVES": 2 if has_zero else 1, "HAS_ZERO": has_zero}
     constants |= {"HAS_LEVELS": has_levels, "HAS_BIAS": True, "WHOLE": tiles == plan.warps * plan.tiles * plan.split}
-    constants |= {"TOKENS": plan.block_m, "WARPS": plan.warps, "TILES": plan.tiles, "STAGES": plan.stages}
+    constants |= {"WARPS": plan.warps, "TILES": plan.tiles, "STAGES": plan.stages}
     pointers = {"words_ptr": "*i32", "zero_ptr": "*i8", "levels_ptr": "*fp32"}
     pointers |= dict.fromkeys(("scale_ptr", "bias_ptr", "y_ptr", "x_ptr", "parts_ptr"), "*" + dtype)
     if has_levels:
@@ -127,7 +130,7 @@ CASES = [
     ("decode", 90, "bf16", False, True),
     ("batch", 90, "fp16", True, False),
     ("batch", 90, "fp16", False, True),
-    ("own", 90, "bf16", False, False),
+    ("whole", 90, "bf16", False, False),
 ]
 # The inputs, the dtype, and whether there are zero points or a codebook.
 STREAM_CASES = [
@@ -140,9 +143,8 @@ STREAM_CASES = [
 # The same of few tokens, whose number comes first.
 FEW_CASES = [
     ("few", 8, 4096, "bf16", False, False),
-    ("few", 16, 4096, "bf16", False, False),
     ("few", 8, 14336, "fp16", True, False),
-    ("few", 16, 8192, "bf16", False, True),
+    ("few", 8, 8192, "bf16", False, True),
 ]
 # The plan's place among the candidates, the dtype, tiles of a part, and whether there are zero points.
 INT8_CASES = [("int8", 2, "bf16", 2, False), ("int8", 1, "fp16", 2, True), ("int8", 5, "bf16", 1, False)]
@@ -175,7 +177,7 @@ def test_compiles(compiled, case):
     assert ("ldmatrix" if kind == "decode" else "cp.async.bulk.tensor") in ptx
     assert ("shfl.sync.idx" in ptx) == has_levels
     assert found["shared"] <= 99 * 1024
-    if kind == "own":  # one barrier for each two tiles of four multiplications
+    if kind == "whole":  # one barrier for each two tiles of four multiplications
         multiplications = [match.start() for match in re.finditer("wgmma.mma_async", ptx)]
         assert ptx[multiplications[7] : multiplications[-1]].count("bar.sync") == len(multiplications) // 8 - 1
 
@@ -229,14 +231,10 @@ def test_few_tokens_compile(compiled, case):
     found, plan = compiled[case], heuristic(tokens, 28672, inputs, 90, 132)
     ptx = found["ptx"]
     assert "cp.async.cg.shared.global [ %r" in ptx.replace("+", " ")
-    assert (
-        ptx.count("mma.sync") == plan.tiles * 4 * plan.block_m // 8
-    )  # and x is in registers: no other product reads it
-    assert ptx.count("ld.global.v4") == plan.tiles * plan.block_m // 4  # x 16 bytes at a time
+    assert ptx.count("mma.sync") == plan.tiles * 4  # and x is in registers: no other product reads it
+    assert ptx.count("ld.global.v4") == plan.tiles * 2  # x 16 bytes at a time
     assert ptx.index("cp.async.commit_group") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global.v4")
     assert found["shared"] <= 227 * 1024 and found["spilled"] <= (0 if plan.warps == 8 else 64)
-    if (
-        plan.block_m == 8 and plan.warps == 8 and not has_zero and not has_levels
-    ):  # a second program has room beside one
+    if plan.warps == 8 and not has_zero and not has_levels:  # a second program has room beside one
         assert 2 * 256 * -(-found["registers"] // 8) * 8 <= 65536
         assert 2 * (found["shared"] + 1024) <= 228 * 1024

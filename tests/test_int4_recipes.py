@@ -84,19 +84,19 @@ def test_a_second_call_passes_on_what_the_first_did(kernel, monkeypatch, leading
 def test_a_second_call_of_many_tokens_too(batch_kernels, monkeypatch, split, leading):
     batch, sums = batch_kernels
     made = forget_nothing(monkeypatch)
-    plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2, 0)
+    plan = Batch(8, 64, 8, 2, 4, split, 2)
     monkeypatch.setattr(int4_run, "choose", lambda *shape: plan)
-    for w, bias in variants():
+    for w, bias in variants(k=1024):
         batch.launches.clear(), sums.launches.clear(), int4_recipe._products.clear(), int4_run._kernels.clear()
-        module.int4_linear(torch.randn(*leading, 128).bfloat16(), w, bias)
+        module.int4_linear(torch.randn(*leading, 1024).bfloat16(), w, bias)
         made.clear()
-        x = torch.randn(*leading, 128).bfloat16()
+        x = torch.randn(*leading, 1024).bfloat16()
         y = module.int4_linear(x, w, bias)
         (launch,) = batch.launches
         new = {"x_desc", "y_ptr", "parts_ptr"} | ({"bias_ptr"} if bias is None else set())
         at = check_again(launch, BATCH_NAMES, new)
         described = at["x_desc"]
-        assert described.base is x and (described.shape, described.strides) == ((70, 128), (128, 1))
+        assert described.base is x and (described.shape, described.strides) == ((70, 1024), (1024, 1))
         assert described.padding == "zero" and not described.round_f32_to_tf32
         assert at["y_ptr"] == y.data_ptr() and y.shape == (*leading, 96) and y.dtype == x.dtype
         if split == 1:
@@ -113,7 +113,7 @@ def test_a_second_call_of_many_tokens_too(batch_kernels, monkeypatch, split, lea
 def test_a_second_call_of_few_tokens_too(batch_kernels, kernel, monkeypatch, split):
     _, sums = batch_kernels
     made = forget_nothing(monkeypatch)
-    monkeypatch.setattr(int4_run, "choose", lambda *shape: Few(8, 8, 1, 3, 132, split, 1))
+    monkeypatch.setattr(int4_run, "choose", lambda *shape: Few(8, 1, 3, 132, split, 1))
     for w, bias in variants():
         kernel.launches.clear(), sums.launches.clear(), int4_recipe._products.clear(), int4_run._kernels.clear()
         module.int4_linear(torch.randn(3, 128).bfloat16(), w, bias)
@@ -205,11 +205,11 @@ def test_results_that_do_not_depend_on_the_batch_have_recipes_of_their_own(batch
 
 
 def test_a_recipe_keeps_no_tensor_alive(batch_kernels, kernel, monkeypatch):
-    for plan in (Decode(4, 2, 8, 4, 3, 1), Batch(8, 8, 64, 4, 2, 4, 3, 2, 2, 0), Dequantize()):
+    for plan in (Decode(4, 2, 8, 4, 3, 1), Batch(4, 64, 8, 2, 4, 2, 2, 1, 5), Dequantize()):
         monkeypatch.setattr(int4_run, "choose", lambda *shape, plan=plan: plan)
         monkeypatch.setattr(int4_run, "dequantized", module.int4_dequantize_reference)
         int4_run._plans.clear(), int4_recipe._products.clear()
-        w, x = weight(), torch.randn(3, 128).bfloat16()
+        w, x = weight(k=1024), torch.randn(3, 1024).bfloat16()
         module.int4_linear(x, w)
         for stand_in in (kernel, *batch_kernels):
             stand_in.launches.clear()

@@ -39,10 +39,9 @@ def check_arguments(names, launch, w, x, bias, plan):
     named = dict(zip(names, arguments, strict=True))
     constants = plan._asdict()
     if isinstance(plan, Few):
-        constants = constants | {"tokens": constants.pop("block_m")}
         del constants["split"]
     for name, value in constants.items():
-        assert name == "programs" or named[name.upper()] == value, name
+        assert name in ("programs", "unsplit") or named[name.upper()] == value, name
     assert options == {"num_warps": plan.warps, "launch_pdl": plan.early > 0}
     assert (named["M"], named["N"], named["K"]) == (x.shape[0], w.out_features, w.in_features)
     assert (named["row_blocks"], named["tiles"], named["groups"]) == (*w.words.shape[:2], w.scale.shape[1])
@@ -88,16 +87,26 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     monkeypatch.setattr(int4_batch, "batch_kernel", batch)
     monkeypatch.setattr(int4_batch, "descriptor", lambda x, block_m: ("x", block_m))
     monkeypatch.setattr(int4_portable, "sum_parts_kernel", sums)
-    x = torch.randn(70, 128).bfloat16()
+    w, x = weight(k=1536, group=group, levels=w.levels), torch.randn(70, 1536).bfloat16()
+    if kind == "zero points":
+        w = w._replace(zero_point=torch.zeros(w.scale.shape, dtype=torch.int8))
     for split in (1, 2):
-        plan = Batch(8, 8, 64, 4, 2, 4, 3, split, 2, split - 1)
+        plan = Batch(8, 64, 8, 2, 4, split, 2)
         int4_run.run_plan(plan, x, w, bias)
         check_arguments(BATCH_NAMES, batch.launches[-1], w, x, bias, plan)
-        assert batch.launches[-1][0] == (2, split, 1)
+        assert batch.launches[-1][0] == (2 * split, 1, 1)
     parts = dict(zip(BATCH_NAMES, batch.launches[-1][1], strict=True))["parts_ptr"]
     ((grid, arguments, _, _),) = sums.launches
-    assert parts.shape == (2, 70, 96) and parts.dtype == torch.float32 and grid == (7, 1, 1)
-    assert arguments[0] is parts and arguments[1] is bias and arguments[3:] == (70 * 96, 96, 2, 1024, True)
+    assert parts.shape == (2, 70, 96) and parts.dtype == torch.float32 and grid == (70, 1, 1)
+    assert arguments[0] is parts and arguments[1] is bias and arguments[3:] == (70, 96, 0, 2, 1024, True)
+
+    int4_run.run_plan(Batch(4, 32, 8, 2, 4, 3, 2, 1, 7), x, w, bias)  # of two blocks of outputs, the second in parts
+    grid, arguments, _, _ = batch.launches[-1]
+    named = dict(zip(BATCH_NAMES, arguments, strict=True))
+    assert grid == (7, 1, 1) and (named["unsplit"], named["first_n"], named["band"]) == (3, 64, 3)
+    assert named["parts_ptr"].shape == (3, 70, 32)
+    grid, arguments, _, _ = sums.launches[-1]
+    assert grid == (70, 1, 1) and arguments[3:] == (70, 96, 64, 3, 1024, True)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -109,7 +118,7 @@ def test_arguments_for_few_tokens(kernel, monkeypatch, tiles, split, programs, w
     monkeypatch.setattr(int4_few, "few_kernel", few)
     monkeypatch.setattr(int4_portable, "sum_parts_kernel", sums)
     w, x, bias = weight(k=4096), torch.randn(5, 4096).bfloat16(), torch.randn(96).bfloat16() if with_bias else None
-    plan = Few(8, 8, tiles, 3, programs, split, 3)
+    plan = Few(8, tiles, 3, programs, split, 3)
     y = int4_run.run_plan(plan, x, w, bias)
     (launch,) = few.launches
     check_arguments(FEW_NAMES, launch, w, x, bias if split == 1 else None, plan)
@@ -120,9 +129,9 @@ def test_arguments_for_few_tokens(kernel, monkeypatch, tiles, split, programs, w
         assert parts is y and not sums.launches
         return
     ((grid, arguments, _, _),) = sums.launches
-    assert parts.shape == (split, 5, 96) and parts.dtype == torch.float32 and grid == (1, 1, 1)
+    assert parts.shape == (split, 5, 96) and parts.dtype == torch.float32 and grid == (5, 1, 1)
     assert arguments[0] is parts and arguments[1] is bias and arguments[2] is y
-    assert arguments[3:] == (5 * 96, 96, split, 1024, True)
+    assert arguments[3:] == (5, 96, 0, split, 1024, True)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
