@@ -3,9 +3,6 @@
 See ``int4_registers`` for the weights. No atomics: a sum over K that is split is added up in a fixed order.
 """
 
-import math
-
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,14 +14,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .bands import place_in_band
+from .int4_items import item_at, load_tile, starts_of, tiles_a_scale, write_item
 from .int4_registers import (
     barrier,
     dequantized,
     factors,
     let_next_kernel_start,
     level_of_lane,
-    raised,
     spread_factors,
     wait_for_previous_kernel,
 )
@@ -35,105 +31,6 @@ SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ran
 def descriptor(x, block_m: int) -> TensorDescriptor:
     """Return what the tensor memory accelerator needs to read x (M, K) in blocks of (block_m, 64)."""
     return TensorDescriptor(x, [*x.shape], [x.shape[1], 1], [block_m, 64], SWIZZLED)
-
-
-@gluon.jit
-def _item(
-    index,
-    M,
-    row_blocks,
-    tiles,
-    band,
-    unsplit,
-    WARPS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    TILES: gl.constexpr,
-    SPLIT: gl.constexpr,
-):
-    """Return an item's first token, first row block, first K tile, the one past its last, its part and their number.
-
-    The first ``unsplit`` items are sums over all of K; the others, in the order of their parts, one of SPLIT of it.
-    """
-    part, parts = 0, 1
-    if SPLIT > 1:
-        in_parts = gl.cdiv(M, BLOCK_M) * gl.cdiv(row_blocks, WARPS) - unsplit
-        split = index >= unsplit
-        part = gl.where(split, (index - unsplit) // in_parts, 0)
-        parts = gl.where(split, SPLIT, 1)
-        index = gl.where(split, unsplit + (index - unsplit) % in_parts, index)
-    first_m, block = place_in_band(index, M, BLOCK_M, row_blocks, WARPS, band)
-    rounds = gl.cdiv(tiles, TILES)  # which parts share out; none is left without
-    return first_m, block, part * rounds // parts * TILES, (part + 1) * rounds // parts * TILES, part, parts
-
-
-@triton.constexpr_function
-def _tiles_a_scale(group, tiles):
-    """Return how many K tiles of a round, in a row and from its first on, have one scale."""
-    return math.gcd(group // 64, tiles) if group % 64 == 0 else 1
-
-
-@gluon.jit
-def _starts(pointers, block, tile, tiles, groups, GROUP: gl.constexpr, TILES: gl.constexpr):
-    """Return where the words, scales and zero points of a round of TILES tiles start."""
-    word_ptrs, scale_ptrs, zero_ptrs = pointers
-    group = 0 if TILES * 64 % GROUP != 0 else tile * 64 // GROUP
-    at_scale = (block * groups + group) * 16
-    return word_ptrs + (block.to(gl.int64) * tiles + tile) * 128, scale_ptrs + at_scale, zero_ptrs + at_scale
-
-
-@gluon.jit
-def _load(
-    starts,
-    inside,
-    first,  # tile of the round
-    tiles,
-    K,
-    D: gl.constexpr,  # tile in the round
-    GROUP: gl.constexpr,
-    HALVES: gl.constexpr,
-    HAS_ZERO: gl.constexpr,
-    TILES: gl.constexpr,
-    WHOLE: gl.constexpr,
-):
-    """Return the words of a K tile, and of its halves the scales and zero points, where no tile before has them.
-
-    Where K ends in the middle of a round, what is not there is zero, like x, and not whatever a register holds.
-    """
-    word_ptrs, scale_ptrs, zero_ptrs = starts
-    of_block, of_row = inside
-    if WHOLE:
-        words = gl.load(word_ptrs + D * 128, mask=of_block, eviction_policy="evict_first")
-    else:
-        there = of_block & (first + D < tiles)
-        words = gl.load(word_ptrs + D * 128, mask=there, other=0, eviction_policy="evict_first")
-    scales = ()
-    zeros = ()
-    if D % _tiles_a_scale(GROUP, TILES) == 0:
-        for h in gl.static_range(HALVES):
-            k = D * 64 + h * 32
-            group = k // GROUP if TILES * 64 % GROUP == 0 else (first * 64 + k) // GROUP
-            if WHOLE:
-                scales = scales + (gl.load(scale_ptrs + group * 16, mask=of_row),)
-                if HAS_ZERO:
-                    zeros = zeros + (gl.load(zero_ptrs + group * 16, mask=of_row),)
-            else:
-                there = of_row & (first * 64 + k < K)
-                scales = scales + (gl.load(scale_ptrs + group * 16, mask=there, other=0.0),)
-                if HAS_ZERO:
-                    zeros = zeros + (gl.load(zero_ptrs + group * 16, mask=there, other=0),)
-    return words, scales, zeros
-
-
-@gluon.jit
-def _store(target_ptr, first_row, y, first_n, first_m, M, N, WARPS: gl.constexpr):
-    """Write y (outputs, tokens) into rows of N from ``first_row`` on."""
-    at_once: gl.constexpr = 128 // y.dtype.primitive_bitwidth
-    layout: gl.constexpr = gl.BlockedLayout([at_once, 1], [16, 2], [1, WARPS], [0, 1])
-    n = first_n + gl.arange(0, y.shape[0], gl.SliceLayout(1, layout))
-    m = first_m + gl.arange(0, y.shape[1], gl.SliceLayout(0, layout))
-    at = (first_row + m.to(gl.int64))[None, :] * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
-    gl.store(target_ptr + at, gl.convert_layout(y, layout), mask=inside)
 
 
 @gluon.jit
@@ -164,7 +61,7 @@ def _multiply(
     """Return an item's sums, and what has been read of the next one meanwhile."""
     SLOTS: gl.constexpr = STEP * STAGES
     FETCHED: gl.constexpr = (STAGES - 2) * STEP  # tiles of x under way
-    SHARE: gl.constexpr = _tiles_a_scale(GROUP, TILES)
+    SHARE: gl.constexpr = tiles_a_scale(GROUP, TILES)
     SCALES: gl.constexpr = TILES * 64 // GROUP * 16 if TILES * 64 % GROUP == 0 else 0  # a round
     dtype: gl.constexpr = x_desc.dtype
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -213,7 +110,7 @@ def _multiply(
                     weights = dequantized(pairs, by, level, dtype, plane, HAS_ZERO, HAS_LEVELS)
                     x = x_tiles[d % SLOTS].slice(plane * 16, 16, 1).permute([1, 0])
                     acc = warpgroup_mma(weights, x, acc, is_async=True)
-            loaded = _load(starts, next_inside, next_tile, tiles, K, d, GROUP, HALVES, HAS_ZERO, TILES, WHOLE)
+            loaded = load_tile(starts, next_inside, next_tile, tiles, K, d, GROUP, HALVES, HAS_ZERO, TILES, WHOLE)
             next_words = next_words + (loaded[0],)
             next_scales = next_scales + loaded[1]
             next_zeros = next_zeros + loaded[2]
@@ -230,36 +127,6 @@ def _either(condition, one, other):
     for each in gl.static_range(len(one)):
         chosen = chosen + (gl.where(condition, one[each], other[each]),)
     return chosen
-
-
-@gluon.jit
-def _write(
-    sums,
-    item,  # its first token, its first row block, its part, of how many
-    y_ptr,
-    parts_ptr,
-    bias_ptr,
-    M,
-    N,
-    first_n,
-    dtype: gl.constexpr,
-    mma: gl.constexpr,
-    HAS_ZERO: gl.constexpr,
-    HAS_LEVELS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    WARPS: gl.constexpr,
-    SPLIT: gl.constexpr,
-):
-    """Write an item: y with the bias, or a part of it without."""
-    first_m, block, part, parts = item
-    y = raised(sums, dtype, HAS_ZERO, HAS_LEVELS)
-    if HAS_BIAS:
-        n = block * 16 + gl.arange(0, y.shape[0], gl.SliceLayout(1, mma))
-        y += gl.load(bias_ptr + n, mask=(n < N) & (parts == 1), other=0.0).to(gl.float32)[:, None]
-    if SPLIT == 1 or parts == 1:
-        _store(y_ptr, 0, y.to(dtype), block * 16, first_m, M, N, WARPS)
-    else:
-        _store(parts_ptr, part.to(gl.int64) * M, y, block * 16 - first_n, first_m, M, N - first_n, WARPS)
 
 
 @gluon.jit(do_not_specialize=["M", "band", "unsplit"])
@@ -318,7 +185,7 @@ def batch_kernel(
     items = gl.cdiv(M, BLOCK_M) * gl.cdiv(row_blocks, WARPS)
     if SPLIT > 1:
         items = unsplit + (items - unsplit) * SPLIT
-    first_m, block, start, end, part, parts = _item(
+    first_m, block, start, end, part, parts = item_at(
         index, M, row_blocks, tiles, band, unsplit, WARPS, BLOCK_M, TILES, SPLIT
     )
 
@@ -339,13 +206,13 @@ def batch_kernel(
     level = 0
     if HAS_LEVELS:
         level = level_of_lane(levels_ptr)
-    starts = _starts(pointers, block, start, tiles, groups, GROUP, TILES)
+    starts = starts_of(pointers, block, start, tiles, groups, GROUP, TILES)
     inside = block + of_block < row_blocks, block + row // 16 < row_blocks
     words = ()
     scales = ()
     zeros = ()
     for d in gl.static_range(TILES):
-        loaded = _load(starts, inside, start, tiles, K, d, GROUP, HALVES, HAS_ZERO, TILES, WHOLE)
+        loaded = load_tile(starts, inside, start, tiles, K, d, GROUP, HALVES, HAS_ZERO, TILES, WHOLE)
         words = words + (loaded[0],)
         scales = scales + loaded[1]
         zeros = zeros + loaded[2]
@@ -360,10 +227,10 @@ def batch_kernel(
     if SEVERAL:
         for _ in range(index, items, programs):
             more = index + programs < items
-            after_m, after_block, after_start, after_end, after_part, after_parts = _item(
+            after_m, after_block, after_start, after_end, after_part, after_parts = item_at(
                 index + programs, M, row_blocks, tiles, band, unsplit, WARPS, BLOCK_M, TILES, SPLIT
             )
-            after_starts = _starts(pointers, after_block, after_start, tiles, groups, GROUP, TILES)
+            after_starts = starts_of(pointers, after_block, after_start, tiles, groups, GROUP, TILES)
             after_inside = more & (after_block + of_block < row_blocks), more & (after_block + row // 16 < row_blocks)
             sums, reading = _multiply(
                 *((first_m, start, end), (after_m, after_start, after_starts, after_inside), more, reading),
@@ -372,7 +239,7 @@ def batch_kernel(
             )
             if EARLY == 2 and not more:
                 let_next_kernel_start()
-            _write(
+            write_item(
                 *(sums, (first_m, block, part, parts), y_ptr, parts_ptr, bias_ptr, M, N, first_n, dtype, mma),
                 *(HAS_ZERO, HAS_LEVELS, HAS_BIAS, WARPS, SPLIT),
             )
@@ -393,7 +260,7 @@ def batch_kernel(
         )
         if EARLY == 2:
             let_next_kernel_start()
-        _write(
+        write_item(
             *(sums, (first_m, block, part, parts), y_ptr, parts_ptr, bias_ptr, M, N, first_n, dtype, mma),
             *(HAS_ZERO, HAS_LEVELS, HAS_BIAS, WARPS, SPLIT),
         )
