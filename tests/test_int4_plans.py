@@ -1,5 +1,6 @@
 """Run: python -m pytest tests/test_int4_plans.py; needs neither Triton nor a GPU."""
 
+import heapq
 import json
 import math
 from dataclasses import dataclass
@@ -110,6 +111,35 @@ def test_the_plan_of_few_tokens_takes_the_fewest_tiles_in_a_row(tokens, row_bloc
         if -(-tiles // span) <= 8:
             assert in_a_row(mine) <= in_a_row(span) * (1 + 10 / span) + 8 * span + 200
     assert (plan.early == 3) == (-(-row_blocks // plan.programs) <= plan.stages)
+
+
+@given(
+    kind=st.sampled_from([(4, 128, 8, 2, 4), (8, 128, 8, 2, 4), (8, 256, 4, 1, 4)]),
+    tokens=st.integers(65, 5000),
+    blocks=st.integers(1, 4000),
+    steps=st.integers(1, 120),
+    gpu=st.integers(20, 200),
+)
+@example(
+    kind=(8, 128, 8, 2, 4), tokens=256, blocks=640, steps=16, gpu=132
+)  # 160 programs, of which 28 start a second round
+def test_what_is_shared_out_ends_when_it_says(kind, tokens, blocks, steps, gpu):
+    """Simulated: programs start in their order, each where a multiprocessor is free; K is whole rounds."""
+    plan = Batch(*kind, 1, 2)
+    tiles, along_m, along_n = steps * plan.tiles, -(-tokens // plan.block_m), -(-blocks // plan.warps)
+    options = int4_plans.shared_out(plan, tokens, blocks, tiles, gpu)
+    assert options[0][0].split == 1 and all(one.split > 1 for one, *_ in options[1:])
+    for one, programs, in_a_row in options:
+        unsplit = along_m * (one.unsplit if one.split > 1 else along_n)
+        parts = [(part + 1) * steps // one.split - part * steps // one.split for part in range(one.split)]
+        work = [steps] * unsplit + [part for part in parts for _ in range(along_m * along_n - unsplit)]
+        assert min(work) > 0 and sum(work) == along_m * along_n * steps
+        free = [0] * gpu
+        for length in work:
+            heapq.heappush(free, heapq.heappop(free) + length)
+        assert max(free) * plan.tiles <= in_a_row <= max(free) * plan.tiles + plan.tiles * one.split
+        assert programs == -(-len(work) // gpu)
+        assert one.programs in (0, gpu) and (one.split == 1 or 0 <= one.unsplit < along_n)
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 128, 256, 512])
