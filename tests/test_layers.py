@@ -283,6 +283,31 @@ def test_inductor_trains_with_the_shipped_weight_on_a_gpu():
         assert torch.equal(compiled, eager)
 
 
+def halve_slice(weight):
+    weight[2:4] /= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.data[0].zero_(),
+        lambda weight: weight.copy_(torch.zeros(8, 32)),
+        lambda weight: weight.__setitem__(0, 1.0),
+        nn.init.normal_,
+        halve_slice,
+    ],
+)
+def test_a_change_in_place_of_a_frozen_weight_is_refused(change):
+    """It would change a copy, and the codes would stay as they are."""
+    layer = qat.freeze(prepare(nn.Sequential(nn.Linear(32, 8)), QuantSpec()))[0]
+    with torch.no_grad(), pytest.raises(QATError, match="a change of it would be lost"):
+        change(layer.weight)
+    for copy in (layer.weight.clone(), layer.weight.detach(), layer.weight[torch.tensor([0, 1])]):
+        assert type(copy.mul_(2)) is torch.Tensor
+    assert not layer.weight.requires_grad_(False).requires_grad
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(32, 8), nn.Conv2d(4, 8, 3)])
 def test_a_frozen_weight_can_be_looked_at_and_not_assigned(layer):
     """As peft does: what it added would be lost."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,40 @@ if TYPE_CHECKING:
 
 
 class DequantizedWeight(Tensor):
-    """A frozen layer's weight for who only looks at it, such as peft: a copy, which refuses to be assigned."""
+    """A frozen layer's weight for who only looks at it, such as peft: a copy, which refuses changes in place.
+
+    So do its ``data`` and its rows; whatever else is made of it, as by ``clone`` or ``detach``, is a plain tensor.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    _is_hf_initialized = True  # transformers asks before it draws a weight, also of a model that it has read
 
     @property
     def data(self) -> Tensor:
-        """Return the values as a plain tensor."""
-        return self.detach()
+        """Return the values, which refuse changes as well."""
+        return self.detach().as_subclass(DequantizedWeight)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise StateError(
-            "this weight is frozen into codes: what is added to it would be lost. Keep an adapter beside it, merge "
-            "with python -m qat.merge, which says what it costs, or merge before qat.prepare and train on"
-        )
+        _refuse()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows = super().__getitem__(index)
+        return rows.as_subclass(DequantizedWeight) if rows._is_view() else rows
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise StateError(
+        "this weight is frozen into codes, and read as a copy: a change of it would be lost. Change it before "
+        "qat.freeze, keep an adapter beside it, or merge with python -m qat.merge, which says what it costs; its "
+        "clone() may be changed"
+    )
+
+
+_IN_PLACE = {name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")}
+_IN_PLACE -= {"requires_grad_", "detach_", "share_memory_"}  # these leave the values alone
+for _name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", *_IN_PLACE):
+    setattr(DequantizedWeight, _name, _refuse)
 
 
 class PackedWeight(FixedDtype):
@@ -254,7 +273,7 @@ class Frozen:
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the model's dtype, with its outputs first."""
+        """The weight in the model's dtype, with its outputs first: a copy, which refuses changes in place."""
         parameter = self._parameters.get("weight")
         if parameter is not None or self.packed_weight is None:
             return parameter
