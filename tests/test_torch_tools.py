@@ -84,6 +84,23 @@ def test_copies_pickles_and_exports_have_the_same_bits(policy, frozen):
         assert torch.equal(other(tokens()), expected)
 
 
+def test_a_frozen_model_that_reads_a_weight_is_exported():
+    """As T5 asks for its dtype."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.linear(x.to(self.linear.weight.dtype)) @ self.linear.weight
+
+    model = qat.freeze(qat.prepare(Net(), {"weight": {"bits": 4}}, verbose=False))
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_an_average_made_before_calibration_takes_part_in_it(signed, tmp_path):
     """It copies buffers in place, those that say that step sizes are set and on which grid among them."""

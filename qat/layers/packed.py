@@ -277,7 +277,9 @@ class Frozen:
         parameter = self._parameters.get("weight")
         if parameter is not None or self.packed_weight is None:
             return parameter
-        return self.packed_weight.dequantize(self.like.dtype).as_subclass(DequantizedWeight)
+        weight = self.packed_weight.dequantize(self.like.dtype)
+        # torch.export's own tensors cannot become another class.
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(DequantizedWeight)
 
 
 def set_dtype_(layer: Frozen, dtype: torch.dtype, device: torch.device) -> None:
