@@ -116,7 +116,7 @@ def open_specs(words: list[str], config_name: str) -> list[str]:
 def run_job(module: str, function: str, config: DictConfig) -> None:
     """Import a job and run it; an error raised on purpose ends in one line ``error: ...`` and exit status 1.
 
-    Of a sweep, the other jobs run before it exits.
+    Of a sweep, the other jobs run before it exits. Of several ranks, all exit, and the same line is printed once.
     """
     if TRACEBACK_WANTED:
         getattr(import_module(module), function)(config)
@@ -126,6 +126,8 @@ def run_job(module: str, function: str, config: DictConfig) -> None:
         os.environ.pop(FULL_ERROR, None)
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from ..ranks import print_last_line
+
     try:
         with ends_quietly():  # before Hydra, which prints a traceback of its own
             getattr(import_module(module), function)(config)
@@ -134,7 +136,8 @@ def run_job(module: str, function: str, config: DictConfig) -> None:
         if not ours and error.errno not in DISK:
             raise
         if not sweeps:
-            fail(explain(error))
+            print_last_line(f"error: {explain(error)}")
+            sys.exit(1)
         print(f"error: {explain(error)}", file=sys.stderr)
         raise JobFailed(explain(error)) from None
 
