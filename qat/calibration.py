@@ -16,6 +16,7 @@ from .layers import is_prepared, quant_layers
 from .modes import in_eval_mode
 from .quantizers import ActivationStatistics, LearnedActivation, WeightCodebook, WeightLSQ
 from .quantizers.lsq import never_reached
+from .sharding import sharded_modules
 from .spec import Init
 from .wrappers import unwrapped
 
@@ -51,15 +52,21 @@ def calibrate(
         verbose: print what such an init did to the layers.
 
     Raises:
-        StateError: the model is not prepared, one tensor or dict in place of batches, no batch at all, dicts that the
-            model does not take, a layer that no batch reached, or one that saw NaN: no activation's step size is set
-            then.
+        StateError: the model is not prepared, or sharded already, one tensor or dict in place of batches, no batch at
+            all, dicts that the model does not take, a layer that no batch reached, or one that saw NaN: no activation's
+            step size is set then.
         CalibrationError: data that an init cannot work with.
     """
     if isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable):
         raise StateError(f"calibrate takes several batches, got one {type(batches).__name__}: give a list or a loader")
     if not is_prepared(model):
         raise StateError("nothing to calibrate: call qat.prepare(model, policy) first")
+    waiting = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_initialised]
+    if (waiting or weights_wait(model)) and sharded_modules(model):
+        raise StateError(
+            "the model is sharded already, and what calibration sets would be lost: call qat.calibrate before "
+            "fully_shard; a task that shards itself in configure_model takes policy.activation=null or a dynamic one"
+        )
     run = forward or run_inputs
     if weights_wait(model):
         from .ptq import initialise
@@ -68,7 +75,6 @@ def calibrate(
         report = initialise(model, batches, run, options)
         if verbose:
             print(report)
-    waiting = [quantizer for quantizer in activation_quantizers(model) if not quantizer.is_initialised]
     if not waiting:
         return model
     seen = 0

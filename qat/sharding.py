@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -44,3 +45,15 @@ def shard_step_sizes(model: nn.Module, **options: Any) -> nn.Module:
             if hasattr(quantizer, "rounding"):  # which layers call in place of forward
                 register_fsdp_forward_method(quantizer, "rounding")
     return model
+
+
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that ``fully_shard`` took."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if anything is sharded
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what forwards without a backward have gathered: FSDP2 keeps the outermost module's weights for one."""
+    for module in sharded_modules(model):
+        module.reshard()

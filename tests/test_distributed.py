@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import qat
 from qat import QuantPolicy, QuantSpec
 from qat.errors import StateError
 from qat.numerics import MIN_SCALE
+from qat.sharding import reshard
 from qat.training.fingerprint import fingerprint
 
 RANKS = 2
@@ -43,7 +45,8 @@ def prepared(how=""):
     ]
     kind = {"activation_quantizer": "minmax" if "minmax" in how else "lsq"}
     policy = QuantPolicy(weight=QuantSpec(bits=4, group_size=8), activation={"bits": 8}, rules=rules, **kind)
-    return qat.calibrate(qat.prepare(Net(), policy, verbose=False), [torch.randn(8, 16)])
+    model = qat.prepare(Net(), policy, verbose=False)
+    return model if how == "waiting" else qat.calibrate(model, [torch.randn(8, 16)])
 
 
 def batches():
@@ -98,7 +101,9 @@ def train_and_save(how, file):
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
         for name, tensor in model.state_dict().items()
     }
-    if "ddp" not in how:  # cast for the forward: the weights, and the step sizes too where they are in the same group
+    if "ddp" not in how:
+        check_around_training(wrapped)
+        # Cast for the forward: the weights, and the step sizes too where they are in the same group.
         cast = sharded(prepared(), own_groups, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         with pytest.raises(StateError, match=r"(weight|step size) of 'blocks\.0\.0' arrives as torch\.bfloat16"):
             cast(batches()[0])
@@ -108,6 +113,17 @@ def train_and_save(how, file):
         assert {parameter.dtype for parameter in in_bf16.parameters()} == {torch.bfloat16, torch.float32}
     if dist.get_rank() == 0:
         torch.save({"losses": losses / RANKS, "state": state}, file)
+
+
+def check_around_training(model):
+    """FSDP2 would keep nothing of a calibration; what an evaluation has gathered can be given back."""
+    with pytest.raises(StateError, match="before fully_shard"):
+        qat.calibrate(sharded(prepared("waiting"), False), [batches()[0]])
+    with torch.no_grad():
+        model(batches()[0])
+    assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    reshard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @pytest.fixture(scope="module")

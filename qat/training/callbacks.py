@@ -294,7 +294,8 @@ def divergence(trainer: Trainer, what: str) -> TrainingError:
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Return whether no tensor holds NaN or infinity, with one transfer from the device."""
+    """Return whether no tensor (of a sharded one: its part here) holds NaN or infinity, with one transfer."""
+    tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
     tensors = [tensor for tensor in tensors if tensor.numel()]  # an empty one has no norm
     if not tensors:
         return True

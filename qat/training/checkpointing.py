@@ -145,7 +145,8 @@ class Checkpoints(Checkpoint):
             self._save(trainer, task, LAST)
 
     def _save(self, trainer: Trainer, task: Task, name: str) -> None:
-        if not all_finite([parameter.detach() for parameter in task.model.parameters()]):
+        finite = all_finite([parameter.detach() for parameter in task.model.parameters()])
+        if not trainer.strategy.reduce_boolean_decision(finite):
             raise divergence(trainer, "a parameter is NaN or infinite")
         if trainer.fast_dev_run:  # of which Lightning keeps nothing: a checkpoint would stand in the real run's way
             return

@@ -113,11 +113,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
-    if isinstance(trainer.strategy, ModelParallelStrategy) and not is_overridden("configure_model", task):
-        raise TrainingError(
-            "trainer.strategy: FSDP2 is for a training loop of your own, with qat.shard_step_sizes; here several ranks "
-            "train with trainer.strategy=ddp"
-        )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        _check_sharded(trainer.strategy, task)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except RuntimeError as error:
@@ -164,6 +161,19 @@ def _check(config: DictConfig) -> None:
         raise TrainingError(
             f"trainer.accelerator={accelerator}: PyTorch sees no GPU here (python -m qat.doctor shows what it sees); "
             "trainer.accelerator=auto takes what there is"
+        )
+
+
+def _check_sharded(strategy: ModelParallelStrategy, task: Task) -> None:
+    if not is_overridden("configure_model", task):
+        raise TrainingError(
+            "trainer.strategy: FSDP2 is for a training loop of your own, with qat.shard_step_sizes; here several ranks "
+            "train with trainer.strategy=ddp"
+        )
+    if strategy._save_distributed_checkpoint:
+        raise TrainingError(
+            "trainer.strategy: its checkpoints would be folders, which resume=auto and qat.convert do not read; give "
+            "it save_distributed_checkpoint: false"
         )
 
 

@@ -18,6 +18,7 @@ from ..inputs import Inputs
 from ..models import architecture_of
 from ..numerics import MIN_SCALE
 from ..policy import QuantPolicy
+from ..sharding import reshard
 from ..spec import as_member
 from ..surgery import prepare
 from ..unsaved_buffers import dtypes_kept
@@ -104,7 +105,7 @@ class Task(LightningModule):
         self.strict_loading = not adapter  # a checkpoint of an adapter run leaves the base out
         if not policy.quantizes_nothing() and not adapter:
             prepare(model, policy, verbose=rank_zero_only.rank == 0)
-        self._step_sizes = step_sizes(model)
+        self._step_sizes: list[nn.Parameter] = []
         teachers = [teacher] if isinstance(teacher, nn.Module) else teacher or []
         self._teachers = tuple(teachers)  # in a tuple, so that they are no part of the state that is saved and trained
         self._rng_state: dict[str, Any] | None = None
@@ -192,6 +193,7 @@ class Task(LightningModule):
         if not isinstance(lr, int | float) or not lr >= 0:
             raise TrainingError(f"optim.lr={lr!r}: give a number that is not negative")
         groups = parameter_groups(self.model, lr, self.step_size_lr_scale)
+        self._step_sizes = step_sizes(self.model)  # now that configure_model may have sharded them
         try:
             optimizer = self.optimizer(groups)
         except (TypeError, ValueError) as error:
@@ -209,13 +211,14 @@ class Task(LightningModule):
                 torch._foreach_clamp_min_(self._step_sizes, MIN_SCALE)
 
     def on_fit_start(self) -> None:
-        """Put the teachers where the network is.
+        """Put the teachers where the network is; let go of sharded weights that callbacks' forwards have gathered.
 
         Raises:
             CheckpointError: the checkpoint to resume is of another optimizer.
         """
         if self._stored is not None:
             require_same_optimizer(self._stored, self._asked)
+        reshard(self.model)
         for teacher in self._teachers:
             teacher.to(self.device).eval()
 
