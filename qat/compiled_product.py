@@ -101,7 +101,7 @@ _library.define(
 )
 _library.define(f"product_value(Tensor x, Tensor weight, Tensor? bias, {_ROUNDED}, str how) -> Tensor")
 _library.define(
-    f"product_gradients(Tensor grad, Tensor x, Tensor weight, {_ROUNDED}, str how, float x_grad_scale, "
+    f"product_gradients(Tensor grad, Tensor? x, Tensor weight, {_ROUNDED}, str how, float x_grad_scale, "
     "float weight_grad_scale, str wanted) -> Tensor[]"
 )
 
@@ -118,7 +118,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, x_step, weight_step, x_offset, weight_offset, how, *grad_scales) -> Tensor:
         tensors = x_step, weight_step, x_offset, weight_offset
-        ctx.save_for_backward(x, weight, *tensors)
+        of_x, _, convolution, _ = _how(how)
+        kept = x if products.takes_x(of_x, convolution, ctx.needs_input_grad) else None
+        ctx.save_for_backward(kept, weight, *tensors)
         ctx.how = how, *grad_scales
         return torch.ops.qat.product_value(x, weight, bias, *tensors, how)
 
@@ -149,7 +151,7 @@ def _gradients(
     grads = products.gradients(grad, x, weight, of_x, of_weight, convolution, dtype, wanted)
     likes = x, weight, None, x_step, weight_step, x_offset, weight_offset
     return [
-        made if like is None else _laid_out_as(like, made)
+        made.contiguous() if like is None else _laid_out_as(like, made)
         for made, like, is_wanted in zip(grads, likes, wanted, strict=True)
         if is_wanted
     ]
@@ -173,6 +175,7 @@ def _(x, weight, bias, x_step, weight_step, x_offset, weight_offset, how):
 @torch.library.register_fake("qat::product_gradients", lib=_library)
 def _(grad, x, weight, x_step, weight_step, x_offset, weight_offset, how, x_grad_scale, weight_grad_scale, wanted):
     bias = grad.new_empty(weight.shape[0])
+    x = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if x is None else x
     likes = x, weight, bias, x_step, weight_step, x_offset, weight_offset
     return [torch.empty_like(like) for like, word in zip(likes, wanted, strict=True) if word == "1"]
 

@@ -160,3 +160,30 @@ def test_a_compiled_operator_says_how_its_weight_lies(weight):
     for laid_out in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3)):
         arguments = laid_out, 8, 1, levels, None
         torch.library.opcheck(torch.ops.qat.round_to_codebook.default, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("activation", [None, INPUT], ids=str)
+def test_a_compiled_layer_whose_weight_does_not_train_lets_go_of_its_rounded_input(activation):
+    """Only the weight's gradient takes it: what is kept is the weight, and of an input with a step size its mask's."""
+    policy = {"weight": {"bits": 4, "group_size": 8}, "activation": activation}
+    model, x = qat.prepare(nn.Sequential(nn.Linear(16, 6)), policy, verbose=False), torch.randn(2, 5, 16)
+    qat.calibrate(model, [x], verbose=False).requires_grad_(False)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    grads, kept = [], []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch._dynamo.reset()
+        kept.clear()
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            y = run(leaf)
+        y.square().sum().backward()
+        grads.append(leaf.grad)
+    assert len([tensor for tensor in kept if tensor.data_ptr() not in parameters]) == (activation is not None)
+    assert torch.equal(*grads)
+    of_weight = model[0].weight, None, model[0].weight_quantizer.step_size, None, None
+    how = ";4,1,bfloat16,,;;float32", 1.0, 1.0, "1000000"
+    for grad in (y, y.transpose(0, 1), y[0, 0]):
+        arguments = grad.detach(), None, *of_weight, *how
+        torch.library.opcheck(torch.ops.qat.product_gradients.default, arguments, test_utils="test_faketensor")

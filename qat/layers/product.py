@@ -9,6 +9,7 @@ The result, and every gradient, is that of the composition: same operators in be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -151,7 +152,7 @@ def value(
 
 def gradients(
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     x_rounding: Rounding | None,
     weight_rounding: Rounding | None,
@@ -159,7 +160,10 @@ def gradients(
     dtype: torch.dtype,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias and ``tensors_of``, computed in ``dtype``; None for one not wanted."""
+    """Return the gradients of x, weight, bias and ``tensors_of``, computed in ``dtype``; None for one not wanted.
+
+    x may be None where ``takes_x`` says so.
+    """
     x_wanted, weight_wanted, bias_wanted = wanted[:3]
     both_x, both_weight = (x_wanted, *wanted[3::2]), (weight_wanted, *wanted[4::2])
     grad_x = grad_weight = grad_bias = x_again = weight_again = None
@@ -201,6 +205,11 @@ def gradients(
     if bias_wanted and grad_bias is None:
         grad_bias = rows(grad).sum(0) if convolution is None else grad.sum((0, *range(2, grad.dim())))
     return grad_x, grad_weight, grad_bias, of_x[0], of_weight[0], of_x[1], of_weight[1]
+
+
+def takes_x(x_rounding: Rounding | None, convolution: Convolution | None, wanted: Sequence[bool]) -> bool:
+    """Return whether ``gradients`` reads x; of a linear map with an x as it is, only what trains the weight does."""
+    return x_rounding is not None or convolution is not None or any((wanted[1], wanted[4], wanted[6]))
 
 
 def _rounded(tensor: Tensor, rounding: Rounding | None, dtype: torch.dtype) -> Tensor:
@@ -247,9 +256,7 @@ class _Product(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, x_step, weight_step, x_offset, weight_offset, how) -> Tensor:
         *roundings, ctx.convolution, ctx.dtype = how
-        wanted = ctx.needs_input_grad
-        takes_x = roundings[0] is not None or ctx.convolution is not None or wanted[1] or wanted[4] or wanted[6]
-        kept = x if takes_x else None
+        kept = x if takes_x(roundings[0], ctx.convolution, ctx.needs_input_grad) else None
         ctx.save_for_backward(kept, weight, x_step, weight_step, x_offset, weight_offset)
         # Without their tensors, which autograd keeps: it may have moved them meanwhile.
         ctx.grids = [None if r is None else (r.grid, r.grad_scale, r.rule, r.kept) for r in roundings]
