@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import nn
+
+from .inputs import Inputs, call
 
 
 @contextmanager
@@ -19,6 +23,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def call_without_cache(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model makes of a batch's inputs, as it trains: without a key-value cache."""
+    return call(partial(model, **without_cache(model)), inputs)
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, first_line
-from ..inputs import Inputs, call
-from ..modes import without_cache
+from ..inputs import Inputs
+from ..modes import call_without_cache
 
 ONLY = "output"  # the name of a tensor that has none
 
@@ -25,7 +24,7 @@ def outputs(network: nn.Module, x: Inputs) -> dict[str, Tensor]:
     Raises:
         ArtifactError: there is no tensor among them.
     """
-    made = call(partial(network, **without_cache(network)), x)
+    made = call_without_cache(network, x)
     made = getattr(made, "logits", made)
     found = {ONLY: made} if isinstance(made, Tensor) else dict(_tensors(made, ""))
     if not found:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..errors import DataError, QATError, first_line
-from ..inputs import Inputs, call, described, mapped
+from ..inputs import Inputs, described, mapped
 from ..layers import frozen_layers
-from ..modes import without_cache
+from ..modes import call_without_cache
 from ..quantizers.fixed_dtype import keeping_dtype
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16
@@ -28,7 +28,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     apart, and each block would be compiled anew, as it has a cache of its own. Images have the dtype of the model, as
     Lightning gives them to one in 16 bits while it trains: calibration, teachers and measuring take the data's own.
     """
-    return call(partial(model, **without_cache(model)), mapped(inputs, partial(_in_dtype_of, model)))
+    return call_without_cache(model, mapped(inputs, partial(_in_dtype_of, model)))
 
 
 def _in_dtype_of(model: nn.Module, inputs: Tensor) -> Tensor:
