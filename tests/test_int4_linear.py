@@ -10,6 +10,7 @@ from qat.kernels import int4_linear as module
 from qat.kernels.int4_layout import prepack
 from qat.kernels.int4_linear import backend, int4_dequantize
 from qat.kernels.int4_plans import Batch, Decode, Few, Stream
+from qat.kernels.int4_portable import sum_parts_kernel
 from qat.kernels.int4_run import run_plan
 
 from qat.backend import set_batch_invariant
@@ -109,6 +110,21 @@ def test_bias_is_added_before_the_one_rounding():
     bias = torch.ones(1, dtype=torch.bfloat16, device=DEVICE)
     assert int4_linear(x, packed, scale, bias, 2, 2).item() == 258
     assert int4_linear_reference(x, packed, scale, bias, 2).item() == 258
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("first_n", [0, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_are_added_up_in_order_and_rounded_once(dtype, first_n, with_bias):
+    torch.manual_seed(0)
+    parts = torch.randn(3, 5, 1101 - first_n, device=DEVICE) * torch.tensor([1e4, 1.0, 1e-4], device=DEVICE).view(
+        3, 1, 1
+    )
+    bias = torch.randn(1101, device=DEVICE).to(dtype) if with_bias else None
+    y = torch.full((5, 1101), 7.0, dtype=dtype, device=DEVICE)
+    sum_parts_kernel[5, 2](parts, bias, y, 5, 1101, first_n, 3, 1024, False)
+    total = parts[0] + parts[1] + parts[2] + (0 if bias is None else bias[first_n:].float())
+    assert torch.equal(y[:, first_n:], total.to(dtype)) and (y[:, :first_n] == 7).all()
 
 
 @pytest.mark.parametrize("mutant", ["nibbles swapped", "next group's scale", "next row's scale", "one bit", "no bias"])

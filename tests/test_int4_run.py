@@ -107,6 +107,8 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     assert named["parts_ptr"].shape == (3, 70, 32)
     grid, arguments, _, _ = sums.launches[-1]
     assert grid == (70, 1, 1) and arguments[3:] == (70, 96, 64, 3, 1024, True)
+    with pytest.raises(ValueError, match="K is 24 tiles"):  # three rounds of 8
+        int4_run.run_plan(Batch(4, 32, 8, 2, 4, 4, 2), x, w, bias)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
