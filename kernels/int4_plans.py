@@ -221,7 +221,7 @@ def shared_out(plan: Batch, tokens: int, blocks: int, tiles: int, multiprocessor
         free = (rounds + 1) * multiprocessors - along_m * unsplit
         for split in (2, 3, 4):
             if unsplit < along_n and along_m * (along_n - unsplit) * split <= free and tiles >= 16 * split:
-                in_parts = plan._replace(split=split, unsplit=unsplit, programs=several if unsplit else 0)
+                in_parts = plan._replace(split=split, unsplit=unsplit, programs=several)
                 options.append((in_parts, rounds + 1, rounds * tiles + -(-steps // split) * plan.tiles))
     return options
 

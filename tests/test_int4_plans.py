@@ -56,6 +56,8 @@ def assert_runs(plan, tokens, inputs, capability):
 def test_every_plan_of_the_heuristic_runs(tokens, shape, capability, multiprocessors):
     plan = int4_plans.heuristic(tokens, *shape, capability, multiprocessors)
     assert_runs(plan, tokens, shape[1], capability)
+    if isinstance(plan, Batch) and plan.split > 1:
+        assert math.ceil(shape[1] / 64) >= 16 * plan.split  # tiles: fewer are not worth a sum
 
 
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
@@ -123,6 +125,7 @@ def test_the_plan_of_few_tokens_takes_the_fewest_tiles_in_a_row(tokens, row_bloc
 @example(
     kind=(8, 128, 8, 2, 4), tokens=256, blocks=640, steps=16, gpu=132
 )  # 160 programs, of which 28 start a second round
+@example(kind=(4, 128, 8, 2, 4), tokens=128, blocks=48, steps=16, gpu=23)  # 24 parts of two would be one too many
 def test_what_is_shared_out_ends_when_it_says(kind, tokens, blocks, steps, gpu):
     """Simulated: programs start in their order, each where a multiprocessor is free; K is whole rounds."""
     plan = Batch(*kind, 1, 2)

@@ -104,9 +104,15 @@ def test_arguments_are_in_the_kernels_order(kernel, monkeypatch, group, kind, wi
     grid, arguments, _, _ = batch.launches[-1]
     named = dict(zip(BATCH_NAMES, arguments, strict=True))
     assert grid == (7, 1, 1) and (named["unsplit"], named["first_n"], named["band"]) == (3, 64, 3)
-    assert named["parts_ptr"].shape == (3, 70, 32)
+    assert named["parts_ptr"].shape == (3, 70, 32) and named["WHOLE"] and named["SEVERAL"]
     grid, arguments, _, _ = sums.launches[-1]
     assert grid == (70, 1, 1) and arguments[3:] == (70, 96, 64, 3, 1024, True)
+    for k in (1504, 1600):  # which end in the middle of a tile, and of a round
+        long = torch.randn(70, k).bfloat16()
+        int4_run.run_plan(Batch(4, 32, 8, 2, 4, 3, 2, 3), long, weight(n=1200, k=k, group=32), None)
+        named = dict(zip(BATCH_NAMES, batch.launches[-1][1], strict=True))
+        assert batch.launches[-1][0] == (3 * 3 + 3 * 16 * 3, 1, 1) and not named["WHOLE"] and not named["SEVERAL"]
+        assert sums.launches[-1][0] == (70, 1, 1)  # of 1008 outputs
     with pytest.raises(ValueError, match="K is 24 tiles"):  # three rounds of 8
         int4_run.run_plan(Batch(4, 32, 8, 2, 4, 4, 2), x, w, bias)
 
