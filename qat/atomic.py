@@ -42,7 +42,10 @@ def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Itera
         _remove_leftovers(out)
         with _folder_beside(out) as new:
             yield new
+            mode = new.stat().st_mode & 0o666  # of a new file here: safetensors lets no one but its owner read its files
             for file in [*new.rglob("*"), new]:
+                if file.is_file():
+                    file.chmod(mode)
                 _sync(file)
             _put_in_place(new, out)
             _sync(out.parent)

@@ -217,6 +217,17 @@ def test_a_folder_that_is_no_artifact_is_never_replaced(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_all_files_can_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    """A server that runs as another user could not read the weights, which safetensors writes for their owner alone."""
+    before = os.umask(umask)
+    try:
+        saved(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
+
+
 def test_a_write_that_fails_leaves_the_old_artifact(tmp_path):
     """A file size limit stops the write half-way, as a full disk does."""
     saved(tmp_path / "out")
