@@ -57,6 +57,14 @@ def test_openvino_computes_what_is_joined_before_an_8_bit_input(tmp_path, join, 
     assert exact(rows, "onnxruntime") and "differ by at most" in rows["OpenVINO, outputs"]
 
 
+def test_torch_says_nothing_of_its_own_code(tmp_path, caplog, recwarn):
+    clients()
+    model = frozen(Skips(nn.Identity()), qat.QuantSpec(bits=8))
+    onnx.write(model, tmp_path, Skips(nn.Identity()))
+    assert not [record.getMessage() for record in caplog.records if "torchvision" in record.getMessage()]
+    assert not [str(warning.message) for warning in recwarn if "LeafSpec" in str(warning.message)]
+
+
 class Groups(nn.Module):
     """A convolution in groups, once or for each of two levels with a norm of its own, as in a detector's head."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +44,11 @@ MISFIT = (
     "the --model that was saved"
 )
 NETWORK = "network."  # where LogitsOnly holds it
+CHATTY = (
+    "torch._subclasses.fake_tensor",
+    "torch.export._trace",
+    "torch.onnx._internal.exporter._registration",  # of torchvision's operators, where it is not installed
+)
 
 
 class Exported(nn.Module):
@@ -157,7 +163,7 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     fake_(wrapped)
     try:
-        with _without_tracebacks():
+        with _quiet():
             program = torch.onnx.export(
                 wrapped,
                 tensors(example),
@@ -201,7 +207,7 @@ def _problem_with(wrapped: LogitsOnly, example: Inputs) -> str | None:
     modes = [value.fake_mode for value in wrapped.state_dict().values() if isinstance(value, FakeTensor)]
     mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with _without_tracebacks(), torch.no_grad(), mode:
+        with _quiet(), torch.no_grad(), mode:
             wrapped(*(mode.from_tensor(part) for part in tensors(example)))
     except (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException):
         return None
@@ -211,14 +217,16 @@ def _problem_with(wrapped: LogitsOnly, example: Inputs) -> str | None:
 
 
 @contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Keep torch from printing where a network failed, before it raises that."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export._trace")]
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing where a network failed, before it raises that, and what concerns its own code alone."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+            yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
