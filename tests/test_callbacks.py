@@ -147,7 +147,7 @@ def test_diverging_run_stops_with_the_fix_and_keeps_its_checkpoint(tmp_path):
                 batch[0].fill_(math.nan)
 
     checkpoints = Checkpoints(tmp_path, every_n_steps=1)
-    with pytest.raises(TrainingError, match=r"at step 4 \(learning rate .*lower optim\.lr.*gradient_clip_val"):
+    with pytest.raises(TrainingError, match=r"at step 4: lower optim\.lr=0\.05, .*gradient_clip_val"):
         trainer(Poison(), Monitor(), checkpoints).fit(task(), datamodule=data())
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert state["global_step"] == 3

@@ -286,10 +286,10 @@ def log(trainer: Trainer, values: dict[str, float]) -> None:
 
 def divergence(trainer: Trainer, what: str) -> TrainingError:
     """Return the error for a run that went to NaN or infinity."""
-    lr = trainer.optimizers[0].param_groups[0]["lr"]
+    lr = trainer.optimizers[0].defaults["lr"]
     return TrainingError(
-        f"{what} at step {trainer.global_step} (learning rate {lr:.3g}): lower optim.lr, raise task.warmup or set "
-        "trainer.gradient_clip_val=1.0; the last checkpoint is from before that and is untouched"
+        f"{what} at step {trainer.global_step}: lower optim.lr={lr:g}, raise task.warmup or set "
+        "trainer.gradient_clip_val=1.0; checkpoints from before that are untouched"
     )
 
 
