@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import math
+import sys
 from unittest import mock
 
 import pytest
@@ -21,7 +22,15 @@ from qat.ptq.units import repeated
 from qat.quantizers import LearnedStepSize, WeightLSQ
 from qat.training import metrics
 from qat.training.batch_norm import BatchNormEstimate
-from qat.training.callbacks import Calibration, FakeQuantStart, KeptWeights, Monitor, ScaleMonitor
+from qat.training.callbacks import (
+    Calibration,
+    FakeQuantStart,
+    KeptWeights,
+    Monitor,
+    ProgressBar,
+    Report,
+    ScaleMonitor,
+)
 from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
 from qat.training.fingerprint import fingerprint
@@ -164,6 +173,26 @@ def test_diverging_parameters_are_not_saved_between_log_steps(tmp_path):
     with pytest.raises(TrainingError, match="a parameter is NaN or infinite at step 3"):
         trainer(Poison(), checkpoints, log_every_n_steps=50).fit(task(), datamodule=data())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_lines_on_a_terminal_stand_above_the_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    def fit(epochs: int, lr: float, resume=None) -> str:
+        callbacks = [ProgressBar(refresh_rate=1), Report(), Checkpoints(tmp_path)]
+        limits = {"limit_train_batches": 2, "limit_val_batches": 1, "max_steps": -1, "max_epochs": epochs}
+        network = task(optimizer=functools.partial(SGD, lr=lr))
+        trainer(*callbacks, enable_progress_bar=True, **limits).fit(
+            network, datamodule=data(), ckpt_path=resume, weights_only=True
+        )
+        return capsys.readouterr().out
+
+    first, second = fit(2, 0.05), fit(3, 0.02, tmp_path / "last.ckpt")
+    seen = [line.rsplit("\r", 1)[-1] for line in (first + second).splitlines() if "  step " in line or "ed  " in line]
+    assert [line.split("  ")[0] for line in seen] == ["epoch 1", "epoch 2", "resumed", "changed", "epoch 3"]
+    assert seen[2].split() == ["resumed", "at", "step", "4"]
+    assert "Epoch 1:  50%" in first
+    assert "Epoch 0:  50%" not in first
 
 
 def test_best_checkpoint_is_the_best(tmp_path):

@@ -122,11 +122,11 @@ def train(config: DictConfig) -> dict[str, float]:
             raise
         raise TrainingError(f"callbacks: {error}") from error
     except SIGTERMException:
-        rank_zero_only(print)(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
+        task.print(f"stopped by SIGTERM at step {trainer.global_step}: add resume=auto to go on")
         sys.exit(128 + signal.SIGTERM)
     except SystemExit:  # Lightning's own at Ctrl-C, of which it says nothing
         on = "add resume=auto to go on from the last checkpoint" if checkpoint.exists() else "nothing was saved yet"
-        rank_zero_only(print)(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
+        task.print(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
         raise
     if trainer.global_step == 0 and not trainer.fast_dev_run:  # calibrated only: no step has saved it
         save_checkpoint(trainer, checkpoint)

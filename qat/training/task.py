@@ -234,7 +234,7 @@ class Task(LightningModule):
             schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
             schedule = next((one for one in schedules if isinstance(one, LambdaLR)), None)
             for line in take_options(self.trainer.optimizers[0], schedule, self._asked):
-                rank_zero_only(print)(f"changed     optim: {line}")
+                self.print(f"changed     optim: {line}")
             self._stored = None
         loader = self.trainer.train_dataloader
         if isinstance(loader, OwnLoader) and self._position:
@@ -284,6 +284,7 @@ class Task(LightningModule):
         """
         require_training_state(checkpoint)
         require_same_policy(checkpoint["qat"]["policy"], self.policy)
+        self.print(f"resumed     at step {checkpoint['global_step']}")
         self._rng_state = checkpoint["rng"]
         self._stored = [
             options for state in checkpoint["optimizer_states"] for options in options_of(state["param_groups"])
@@ -298,4 +299,4 @@ class Task(LightningModule):
         """Say what is not as it was when the checkpoint to resume was saved."""
         for position in self._position[:1]:
             for line in take_order(position.get("order", {}), loader.order(), self._within):
-                rank_zero_only(print)(f"changed     {line}")
+                self.print(f"changed     {line}")
