@@ -42,7 +42,7 @@ def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Itera
         _remove_leftovers(out)
         with _folder_beside(out) as new:
             yield new
-            mode = new.stat().st_mode & 0o666  # of a new file here: safetensors lets no one but its owner read its files
+            mode = new.stat().st_mode & 0o666  # of a new file: safetensors makes its own for their owner alone
             for file in [*new.rglob("*"), new]:
                 if file.is_file():
                     file.chmod(mode)

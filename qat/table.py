@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from . import backend
-from .layers import FrozenLayer, FrozenLinear, PackedWeight, QuantLayer, matrix
+from .layers import FrozenLayer, FrozenLinear, PackedWeight, QuantLayer, matrix, quant_layers
 from .layers.int8_product import obstacle
 from .numerics import parameter_bits
 from .policy import Decision
@@ -29,11 +29,11 @@ def stored_size(model: nn.Module) -> tuple[float, int]:
         model: plain, prepared or frozen.
     """
     _, bits, weights = _rows(model, _decisions_of(model))
-    rest = 0
+    rest, quantizing = 0, _quantizing(model)
     for module in unwrapped(model).modules():
         if isinstance(module, LearnedActivation):
             rest += module.scale().nbytes
-        elif not isinstance(module, Quantizer | PackedWeight):
+        elif module not in quantizing and not isinstance(module, PackedWeight):
             saved = {name: value for name, value in module._buffers.items() if value is not None}
             saved = [value for name, value in saved.items() if name not in module._non_persistent_buffers_set]
             rest += sum(value.nbytes for value in saved)
@@ -145,12 +145,19 @@ def _integer_products(model: nn.Module) -> list[str]:
 
 def _other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Yield (name, parameter, what it is) of matrices that are no layer's plain weight, such as a parametrized one."""
+    quantizing = _quantizing(model)
     for name, layer in unwrapped(model).named_modules():
-        if not isinstance(layer, LearnedStepSize):
+        if layer not in quantizing:
             for key, parameter in layer._parameters.items():
                 if parameter is not None and parameter.dim() > 1 and key != "weight":
                     note = f"parameter of {type(layer).__name__}, stays in full precision"
                     yield f"{name}.{key}".lstrip("."), parameter, note
+
+
+def _quantizing(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that quantize in a prepared model, ours and the user's own: none of them ships."""
+    parts = [(layer.weight_quantizer, layer.activation_quantizer) for _, layer in quant_layers(model)]
+    return {module for pair in parts for part in pair if part is not None for module in part.modules()}
 
 
 def _weight_shape(layer: nn.Module):

@@ -57,6 +57,20 @@ def test_summary():
     check_summary(qat.table)
 
 
+def test_a_quantizer_of_ones_own_takes_what_it_ships():
+    class Own(nn.Module):
+        def __init__(self, spec):
+            super().__init__()
+            self.spec, self.step_size, self.bias = spec, nn.Parameter(torch.ones(16, 1)), nn.Parameter(torch.ones(99))
+
+    model = prepare(Net(), QuantPolicy(weight=W4))
+    ours = qat.table.summary(model), qat.table.stored_size(model)
+    model.fc.weight_quantizer = Own(model.fc.weight_quantizer.spec)
+    text, size = qat.table.summary(model), qat.table.stored_size(model)
+    assert size == ours[1]
+    assert text.splitlines()[:-2] == ours[0].splitlines()[:-2]
+
+
 def test_a_subclass_of_linear_is_listed_as_left_alone(capsys):
     """Whoever holds such a layer may read its weight without calling it."""
     model = nn.ModuleList([nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8), nn.Linear(8, 8)])
