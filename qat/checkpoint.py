@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, QATError
 from .inputs import Inputs, random_input
+from .layers import quant_layers
 from .policy import QuantPolicy
 from .spec import Init
 from .surgery import prepare
@@ -35,6 +37,7 @@ class Checkpoint:
         state_dict: the network's own names.
         example: what inputs look like, as in ``qat.inputs``; None if unknown.
         source: the path, for messages.
+        own_quantizers: the layers with a quantizer of the user's own, which no policy makes.
     """
 
     architecture: dict[str, Any] | None
@@ -42,13 +45,21 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     example: dict[str, Any] | None
     source: str
+    own_quantizers: tuple[str, ...] = ()
 
     def build(self, model: nn.Module | None = None) -> nn.Module:
         """Return the prepared and trained network in eval mode; ``model`` is an untrained instance of the user's own.
 
         Raises:
-            CheckpointError: it does not name its architecture, or does not fit the model.
+            CheckpointError: it does not name its architecture, or does not fit the model, or has other quantizers than
+                ours.
         """
+        if self.own_quantizers:
+            raise CheckpointError(
+                f"{self.source} was trained with quantizers of your own ({_some(self.own_quantizers)}): in Python, put "
+                "them into a prepared model, give its load_state_dict qat.checkpoint.read_checkpoint(PATH).state_dict, "
+                "and run qat.save(qat.freeze(model), DIR); python -m qat.convert takes DIR"
+            )
         if model is None:
             if self.architecture is None:
                 raise CheckpointError(
@@ -76,6 +87,16 @@ def describe(
 ) -> dict[str, Any]:
     """Return what a checkpoint stores under the key "qat": plain JSON values."""
     return {"version": VERSION, "architecture": architecture, "policy": policy.to_dict(), "example": example}
+
+
+def own_quantizers(model: nn.Module) -> list[str]:
+    """Return the names of a prepared model's layers that have a quantizer of the user's own."""
+    parts = [(name, layer.weight_quantizer, layer.activation_quantizer) for name, layer in quant_layers(model)]
+    return [
+        name
+        for name, *quantizers in parts
+        if any(not type(part).__module__.startswith("qat.") for part in quantizers if part is not None)
+    ]
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -113,7 +134,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except QATError as error:
         raise CheckpointError(f"{path} holds a policy that this version does not know: {error}") from None
     state = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items() if key.startswith(PREFIX)}
-    return Checkpoint(about["architecture"], policy, state, about["example"], str(path))
+    own = tuple(about.get("own_quantizers", ()))
+    return Checkpoint(about["architecture"], policy, state, about["example"], str(path), own)
 
 
 def damage_of(path: str | Path) -> str | None:
@@ -164,6 +186,6 @@ def _ties(model: nn.Module) -> list[tuple[str, str]]:
     return [(name, first[id(p)]) for name, p in named if first.setdefault(id(p), name) != name]
 
 
-def _some(names: list[str], most: int = 4) -> str:
+def _some(names: Sequence[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

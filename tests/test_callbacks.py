@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,7 +17,8 @@ from torch import nn
 
 import qat
 from qat import numerics
-from qat.errors import TrainingError
+from qat.checkpoint import read_checkpoint
+from qat.errors import CheckpointError, TrainingError
 from qat.models import build
 from qat.ptq.units import repeated
 from qat.quantizers import LearnedStepSize, WeightLSQ
@@ -252,6 +254,32 @@ def test_the_best_checkpoint_is_of_a_quantized_network(every, tmp_path):
     epochs = {"max_steps": -1, "max_epochs": 3 * every, "check_val_every_n_epoch": every}
     trainer(*callbacks, limit_train_batches=2, limit_val_batches=1, **epochs).fit(task(W4A4), datamodule=data())
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2 * every - 1
+
+
+def test_a_quantizer_of_ones_own_ships_from_python_alone(tmp_path):
+    """With the names of ours in its state: built by the policy, the network had other integers in silence."""
+
+    class Floor(WeightLSQ):
+        def quantize(self, weight):
+            return super().quantize(weight - 0.5 * self.step_size.view(-1, 1, 1, 1))
+
+        def forward(self, weight):
+            return self.quantize(weight).dequantize(weight.dtype) + (weight - weight.detach())
+
+    class UseFloor(Callback):
+        def setup(self, trainer, task, stage) -> None:
+            task.model.features[1][0].weight_quantizer.__class__ = Floor
+
+    network = task(W4A4)
+    trainer(UseFloor(), Calibration(1), Checkpoints(tmp_path), max_steps=1).fit(network, datamodule=data())
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"quantizers of your own \(features\.1\.0\): in Python"):
+        checkpoint.build()
+    model = task(W4A4).model
+    UseFloor().setup(None, SimpleNamespace(model=model), "fit")
+    model.load_state_dict(checkpoint.state_dict)
+    codes = qat.quantized_tensors(qat.freeze(model))["features.1.0"].codes
+    assert torch.equal(codes, qat.quantized_tensors(network.model)["features.1.0"].codes)
 
 
 def test_log_rewinds_to_the_checkpoint(tmp_path):

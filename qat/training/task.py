@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..checkpoint import describe
+from ..checkpoint import describe, own_quantizers
 from ..errors import DataError, TrainingError
 from ..inputs import Inputs
 from ..models import architecture_of
@@ -257,6 +257,7 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what ``qat.checkpoint`` reads, and the random state."""
         checkpoint["qat"] = describe(self.architecture, self.policy, self.example)
+        checkpoint["qat"]["own_quantizers"] = own_quantizers(self.model)
         if self.adapter:
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["qat"]["adapter"] = True
