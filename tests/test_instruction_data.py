@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat.errors import DataError
+from qat.models import build
 from qat.training.conversations import read_lines
 from qat.training.evaluation import evaluate
 from qat.training.instruction_data import InstructionData, encode, pack_rows, require_apart
@@ -299,6 +300,11 @@ def test_architectures_that_mix_packed_examples_are_refused(name, apart):
         with pytest.raises(DataError, match=f"{name}ForCausalLM lets packed examples attend .* data.pack=false"):
             require_apart(model, "cpu")
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_network_of_ours_is_told_whose_these_data_are():
+    with pytest.raises(DataError, match=r"GPT is no model of transformers, .* give model=hf or model=hf_frozen"):
+        require_apart(build({"builder": "gpt", "args": {"width": 8, "depth": 1, "heads": 1}}), "cpu")
 
 
 def test_a_teacher_is_not_followed_where_nothing_is_learned():

@@ -182,8 +182,13 @@ def require_apart(model: nn.Module, device: torch.device | str) -> None:
     """Try whether a model keeps packed examples apart: nothing of one may reach another.
 
     Raises:
-        DataError: it does not.
+        DataError: it does not, or is no model of transformers.
     """
+    if not hasattr(model, "get_input_embeddings"):
+        raise DataError(
+            f"{type(model).__name__} is no model of transformers, which data=instructions is for: give model=hf or "
+            "model=hf_frozen; data.pack=false is for a forward of your own that takes input_ids and position_ids"
+        )
     embedded: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ def first_logits(model: nn.Module, inputs: Inputs) -> Tensor:
         if isinstance(error, QATError | torch.OutOfMemoryError):
             raise
         what = f"shape {described(inputs)}" if isinstance(inputs, Tensor) else described(inputs)
+        if isinstance(error, IndexError) and isinstance(inputs, Tensor) and inputs.numel():  # a token past the last
+            what += f" with numbers up to {inputs.max():g}"
         raise DataError(
             f"the model cannot run on these data, {what}: {first_line(error)} (HYDRA_FULL_ERROR=1 shows "
             "where); the model and the data have to fit each other"
