@@ -217,6 +217,7 @@ def test_a_language_model_of_ours(tmp_path, qdq, group):
     products = 0 if qdq else 1 if group == 24 else 5
     counts = {"MatMulNBits": products, "DequantizeLinear": 5 - products}
     assert notes[0] == "model.onnx: " + ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    assert notes[-1] == "the graph runs whole sequences without a cache"  # GGUF and GPTQ have no such architecture
     assert rows["onnxruntime, outputs"].endswith("argmax equal in 100.00%")
     session = onnx_parts.session(tmp_path / onnx.FILE)
     tokens = onnx.random_input({**TOKENS, "shape": [31]}, 3)  # both axes are free
@@ -271,7 +272,7 @@ def test_a_transformers_model_in_bfloat16(tmp_path, tied):
     model = transformers.LlamaForCausalLM(config).bfloat16()
     model = frozen(model, qat.QuantSpec(group_size=32), None, rules, None)
     notes, rows = written(model, tmp_path)
-    assert any("without a cache" in note for note in notes)
+    assert any("without a cache; to generate text use --to gguf" in note for note in notes)
     assert transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings == tied
     assert "14 layers equal q*s" in rows["onnxruntime, weights"]
     read = onnx.read(tmp_path)

@@ -240,7 +240,9 @@ def _notes(model: QuantizedModel, graph: Any) -> list[str]:
         notes.append("warning: the experts' product copies a token's experts for it: long sequences take much memory")
     names = {value.name for value in (*graph.inputs, *graph.outputs)}
     if {"input_ids", "logits"} <= names:
-        notes.append("the graph runs whole sequences without a cache; to generate text use --to gguf or --to gptq")
+        of_transformers = "transformers" in (model.architecture or {})
+        other = "; to generate text use --to gguf or --to gptq" if of_transformers else ""  # which refuse other models
+        notes.append(f"the graph runs whole sequences without a cache{other}")
     return notes
 
 
