@@ -302,6 +302,21 @@ def test_architectures_that_mix_packed_examples_are_refused(name, apart):
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_tokenizer_may_be_a_file_alone_which_names_no_end(tmp_path, capsys):
+    file, rows = tmp_path / "tokenizer.json", tmp_path / "rows.jsonl"
+    tiny_tokenizer().backend_tokenizer.save(str(file))
+    rows.write_text('{"prompt": "the cat", "completion": " sat"}\n' * 4)
+    data = InstructionData(str(rows), str(file), 8, 2)
+    assert data.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert "names no eos_token: no answer is taught to end" in capsys.readouterr().out
+    for path, said in (
+        (rows, "is no tokenizer.json, or damaged"),
+        (tmp_path / "none", "there is nothing at that path"),
+    ):
+        with pytest.raises(DataError, match=said):
+            InstructionData(str(rows), str(path), 8, 2)
+
+
 def test_a_network_of_ours_is_told_whose_these_data_are():
     with pytest.raises(DataError, match=r"GPT is no model of transformers, .* give model=hf or model=hf_frozen"):
         require_apart(build({"builder": "gpt", "args": {"width": 8, "depth": 1, "heads": 1}}), "cpu")

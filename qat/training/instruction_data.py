@@ -85,6 +85,9 @@ class InstructionData(InMemoryData):
         if val is None and not 0 < val_fraction < 1:
             raise DataError(f"data.val_fraction={val_fraction}: give a share between 0 and 1, or a file as data.val")
         self.seq_len, self.pack, self.tokenizer = seq_len, pack, load_tokenizer(tokenizer)
+        if self.tokenizer.chat_template is None and self.tokenizer.eos_token_id is None:
+            said = f"warning     data.tokenizer={tokenizer} names no eos_token: no answer is taught to end"
+            rank_zero_only(print)(said)
 
         def read(path: str) -> list[Example]:
             found = (encode(line, self.tokenizer, completion_only, where) for where, line in read_lines(path))

@@ -13,15 +13,26 @@ from ..errors import DataError, first_line
 def load_tokenizer(name: str) -> Any:
     """Return it.
 
+    Args:
+        name: on the Hub, or a path: a folder, or a ``tokenizer.json`` alone.
+
     Raises:
         DataError: transformers is not installed, or the tokenizer cannot be loaded.
     """
     try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError:
         raise DataError(f"data.tokenizer={name} needs transformers: pip install 'qat-lsq[hf]'") from None
+    path = Path(name).expanduser()
+    if path.is_file():  # AutoTokenizer would ask the Hub for a model of that name
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        except Exception as error:  # the tokenizers library raises no other
+            raise DataError(f"data.tokenizer={name} is no tokenizer.json, or damaged: {first_line(error)}") from None
+    if path.is_absolute() and not path.is_dir():
+        raise DataError(f"data.tokenizer={name}: there is nothing at that path")
+    try:
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except (OSError, ValueError) as error:
         raise DataError(f"data.tokenizer={name} cannot be loaded: {first_line(error)}") from None
 
