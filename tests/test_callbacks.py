@@ -29,14 +29,13 @@ from qat.training.callbacks import (
     FakeQuantStart,
     KeptWeights,
     Monitor,
-    ProgressBar,
-    Report,
     ScaleMonitor,
 )
 from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
 from qat.training.fingerprint import fingerprint
 from qat.training.optimization import step_sizes
+from qat.training.progress import ProgressBar, Report
 from qat.training.tasks import CausalLanguageModel
 from qat.training.text_data import TextData
 
