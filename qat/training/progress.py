@@ -1,16 +1,21 @@
-"""What a run shows of its progress: a bar on a terminal, and a line after each validation."""
+"""What a run prints: a bar on a terminal, a line after each validation, and at the end where its result is."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import nn
 
+from ..models import architecture_of
 from .task import Task
 
 
@@ -49,3 +54,28 @@ class Report(Callback):
         figures = "  ".join(f"{name} {value}" for name, value in metrics.items())
         seconds = time.monotonic() - self._started
         task.print(f"epoch {trainer.current_epoch + 1}  step {trainer.global_step}  {figures}  {seconds:.0f} s")
+
+
+def own_model(node: DictConfig, model: nn.Module) -> str:
+    """Return what convert has to be told of a model whose checkpoint cannot name its architecture."""
+    if architecture_of(model) is not None:
+        return ""
+    module, _, name = node._target_.rpartition(".")
+    alone = all(str(key).startswith("_") for key in node)  # --model takes no arguments
+    return f" --model {module}:{name}" if alone and module else " --model package.module:function"
+
+
+@rank_zero_only
+def print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool, own_model: str) -> None:
+    """Print where a run's checkpoint is, its metrics, and the command that comes next."""
+    saved = checkpoint.exists()
+    print(f"run folder  {run_dir}")
+    print(f"checkpoint  {checkpoint if saved else 'none was saved'}")
+    print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if not saved:
+        return
+    if quantized:
+        source, out = quote(str(checkpoint)), quote(str(run_dir / "artifact"))
+        print(f"next        python -m qat.convert {source} --to native --out {out}{own_model}")
+    else:
+        print(f"next        python -m qat.train experiment=NAME {quote(f'init_from={checkpoint}')}")

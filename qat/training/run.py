@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ from ..checkpoint import TOKENIZER, damage_of, load_state, read_checkpoint
 from ..errors import CheckpointError, TrainingError, did_you_mean
 from ..formats import format_of, read
 from ..layers import is_prepared
-from ..models import architecture_of, build
+from ..models import build
+from ..policy import QuantPolicy
 from ..quantized_model import QuantizedModel
 from ..starting import fill, take_codes
 from ..table import stored_size
@@ -40,6 +40,7 @@ from .gradient_checkpointing import checkpoint_gradients
 from .in_memory_data import InMemoryData
 from .instantiation import check_least, check_types, make
 from .own_loader import keep_position
+from .progress import own_model, print_result
 from .result import remove_result, write_result
 from .run_lock import hold
 from .task import Task
@@ -90,7 +91,32 @@ def train(config: DictConfig) -> dict[str, float]:
         checkpoint_gradients(model, config.gradient_checkpointing)
     if config.adapter:
         model = make_adapter(config, model, policy, data)
-    task = make(
+    task = _task(config, model, policy, data)
+    if codes is not None and is_prepared(model):
+        print(take_codes(model, codes))
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is not None:
+        rank_zero_only(keep_tokenizer)(tokenizer, model, run_dir / TOKENIZER)
+    trainer = _trainer(config, task, run_dir)
+    _fit(trainer, task, data, resume, checkpoint)
+    if trainer.global_step == 0 and not trainer.fast_dev_run:  # calibrated only: no step has saved it
+        save_checkpoint(trainer, checkpoint)
+    metrics = _final_metrics(trainer, task, data)
+    overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
+    if not trainer.fast_dev_run:
+        rank_zero_only(write_result)(run_dir, overrides, metrics, size)
+    if config.adapter:
+        ship_adapter(run_dir, model, metrics)
+    else:
+        own = own_model(config.model, task.model)
+        print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
+    if lock is not None:
+        lock.close()
+    return metrics
+
+
+def _task(config: DictConfig, model: nn.Module, policy: QuantPolicy, data: Any) -> Task:
+    return make(
         config.task,
         model=model,
         policy=policy,
@@ -100,11 +126,9 @@ def train(config: DictConfig) -> dict[str, float]:
         compile_mode=config.compile_mode if config.compile else None,
         adapter=bool(config.adapter),
     )
-    if codes is not None and is_prepared(model):
-        print(take_codes(model, codes))
-    tokenizer = getattr(data, "tokenizer", None)
-    if tokenizer is not None:
-        rank_zero_only(keep_tokenizer)(tokenizer, model, run_dir / TOKENIZER)
+
+
+def _trainer(config: DictConfig, task: Task, run_dir: Path) -> Trainer:
     callbacks = [make(callback) for callback in config.callbacks.values() if callback]
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
@@ -115,6 +139,11 @@ def train(config: DictConfig) -> dict[str, float]:
     trainer = make(config.trainer, **parts)
     if isinstance(trainer.strategy, ModelParallelStrategy):
         _check_sharded(trainer.strategy, task)
+    return trainer
+
+
+def _fit(trainer: Trainer, task: Task, data: Any, resume: Path | None, checkpoint: Path) -> None:
+    """Train; where the run is stopped, say how to go on and exit."""
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except RuntimeError as error:
@@ -128,20 +157,6 @@ def train(config: DictConfig) -> dict[str, float]:
         on = "add resume=auto to go on from the last checkpoint" if checkpoint.exists() else "nothing was saved yet"
         task.print(f"interrupted at step {trainer.global_step}: {on}; SIGTERM saves first")
         raise
-    if trainer.global_step == 0 and not trainer.fast_dev_run:  # calibrated only: no step has saved it
-        save_checkpoint(trainer, checkpoint)
-    metrics = _final_metrics(trainer, task, data)
-    overrides, size = HydraConfig.get().overrides.task, None if config.adapter else stored_size(task.model)
-    if not trainer.fast_dev_run:
-        rank_zero_only(write_result)(run_dir, overrides, metrics, size)
-    if config.adapter:
-        ship_adapter(run_dir, model, metrics)
-    else:
-        own = _own_model(config.model, task.model)
-        _print_result(run_dir, checkpoint, metrics, quantized=not policy.quantizes_nothing(), own_model=own)
-    if lock is not None:
-        lock.close()
-    return metrics
 
 
 def _check(config: DictConfig) -> None:
@@ -273,27 +288,3 @@ def _final_metrics(trainer: Trainer, task: Task, data: Any) -> dict[str, float]:
     if has_changed(trainer.strategy, task.model, task.measured):
         return evaluate(task.model, data, trainer.strategy.root_device)
     return {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
-
-
-def _own_model(node: DictConfig, model: nn.Module) -> str:
-    """Return what convert has to be told of a model whose checkpoint cannot name its architecture."""
-    if architecture_of(model) is not None:
-        return ""
-    module, _, name = node._target_.rpartition(".")
-    alone = all(str(key).startswith("_") for key in node)  # --model takes no arguments
-    return f" --model {module}:{name}" if alone and module else " --model package.module:function"
-
-
-@rank_zero_only
-def _print_result(run_dir: Path, checkpoint: Path, metrics: dict[str, float], quantized: bool, own_model: str) -> None:
-    saved = checkpoint.exists()
-    print(f"run folder  {run_dir}")
-    print(f"checkpoint  {checkpoint if saved else 'none was saved'}")
-    print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    if not saved:
-        return
-    if quantized:
-        source, out = quote(str(checkpoint)), quote(str(run_dir / "artifact"))
-        print(f"next        python -m qat.convert {source} --to native --out {out}{own_model}")
-    else:
-        print(f"next        python -m qat.train experiment=NAME {quote(f'init_from={checkpoint}')}")
