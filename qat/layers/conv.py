@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import FrozenActivation, OfInput, OfWeight
+from ..quantizers import FrozenActivation
 from ..spec import Granularity
 from .fake_quant import FakeQuant
 from .linear import match_dtypes, roundings
@@ -16,15 +16,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the di
 
 
 class QuantConv(FakeQuant):
-    """A convolution whose weight, and input where asked for, pass through quantizers.
-
-    Attributes:
-        weight_quantizer: None leaves the weight alone.
-        activation_quantizer: None leaves the input alone.
-    """
-
-    weight_quantizer: OfWeight | None
-    activation_quantizer: OfInput | None
+    """A convolution with fake quantization."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input and weight."""

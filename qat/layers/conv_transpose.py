@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers import FrozenActivation, OfInput, OfWeight
+from ..quantizers import FrozenActivation
 from .fake_quant import FakeQuant
 from .linear import match_dtypes, roundings
 from .packed import Frozen
@@ -19,15 +19,7 @@ FUNCTIONS = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d
 
 
 class QuantConvTranspose(FakeQuant):
-    """A transposed convolution whose weight, and input where asked for, pass through quantizers.
-
-    Attributes:
-        weight_quantizer: None leaves the weight alone.
-        activation_quantizer: None leaves the input alone.
-    """
-
-    weight_quantizer: OfWeight | None
-    activation_quantizer: OfInput | None
+    """A transposed convolution with fake quantization."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of the fake-quantized input and weight."""

@@ -5,11 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import StateError
-from ..quantizers import LearnedStepSize
+from ..quantizers import LearnedStepSize, OfInput, OfWeight
 
 
 class FakeQuant:
-    """A layer with ``weight_quantizer`` and ``activation_quantizer``, each a module or None."""
+    """A layer whose weight, and input where asked for, pass through quantizers.
+
+    Attributes:
+        weight_quantizer: None leaves the weight alone.
+        activation_quantizer: None leaves the input alone.
+    """
+
+    weight_quantizer: OfWeight | None
+    activation_quantizer: OfInput | None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuse a plain model's weight, which ``strict=False`` would let in beside the step sizes of another."""

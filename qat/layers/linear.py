@@ -13,8 +13,6 @@ from ..quantizers import (
     DynamicActivation,
     FrozenActivation,
     LearnedWeight,
-    OfInput,
-    OfWeight,
     WeightCodebook,
     WeightMinMax,
 )
@@ -29,15 +27,7 @@ if TYPE_CHECKING:
 
 
 class QuantLinear(FakeQuant, nn.Linear):
-    """``nn.Linear`` whose weight, and input where asked for, pass through quantizers.
-
-    Attributes:
-        weight_quantizer: None leaves the weight alone.
-        activation_quantizer: None leaves the input alone.
-    """
-
-    weight_quantizer: OfWeight | None
-    activation_quantizer: OfInput | None
+    """``nn.Linear`` with fake quantization."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the fake-quantized input and weight."""
