@@ -95,22 +95,32 @@ def lora(
         frozen_at_once(model, policy)
     elif quantizes:
         starts = _split_weights(model, policy, rank, iterations if start is Start.loftq else 0)
-    targets = targets if isinstance(targets, str) else list(targets)
-    options = {"target_modules": targets, "lora_dropout": dropout, "use_dora": dora}
     try:
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, **options))
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            use_dora=dora,
+        )
+        wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise PolicyError(f"peft refuses this adapter: {error} Other layers: adapter.targets=[q_proj,v_proj]") from None
+    _fill_(wrapped.get_base_model(), starts, start, rank / alpha)
+    return use_lora_product_(wrapped)
+
+
+@torch.no_grad()
+def _fill_(base: nn.Module, starts: dict[str, tuple[Tensor, Tensor]], start: Start, by: float) -> None:
+    """Put (A, B) of each layer into its adapter, B times ``by``: peft multiplies the product by the inverse."""
     for name, (a, b) in starts.items():
-        layer = wrapped.get_base_model().get_submodule(name)
+        layer = base.get_submodule(name)
         if not hasattr(layer, "lora_A"):
             if start is Start.cloq:  # whose codes stand alone
                 continue
             raise PolicyError(f"{name!r} is quantized and no target: start={start.value} takes part of its weight away")
-        with torch.no_grad():  # a small layer's rank may be less than r: the rest starts at zero
-            layer.lora_A["default"].weight[: len(a)] = a
-            layer.lora_B["default"].weight[:, : len(a)] = b * (rank / alpha)
-    return use_lora_product_(wrapped)
+        layer.lora_A["default"].weight[: len(a)] = a  # a small layer's rank may be less than r: the rest starts at zero
+        layer.lora_B["default"].weight[:, : len(a)] = b * by
 
 
 @torch.no_grad()
