@@ -10,9 +10,15 @@ import argparse
 import hashlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .broken_pipe import ends_quietly
 from .errors import QATError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .numerics import QuantizedTensor
 
 # In the file that goes between the processes, beside codes/NAME and output/NAME.
 INPUT, WEIGHT, WHY = "input", "weight/", "why the outputs are not compared"
@@ -57,19 +63,13 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
     Raises:
         QATError: the artifact cannot be loaded.
     """
-    import torch
     from safetensors import safe_open
 
     from .artifact import load
     from .convert import build_model
-    from .formats.float_error import TOLERANCE
-    from .formats.outputs import gap, outputs
     from .freezing import quantized_tensors
-    from .inputs import from_names
-    from .packing import unpack
 
     loaded = load(artifact, build_model(model)).float()
-    total = differing = weights_off = 0
     with safe_open(reference, "pt") as file:
         about = file.metadata() or {}
         digests = {name.removeprefix(WEIGHT): digest for name, digest in about.items() if name.startswith(WEIGHT)}
@@ -77,29 +77,50 @@ def compare(artifact: Path, reference: Path, model: str | None = None) -> bool:
         if found.keys() != digests.keys():
             print(f"layers differ: {sorted(found.keys() ^ digests.keys())}")
             return False
-        for name, tensor in found.items():
-            spec, columns = tensor.spec, tensor.codes[0].numel()
-            codes = unpack(file.get_tensor(f"codes/{name}"), spec.bits, columns, -spec.q_n)
-            off = int((codes != tensor.codes.flatten(1)).sum())
-            weight_off = _digest(tensor.dequantize(torch.float32)) != digests[name]
-            if off or weight_off:
-                print(f"{name}: {off} of {codes.numel()} codes differ; weights {'differ' if weight_off else 'equal'}")
-            total, differing, weights_off = total + codes.numel(), differing + off, weights_off + weight_off
-        print(f"codes             {differing} of {total:,} differ")
-        print(f"weights           {weights_off} of {len(found)} layers differ in any bit")
+        equal = _same_tensors(found, file, digests)
         if WHY in about:
             print(f"output            not compared: {about[WHY]}")
-            return not (differing or weights_off)
-        equal = not (differing or weights_off)
-        with torch.no_grad():
-            parts = {name: file.get_tensor(name) for name in file.keys() if name.startswith(INPUT)}  # noqa: SIM118  no dict
-            made = outputs(loaded, from_names(parts, INPUT))
-        for output, value in made.items():
-            expected = file.get_tensor(f"output/{output}")
-            off, largest = gap(value.float(), expected)
-            what = "output" if len(made) == 1 else f"output {output}"
-            print(f"{what:17} differs by at most {off:g} (largest {largest:g})")
-            equal &= off <= TOLERANCE * largest
+            return equal
+        return _same_outputs(loaded, file) and equal
+
+
+def _same_tensors(found: dict[str, QuantizedTensor], file: Any, digests: dict[str, str]) -> bool:
+    """Print rows of codes and weights; return whether all are equal."""
+    import torch
+
+    from .packing import unpack
+
+    total = differing = weights_off = 0
+    for name, tensor in found.items():
+        spec, columns = tensor.spec, tensor.codes[0].numel()
+        codes = unpack(file.get_tensor(f"codes/{name}"), spec.bits, columns, -spec.q_n)
+        off = int((codes != tensor.codes.flatten(1)).sum())
+        weight_off = _digest(tensor.dequantize(torch.float32)) != digests[name]
+        if off or weight_off:
+            print(f"{name}: {off} of {codes.numel()} codes differ; weights {'differ' if weight_off else 'equal'}")
+        total, differing, weights_off = total + codes.numel(), differing + off, weights_off + weight_off
+    print(f"codes             {differing} of {total:,} differ")
+    print(f"weights           {weights_off} of {len(found)} layers differ in any bit")
+    return not (differing or weights_off)
+
+
+def _same_outputs(loaded: nn.Module, file: Any) -> bool:
+    """Print a row for each output for the stored inputs; return whether all are equal."""
+    import torch
+
+    from .formats.float_error import TOLERANCE
+    from .formats.outputs import gap, outputs
+    from .inputs import from_names
+
+    with torch.no_grad():
+        parts = {name: file.get_tensor(name) for name in file.keys() if name.startswith(INPUT)}  # noqa: SIM118  no dict
+        made = outputs(loaded, from_names(parts, INPUT))
+    equal = True
+    for output, value in made.items():
+        off, largest = gap(value.float(), file.get_tensor(f"output/{output}"))
+        what = "output" if len(made) == 1 else f"output {output}"
+        print(f"{what:17} differs by at most {off:g} (largest {largest:g})")
+        equal &= off <= TOLERANCE * largest
     return equal
 
 
