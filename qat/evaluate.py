@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 CONFIG = "evaluate"
 
 
-@ends_quietly()
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description=__doc__)
     parser.add_argument("path", help="a quantized model in any format, a checkpoint, or a folder of transformers")
     parser.add_argument(
@@ -44,6 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="with data/ files of your own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics there, too")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    return parser
+
+
+@ends_quietly()
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = _parser()
     options = parser.parse_intermixed_args(argv)
     options.overrides = [as_it_stands(word) for word in options.overrides]
     if not options.overrides and not options.tasks:
@@ -53,20 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.config_dir is not None and not options.config_dir.is_dir():
         fail(f"--config-dir {options.config_dir}: there is no such folder")
     try:
-        config = None
-        if options.overrides:
-            with initialize_config_module("qat.conf", version_base="1.3"):
-                config = compose(CONFIG, overrides=[*own_configs(options.config_dir), *options.overrides])
-        adapter = Path(options.adapter) if options.adapter else None
-        if adapter is None and not options.no_adapter:
-            adapter = adapter_beside(options.path)
-        if adapter is not None:
-            print(f"with the adapter {adapter}; --no-adapter leaves it out")
-        tasks = None
-        if options.tasks:
-            tokenizer = options.tokenizer or options.path
-            tasks = Tasks(options.tasks.split(","), tokenizer, options.task_folder, options.limit)
-        metrics = evaluate_path(options.path, config, options.device, options.reference, adapter, options.model, tasks)
+        metrics = _measure(options)
     except (QATError, PermissionError, HydraException, OmegaConfBaseException) as error:
         if TRACEBACK_WANTED:
             raise
@@ -78,6 +70,23 @@ def main(argv: list[str] | None = None) -> None:
             options.json.write_text(json.dumps(metrics) + "\n")
         except OSError as error:
             fail(f"--json {options.json} cannot be written: {error.strerror}")
+
+
+def _measure(options: argparse.Namespace) -> dict[str, float]:
+    config = None
+    if options.overrides:
+        with initialize_config_module("qat.conf", version_base="1.3"):
+            config = compose(CONFIG, overrides=[*own_configs(options.config_dir), *options.overrides])
+    adapter = Path(options.adapter) if options.adapter else None
+    if adapter is None and not options.no_adapter:
+        adapter = adapter_beside(options.path)
+    if adapter is not None:
+        print(f"with the adapter {adapter}; --no-adapter leaves it out")
+    tasks = None
+    if options.tasks:
+        tokenizer = options.tokenizer or options.path
+        tasks = Tasks(options.tasks.split(","), tokenizer, options.task_folder, options.limit)
+    return evaluate_path(options.path, config, options.device, options.reference, adapter, options.model, tasks)
 
 
 class Tasks(NamedTuple):
