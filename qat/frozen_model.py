@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,22 @@ def from_model(model: nn.Module) -> QuantizedModel:
     inside = _quantized_names(model)
     state = {plain_name(name): value for name, value in model.state_dict().items() if name not in inside}
     state.pop(None, None)
+    _require_dense(state)
+    dense, tied = _untie(state)
+    return QuantizedModel(
+        architecture_of(model),
+        layers,
+        lambda name: frozen[name].packed_weight.quantized_tensor(),
+        lambda name: frozen[name].activation_quantizer.scale,
+        dense,
+        tied,
+        adapter=adapter,
+        activation_zero_point=lambda name: frozen[name].activation_quantizer.zero_point,
+    )
+
+
+def _require_dense(state: dict[str, Any]) -> None:
+    """Raise ArtifactError for what is no dense tensor."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ArtifactError(
@@ -82,17 +99,6 @@ def from_model(model: nn.Module) -> QuantizedModel:
                 f"{name!r} is {layout}, and artifacts hold dense tensors: make it one with to_dense(), or keep it out "
                 "of the state dict with register_buffer(..., persistent=False)"
             )
-    dense, tied = _untie(state)
-    return QuantizedModel(
-        architecture_of(model),
-        layers,
-        lambda name: frozen[name].packed_weight.quantized_tensor(),
-        lambda name: frozen[name].activation_quantizer.scale,
-        dense,
-        tied,
-        adapter=adapter,
-        activation_zero_point=lambda name: frozen[name].activation_quantizer.zero_point,
-    )
 
 
 def to_model(quantized: QuantizedModel, model: nn.Module | None = None, codes: bool = True) -> nn.Module:
