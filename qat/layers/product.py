@@ -221,9 +221,8 @@ def _rounded(tensor: Tensor, rounding: Rounding | None, dtype: torch.dtype) -> T
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, convolution: Convolution | None) -> Tensor:
     if convolution is None:
         return grad @ weight
-    like = (
-        x if x.dtype == grad.dtype else torch.empty_like(x, dtype=grad.dtype)
-    )  # its shape and layout are all it takes
+    # The shape and layout of x are all it takes.
+    like = x if x.dtype == grad.dtype else torch.empty_like(x, dtype=grad.dtype)
     return _convolution_backward(grad, like, weight, convolution, [True, False, False])[0]
 
 

@@ -215,9 +215,8 @@ def group_errors(weight: Tensor, step_size: Tensor, spec: QuantSpec, moments: Mo
     """Return the squared change of the output by each scale's weights alone, in the scale's shape."""
     error = (rounded_weight(weight, step_size, spec) - weight).flatten(1)
     width = spec.group_size if spec.granularity is Granularity.group else error.shape[1]
-    error = error.unflatten(1, (-1, width)).unflatten(
-        0, (len(moments.hessian), -1)
-    )  # (parts, N / parts, groups, width)
+    parts = len(moments.hessian)
+    error = error.unflatten(1, (-1, width)).unflatten(0, (parts, -1))  # (parts, N / parts, groups, width)
     blocks = moments.hessian.unflatten(2, (-1, width)).unflatten(1, (-1, width))
     blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (parts, groups, width, width)
     errors = torch.einsum("pngi,pgij,pngj->png", error, blocks, error).flatten(0, 1)

@@ -33,9 +33,7 @@ def kmeans_levels(values: Tensor, importance: Tensor, start: Tensor) -> Tensor:
     levels = start.to(ordered).expand(len(ordered), -1)
     for _ in range(ITERATIONS):
         bounds = (levels[:, :-1] + levels[:, 1:]) / 2
-        ends = torch.searchsorted(
-            ordered, bounds.contiguous(), right=True
-        )  # a value at a bound goes to the lower level
+        ends = torch.searchsorted(ordered, bounds.contiguous(), right=True)  # one at a bound goes to the lower level
         edges = F.pad(F.pad(ends, (1, 0)), (0, 1), value=ordered.shape[1])
         mass = totals.gather(1, edges).diff()
         means = sums.gather(1, edges).diff() / mass.clamp_min(torch.finfo(torch.float64).tiny)
