@@ -65,8 +65,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         "modules_to_not_convert": skipped or None,
     }
     hf.write_folder(model, folder, METHOD, {"quantization_config": description}, "vllm serve .")
-    config = model.architecture["transformers"]
-    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(skipped, config, hf.model_dtype(model))]
+    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(model, skipped)]
     return notes + marlin_notes(layers, dict.fromkeys(layers, size))
 
 

@@ -41,16 +41,16 @@ NO_WINDOWS = ("mistral",)  # it has those of layers that the config marks with l
 GEMMAS = ("gemma", "gemma2", "gemma3_text")  # it rounds sqrt(hidden_size) to two decimals, and 1 + a norm's weight
 
 
-def notes(skipped: list[str], config: dict[str, Any], dtype: torch.dtype) -> list[str]:
+def notes(model: QuantizedModel, skipped: list[str]) -> list[str]:
     """Return what to tell the loader's user.
 
     Args:
-        skipped: layers that are not quantized in a quantized block, for which the loader fails.
-        config: of the model.
-        dtype: its own.
+        model: of transformers.
+        skipped: its layers that are not quantized in a quantized block, for which the loader fails.
     """
     if skipped:
         return [f"warning: {CLIENT} 0.18 reads no model that skips layers ({some_of(skipped)}): use --to onnx there"]
+    config, dtype = model.architecture["transformers"], hf.model_dtype(model)
     told = f"--extra_options {' '.join(OPTIONS)}"
     said = [f"{CLIENT}'s builder rounds the head, the embedding and all inputs, unless told {told}"]
     if left_out := _left_out(config):

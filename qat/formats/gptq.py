@@ -94,8 +94,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
     if skipped:
         description["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
     hf.write_folder(model, folder, METHOD, {"quantization_config": description}, "vllm serve . --dtype bfloat16")
-    config = model.architecture["transformers"]
-    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(skipped, config, hf.model_dtype(model))]
+    notes = [f"{METHOD}: {hf.WEIGHTS_ONLY}", *genai.notes(model, skipped)]
     return notes + marlin_notes(layers, dict.fromkeys(layers, size or -1))
 
 
