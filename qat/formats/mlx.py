@@ -58,7 +58,7 @@ def write(model: QuantizedModel, folder: Path) -> list[str]:
         bits = _bits(tensor.spec)
         scale, zero_point = grid(tensor, tensor.codes.shape[1] // sizes[name])
         if bits > 4 or tensor.spec.scale_dtype != "bfloat16":
-            _short(scale, name)
+            _require_16_bits(scale, name)
         biases = -(zero_point.double() + 2 ** (bits - 1)) * scale.double()
         shards.add(f"{name}.weight", pack_words(tensor.codes, bits).view(torch.uint32))
         shards.add(f"{name}.scales", exact(scale, dtype, name, METHOD))
@@ -148,7 +148,7 @@ def _bits(spec: QuantSpec) -> int:
     return 8 if spec.bits == 7 else spec.bits
 
 
-def _short(scale: Tensor, name: str) -> None:
+def _require_16_bits(scale: Tensor, name: str) -> None:
     """Refuse scales that float32 rounds when it multiplies them by u, since MLX adds the bias after that."""
     if not ((scale.bfloat16() == scale) | (scale.half() == scale)).all():
         refuse(METHOD, {name: "has scales of more than 16 bits; train with scale_dtype=bfloat16, or use --to native"})
