@@ -7,7 +7,6 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, QATError
+from .errors import CheckpointError, QATError, some_of
 from .inputs import Inputs, random_input
 from .layers import quant_layers
 from .policy import QuantPolicy
@@ -56,9 +55,10 @@ class Checkpoint:
         """
         if self.own_quantizers:
             raise CheckpointError(
-                f"{self.source} was trained with quantizers of your own ({_some(self.own_quantizers)}): in Python, put "
-                "them into a prepared model, give its load_state_dict qat.checkpoint.read_checkpoint(PATH).state_dict, "
-                "and run qat.save(qat.freeze(model), DIR); python -m qat.convert takes DIR"
+                f"{self.source} was trained with quantizers of your own ({some_of(self.own_quantizers)}): in Python, "
+                "put them into a prepared model, give its load_state_dict "
+                "qat.checkpoint.read_checkpoint(PATH).state_dict, and run qat.save(qat.freeze(model), DIR); python -m "
+                "qat.convert takes DIR"
             )
         if model is None:
             if self.architecture is None:
@@ -160,14 +160,14 @@ def load_state(
     problems = []
     for title, names in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
         if names:
-            problems.append(f"{title} {_some(sorted(names))}")
+            problems.append(f"{title} {some_of(sorted(names), 4)}")
     shapes = [
         f"{name} ({list(state[name].shape)} there, {list(own[name].shape)} in the model)"
         for name in own.keys() & state.keys()
         if isinstance(own[name], Tensor) and own[name].shape != state[name].shape  # and no extra state
     ]
     if shapes:
-        problems.append(f"of another shape {_some(sorted(shapes))}")
+        problems.append(f"of another shape {some_of(sorted(shapes), 4)}")
     if problems:
         raise error(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
     ties = _ties(model)
@@ -184,8 +184,3 @@ def _ties(model: nn.Module) -> list[tuple[str, str]]:
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return [(name, first[id(p)]) for name, p in named if first.setdefault(id(p), name) != name]
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
