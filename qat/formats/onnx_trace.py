@@ -150,36 +150,12 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
     tokens = isinstance(example, Tensor) and _like_tokens(example)
     axes = {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
     names = _input_names(network, example)
-    wrapped, exported = LogitsOnly(network, example).eval(), {}
-    for name, layer in frozen_layers(network):
-        entry = model.layers[name]
-        exported[layer] = Exported(layer, name, entry, not qdq and in_blocks(entry))
-    inside = {}  # what stands inside an exported layer -> where it stood; a layer may have several names
-    for name, layer in list(wrapped.named_modules(remove_duplicate=False)):
-        if layer in exported:
-            wrapped.set_submodule(name, exported[layer])
-            inside.update({f"{name}.layer.{leaf}": f"{name}.{leaf}" for leaf in layer.state_dict()})
+    wrapped = LogitsOnly(network, example).eval()
+    inside = _put_placeholders(wrapped, model, qdq)
     if hf.fused_experts(model):
         network.set_experts_implementation("batched_mm")  # the others loop over the experts that the tokens chose
     fake_(wrapped)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                wrapped,
-                tensors(example),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=((axes,) if isinstance(example, Tensor) else _free_axes(tensors(example)),),
-                optimize=False,
-                verbose=False,
-                input_names=names,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        if (problem := _problem_with(wrapped, example)) is not None:
-            raise ArtifactError(MISFIT.format(described(example), f"the network does not run: {problem}")) from error
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        sizes = " and ".join(axes.values())
-        raise ArtifactError(f"torch cannot export {model.source} to ONNX for any {sizes} size: {reason}") from error
+    program = _traced(wrapped, model, example, names, axes)
     graph = program.model.graph
     unfilled = {name: value for name, value in graph.initializers.items() if _is_fake(value.const_value)}
     for name, value in unfilled.items():  # as an input, nothing is made of its values
@@ -200,6 +176,44 @@ def export(network: nn.Module, model: QuantizedModel, example: Inputs, qdq: bool
     _name_outputs(graph, sorted(order, key=order.get) if isinstance(order, dict) else [single])
     used = {inside.get(name, name): value for name, value in unfilled.items() if value.uses()}
     return program.model, {name.removeprefix(NETWORK): value for name, value in used.items()}
+
+
+def _put_placeholders(wrapped: LogitsOnly, model: QuantizedModel, qdq: bool) -> dict[str, str]:
+    """Put placeholders in the place of frozen layers; return {name inside of one: the name where it stood}."""
+    exported = {}
+    for name, layer in frozen_layers(wrapped.network):
+        entry = model.layers[name]
+        exported[layer] = Exported(layer, name, entry, not qdq and in_blocks(entry))
+    inside = {}
+    for name, layer in list(wrapped.named_modules(remove_duplicate=False)):  # a layer may have several names
+        if layer in exported:
+            wrapped.set_submodule(name, exported[layer])
+            inside.update({f"{name}.layer.{leaf}": f"{name}.{leaf}" for leaf in layer.state_dict()})
+    return inside
+
+
+def _traced(
+    wrapped: LogitsOnly, model: QuantizedModel, example: Inputs, names: list[str], axes: dict[int, str]
+) -> torch.onnx.ONNXProgram:
+    """Return torch's export of a network that holds placeholders; raise ArtifactError where there is none."""
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                wrapped,
+                tensors(example),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=((axes,) if isinstance(example, Tensor) else _free_axes(tensors(example)),),
+                optimize=False,
+                verbose=False,
+                input_names=names,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        if (problem := _problem_with(wrapped, example)) is not None:
+            raise ArtifactError(MISFIT.format(described(example), f"the network does not run: {problem}")) from error
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        sizes = " and ".join(axes.values())
+        raise ArtifactError(f"torch cannot export {model.source} to ONNX for any {sizes} size: {reason}") from error
 
 
 def _problem_with(wrapped: LogitsOnly, example: Inputs) -> str | None:
