@@ -132,3 +132,11 @@ def test_configs_of_the_users_own_from_another_folder(train, tmp_path, monkeypat
     train("--config-dir own experiment=mine model.width=7")
     state = torch.load(tmp_path / "runs" / "mine" / "last.ckpt", weights_only=True)["state_dict"]
     assert state["model.1.weight"].shape == (7, 64)
+
+
+def test_a_machines_first_run_says_nothing_of_fonts(tmp_path):
+    pytest.importorskip("matplotlib")
+    small = ["experiment=mnist_fp", "data=digits", "trainer.max_steps=0", "callbacks.checkpoints=null"]
+    out = run(tmp_path, *small, MPLCONFIGDIR=str(tmp_path / "matplotlib"))
+    assert out.returncode == 0 and "metrics" in out.stdout, out.stdout + out.stderr
+    assert "fontManager" not in out.stdout + out.stderr
