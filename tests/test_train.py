@@ -334,7 +334,8 @@ def test_a_model_of_the_users_own(train, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     own = f"--config-dir {tmp_path / 'configs'} data=digits policy=conv_w4a4 trainer.max_epochs=1"
     train(f"{own} model=wide name=wide")
-    assert " --model package.module:function\n" in capsys.readouterr().out
+    said = " --model package.module:function  # of your own, which gives this Sequential untrained\n"
+    assert said in capsys.readouterr().out
     train(f"{own} model=small name=small")
     assert " --model their_nets:small\n" in capsys.readouterr().out
 

@@ -62,7 +62,9 @@ def own_model(node: DictConfig, model: nn.Module) -> str:
         return ""
     module, _, name = node._target_.rpartition(".")
     alone = all(str(key).startswith("_") for key in node)  # --model takes no arguments
-    return f" --model {module}:{name}" if alone and module else " --model package.module:function"
+    if alone and module:
+        return f" --model {module}:{name}"
+    return f" --model package.module:function  # of your own, which gives this {type(model).__name__} untrained"
 
 
 @rank_zero_only
