@@ -88,6 +88,8 @@ MISTAKES = {
     "experiment=mnist_fpp": "there is no experiment=mnist_fpp (did you mean 'mnist_fp'?)",
     "policy=conv_w4a4 policy.weight.bits=four": "policy.weight.bits: Value 'four' of type 'str'",
     "policy=conv_w4a4 policy.weight.bit=3": "(did you mean 'policy.weight.bits'?)",
+    "policy=none policy.weights.bits=3": "unknown key 'policy.weights.bits' (did you mean 'policy.weight.bits'?)",
+    "policy.wild.bits=3": "unknown key 'policy.wild.bits' (known: 'policy.weight', 'policy.activation',",
     "seed=x": "seed: Value 'x' of type 'str' could not be converted to Integer",
 }
 
@@ -99,6 +101,22 @@ def test_mistake_found_without_torch_is_one_line(tmp_path, arguments):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert MISTAKES[arguments] in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("weights: {bits: 4}", "unknown key 'policy.weights' (did you mean 'weight'?)"),
+        ("weight: {bit: 4}", "unknown key 'policy.weight.bit' (did you mean 'bits'?)"),
+        ("weight: {bits: four}", "policy.weight.bits: Value 'four' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_mistake_in_a_file_of_ones_own_is_one_line(tmp_path, written, told):
+    (tmp_path / "own" / "policy").mkdir(parents=True)
+    (tmp_path / "own" / "policy" / "mine.yaml").write_text(f"# @package policy\n{written}\n")
+    done = run(tmp_path, "--config-dir", "own", "policy=mine", "data=digits")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == f"error: policy=mine: {told}\n"
 
 
 def test_full_error_gives_the_traceback(tmp_path):

@@ -30,6 +30,7 @@ W4 = "policy=conv_w4a4"
         ("trainer.accelerator=cuda", "trainer.accelerator=cuda: PyTorch sees no GPU here"),
         ("init_from=nowhere.ckpt", "there is no checkpoint at nowhere.ckpt"),
         ("resume=nowhere.ckpt", "resume=auto finds the run's own"),
+        ("policy=conv_w4a4 +policy.foo=1", "unknown key 'foo' in the policy"),
         ("policy=conv_w4a4 policy.weight.bits=30", "bits=30: give a whole number from 2 to 8"),
         ("policy=lm_w4", "the rule with match='lm_head' matched no layer"),
         ("model.builder=resnet2", "did you mean 'resnet20'?"),

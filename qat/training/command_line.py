@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
@@ -28,7 +29,9 @@ from omegaconf.errors import (
 )
 
 from ..broken_pipe import ends_quietly
-from ..errors import QATError, did_you_mean, one_line
+from ..errors import QATError, did_you_mean, one_line, some_of
+from ..policy import QuantPolicy
+from ..spec import QuantSpec
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing that the code could have done
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -174,6 +177,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
         if key in known:  # its value holds a key of its own that is not there
             return f"{key}: {first_line(str(error.__cause__ or text))}; give the keys one by one, new ones with a +"
         return f"unknown key {key!r}{_nearest(key, known)}; +{key}=VALUE adds a new key"
+    if match := re.match(r"In '(.+)/(.+)': \w+ raised while composing config:\s*(.+)", text, re.DOTALL):
+        return f"{match[1]}={match[2]}: {_in_a_file(match[3])}"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and "is not a subclass of QuantSpec" in text + str(cause):
         return f"{cause.full_key} takes fields, such as {{bits: 8}}; a runtime's own rounding is policy.dynamic=q8_0"
@@ -182,20 +187,35 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     return " ".join(text.split())
 
 
+def _in_a_file(text: str) -> str:
+    """Return what OmegaConf says of a group's file, by the key."""
+    where = re.search(r"full_key: (\S+)", text)
+    key = where[1] if where else ""
+    if match := re.match(r"Key '(.+?)' not in '(\w+)'", text):
+        known = {kind.__name__: kind for kind in (QuantPolicy, QuantSpec)}.get(match[2])
+        near = did_you_mean(match[1], [field.name for field in fields(known)]) if known else ""
+        return f"unknown key {key!r}{near}"
+    return f"{key}: {first_line(text)}"
+
+
 def _nearest(key: str, known: list[str]) -> str:
     """Return the known key that is meant, by its last part: lr is optim.lr, and model.name the one with name in it.
 
-    Where none is, those beside it.
+    Where none is, the one that is near in the first part that is not there, or those beside it.
     """
     parent, _, last = key.rpartition(".")
     holding = [other for other in known if last in other.rpartition(".")[2]]
     if len(last) > 1 and holding:
         holding.sort(key=lambda other: (other.rpartition(".")[0] != parent, len(other)))
         return f" (did you mean {holding[0]!r}?)"
-    beside = [other for other in known if other.rpartition(".")[0] == parent] or known
-    start = f"{parent}." if parent else ""
-    near = get_close_matches(last, [other.removeprefix(start) for other in beside], n=1)
-    return f" (did you mean {start + near[0]!r}?)" if near else f" (known: {', '.join(map(repr, beside))})"
+    start, parts = "", key.split(".")
+    while start + parts[0] in known:
+        start += f"{parts.pop(0)}."
+    beside = [other for other in known if other.rpartition(".")[0] == start.rstrip(".")]
+    near = get_close_matches(parts[0], [other.removeprefix(start) for other in beside], n=1)
+    if near:
+        return f" (did you mean {start + '.'.join([*near, *parts[1:]])!r}?)"
+    return f" (known: {some_of([repr(other) for other in beside], 30)})" if beside else ""
 
 
 def known_keys(config_name: str, overrides: Sequence[str], without: str) -> list[str]:

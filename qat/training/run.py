@@ -72,7 +72,7 @@ def train(config: DictConfig) -> dict[str, float]:
     saves = config.callbacks.get("checkpoints")
     checkpoint = (Path(saves.folder).absolute() if saves else run_dir) / LAST
     resume = _resume_from(config.resume, checkpoint)
-    policy = OmegaConf.to_object(config.policy)
+    policy = QuantPolicy.from_dict(OmegaConf.to_container(config.policy, resolve=True, enum_to_str=True))
     seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
     if config.threads is not None:
