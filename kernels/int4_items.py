@@ -74,7 +74,8 @@ def load_tile(
 ):
     """Return the words of a K tile, and of its halves the scales and zero points, where no tile before has them.
 
-    Where K ends in the middle of a round, what is not there is zero, like x, and not whatever a register holds.
+    Where K ends in the middle of a round, what is not there is zero, like x, and not whatever a register holds; rows
+    that are not there make sums that nobody writes.
     """
     word_ptrs, scale_ptrs, zero_ptrs = starts
     of_block, of_row = inside

@@ -346,7 +346,7 @@ def language_task(**options) -> CausalLanguageModel:
     return CausalLanguageModel(model, qat.QuantPolicy.from_dict(policy), SGD, teacher=teacher, **options)
 
 
-def test_blocks_are_compiled_once_and_validated_eagerly():
+def test_blocks_are_compiled_once_and_validated_eagerly(capsys):
     """One graph for all blocks, one for the teacher's and one for the loss; the steps are those of an eager run."""
     losses, validated = [], []
     for mode in (None, "blocks"):
@@ -359,6 +359,7 @@ def test_blocks_are_compiled_once_and_validated_eagerly():
             run.fit(task, datamodule=text)
         losses.append(recorder.losses)
         validated.append(run.callback_metrics["val/loss"].item())
+        assert ("compiling   the repeated block" in capsys.readouterr().out) == (mode is not None)
     assert losses[0] == losses[1] and validated[0] == validated[1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert all(block._compiled_call_impl is None for block in task.model.model.layers)

@@ -33,16 +33,18 @@ class Compilation:
             check_compile_mode(mode)
         self._mode, self._blocks, self.loss = mode, [], training_loss
 
-    def start(self, networks: Iterable[nn.Module]) -> None:
-        """Compile networks at their first forward, in place."""
+    def start(self, networks: Iterable[nn.Module]) -> str | None:
+        """Compile networks at their first forward, in place; return what to say of it, None where nothing is."""
         if self._mode is None:
-            return
+            return None
         by_block = self._mode == BLOCKS
         parts = [part for network in networks for part in (repeated(network) if by_block else [network])]
         for part in parts:
             part.compile(mode="default" if by_block else self._mode, dynamic=False)
         if by_block:
             self.loss, self._blocks = torch.compile(training_loss, dynamic=False), parts
+            return "the repeated block and the loss, at the first step"
+        return "the network, at the first step, which may take minutes"
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         """Return the repeated blocks of a network that will be compiled, by itself or as a part of the whole."""

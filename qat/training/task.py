@@ -224,7 +224,9 @@ class Task(LightningModule):
 
     def on_train_start(self) -> None:
         """Compile, now that calibration is over, and go on with the random state and the position of a killed run."""
-        self.compilation.start((self.model, *self._teachers))
+        compiled = self.compilation.start((self.model, *self._teachers))
+        if compiled is not None:
+            self.print(f"compiling   {compiled}")
         if self._rng_state is not None:
             set_random_state(self._rng_state)
             if "cuda" in self._rng_state and self.device.type == "cuda":
