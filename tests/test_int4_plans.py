@@ -53,6 +53,7 @@ def assert_runs(plan, tokens, inputs, capability):
     capability=st.sampled_from(list(SHARED_MEMORY)),
     multiprocessors=st.integers(20, 200),
 )
+@example(tokens=32, shape=(4096, 1280), capability=90, multiprocessors=132)  # 20 tiles, too few for two parts
 def test_every_plan_of_the_heuristic_runs(tokens, shape, capability, multiprocessors):
     plan = int4_plans.heuristic(tokens, *shape, capability, multiprocessors)
     assert_runs(plan, tokens, shape[1], capability)
