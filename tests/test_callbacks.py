@@ -1,10 +1,8 @@
-"""What happens around training steps, in one process: calibration, batch norm, checkpoints, logs, torch.compile."""
+"""What happens around training steps, in one process: calibration, batch norm, checkpoints, logs."""
 
 import csv
-import functools
 import itertools
 import math
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,17 +10,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from ranks import answers
-from small_training import SGD, W4A4, Recorder, data, task, trainer
+from small_training import W4A4, Recorder, data, task, trainer
 from torch import nn
 
 import qat
 from qat import numerics
 from qat.checkpoint import read_checkpoint
 from qat.errors import CheckpointError, TrainingError
-from qat.models import build
-from qat.ptq.units import repeated
 from qat.quantizers import LearnedStepSize, WeightLSQ
-from qat.training import metrics
 from qat.training.batch_norm import BatchNormEstimate
 from qat.training.callbacks import (
     Calibration,
@@ -35,9 +30,6 @@ from qat.training.checkpointing import Checkpoints
 from qat.training.csv_logger import ResumableCSVLogger
 from qat.training.fingerprint import fingerprint
 from qat.training.optimization import step_sizes
-from qat.training.progress import ProgressBar, Report
-from qat.training.tasks import CausalLanguageModel
-from qat.training.text_data import TextData
 
 
 def test_calibration_does_not_change_what_training_sees():
@@ -176,26 +168,6 @@ def test_diverging_parameters_are_not_saved_between_log_steps(tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_lines_on_a_terminal_stand_above_the_bar(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-
-    def fit(epochs: int, lr: float, resume=None) -> str:
-        callbacks = [ProgressBar(refresh_rate=1), Report(), Checkpoints(tmp_path)]
-        limits = {"limit_train_batches": 2, "limit_val_batches": 1, "max_steps": -1, "max_epochs": epochs}
-        network = task(optimizer=functools.partial(SGD, lr=lr))
-        trainer(*callbacks, enable_progress_bar=True, **limits).fit(
-            network, datamodule=data(), ckpt_path=resume, weights_only=True
-        )
-        return capsys.readouterr().out
-
-    first, second = fit(2, 0.05), fit(3, 0.02, tmp_path / "last.ckpt")
-    seen = [line.rsplit("\r", 1)[-1] for line in (first + second).splitlines() if "  step " in line or "ed  " in line]
-    assert [line.split("  ")[0] for line in seen] == ["epoch 1", "epoch 2", "resumed", "changed", "epoch 3"]
-    assert seen[2].split() == ["resumed", "at", "step", "4"]
-    assert "Epoch 1:  50%" in first
-    assert "Epoch 0:  50%" not in first
-
-
 def test_best_checkpoint_is_the_best(tmp_path):
     class Scripted(Callback):
         def on_validation_epoch_end(self, trainer, task) -> None:
@@ -324,72 +296,6 @@ def test_a_step_of_several_batches_is_logged_once_with_a_batchs_loss(tmp_path):
     losses = [seen.losses[7 * epoch + batch] * 3 for epoch in (0, 1) for batch in (2, 5, 6)]
     assert [loss for _, loss in rows] == pytest.approx(losses)
     assert rows[0][1] == pytest.approx(math.log(10), rel=0.2)  # of a network that has not learned
-
-
-@pytest.mark.slow
-def test_compiled_training_takes_the_same_steps():
-    losses = []
-    for mode in (None, "default"):
-        recorder = Recorder()
-        trainer(Calibration(1), recorder).fit(task(W4A4, compile_mode=mode), datamodule=data())
-        losses.append(recorder.losses)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def language_task(**options) -> CausalLanguageModel:
-    transformers = pytest.importorskip("transformers")
-    shape = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**shape, num_hidden_layers=4)
-    torch.manual_seed(0)
-    model, teacher = (transformers.LlamaForCausalLM(config).train() for _ in range(2))
-    policy = {"weight": {"bits": 4, "group_size": 32}, "rules": [{"match": "lm_head", "weight": None}]}
-    return CausalLanguageModel(model, qat.QuantPolicy.from_dict(policy), SGD, teacher=teacher, **options)
-
-
-def test_blocks_are_compiled_once_and_validated_eagerly(capsys):
-    """One graph for all blocks, one for the teacher's and one for the loss; the steps are those of an eager run."""
-    losses, validated = [], []
-    for mode in (None, "blocks"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        recorder, text = Recorder(), TextData("topics", 32, 4)
-        run = trainer(recorder, limit_train_batches=3, limit_val_batches=2, max_epochs=-1)
-        task = language_task(compile_mode=mode)
-        with mock.patch("torch.compile", functools.partial(torch.compile, backend="eager")):
-            run.fit(task, datamodule=text)
-        losses.append(recorder.losses)
-        validated.append(run.callback_metrics["val/loss"].item())
-        assert ("compiling   the repeated block" in capsys.readouterr().out) == (mode is not None)
-    assert losses[0] == losses[1] and validated[0] == validated[1]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    assert all(block._compiled_call_impl is None for block in task.model.model.layers)
-
-
-def test_a_model_that_repeats_no_block_is_one():
-    network = build({"builder": "cnn", "args": {"width": 2}})
-    assert repeated(network) == [network]
-
-
-@pytest.mark.parametrize("mode", [None, "blocks", "default"])
-def test_what_is_estimated_as_compiled_are_the_blocks_of_what_will_be(mode):
-    task = language_task(compile_mode=mode)
-    assert task.compilation.blocks(task.model) == ([] if mode is None else list(task.model.model.layers))
-
-
-def test_language_models_train_without_a_key_value_cache():
-    task = language_task()
-    with mock.patch.object(type(task.model), "forward", autospec=True, side_effect=type(task.model).forward) as forward:
-        task(torch.zeros(1, 4, dtype=torch.int64))
-    assert forward.call_args.kwargs["use_cache"] is False and task.model.config.use_cache
-
-
-def test_adapters_of_peft_train_without_it_too():
-    peft = pytest.importorskip("peft")
-    base = language_task().model
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
-    with mock.patch.object(type(base), "forward", autospec=True, side_effect=type(base).forward) as forward:
-        metrics.run(model, torch.zeros(1, 4, dtype=torch.int64))
-    assert forward.call_args.kwargs["use_cache"] is False
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
