@@ -62,9 +62,9 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(said: BaseException | str) -> str:
+    """Return the first line of what an error or a text says, or the error's class where it says nothing."""
+    return (str(said).strip() or type(said).__name__).splitlines()[0]
 
 
 def one_line(error: QATError | PermissionError) -> str:

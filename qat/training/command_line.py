@@ -29,7 +29,7 @@ from omegaconf.errors import (
 )
 
 from ..broken_pipe import ends_quietly
-from ..errors import QATError, did_you_mean, one_line, some_of
+from ..errors import QATError, did_you_mean, first_line, one_line, some_of
 from ..policy import QuantPolicy
 from ..spec import QuantSpec
 
@@ -175,7 +175,7 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
         key = match[1].split("@")[0]
         known = known_keys(config_name, overrides, without=key) if config_name else []
         if key in known:  # its value holds a key of its own that is not there
-            return f"{key}: {first_line(str(error.__cause__ or text))}; give the keys one by one, new ones with a +"
+            return f"{key}: {first_line(error.__cause__ or text)}; give the keys one by one, new ones with a +"
         return f"unknown key {key!r}{_nearest(key, known)}; +{key}=VALUE adds a new key"
     if match := re.match(r"In '(.+)/(.+)': \w+ raised while composing config:\s*(.+)", text, re.DOTALL):
         return f"{match[1]}={match[2]}: {_in_a_file(match[3])}"
@@ -183,7 +183,7 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     if isinstance(cause, OmegaConfBaseException) and "is not a subclass of QuantSpec" in text + str(cause):
         return f"{cause.full_key} takes fields, such as {{bits: 8}}; a runtime's own rounding is policy.dynamic=q8_0"
     if isinstance(cause, OmegaConfBaseException):
-        return f"{cause.full_key or text}: {first_line(cause.msg or str(cause))}"
+        return f"{cause.full_key or text}: {first_line(cause.msg or cause)}"
     return " ".join(text.split())
 
 
@@ -252,11 +252,6 @@ def _own_folder(words: Sequence[str]) -> Path | None:
         if name in ("--config-dir", "-cd"):
             return Path(value or following)
     return None
-
-
-def first_line(text: str) -> str:
-    """Return a text's first line."""
-    return text.strip().splitlines()[0]
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
