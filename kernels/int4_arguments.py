@@ -69,7 +69,6 @@ def batch_launches(
     sizes, first_n = sizes_of(weight, x_MK), first_in_parts(plan)
     if plan.split > -(-weight.words.shape[1] // plan.tiles):
         raise ValueError(f"{plan}: K is {weight.words.shape[1]} tiles, fewer rounds than parts")
-    *constants, _, _ = plan
     key = plan, x_MK.dtype, *_kind(weight, bias), *sizes
     along_m, along_n = -(-x_MK.shape[0] // plan.block_m), -(-weight.words.shape[0] // plan.warps)
     unsplit = plan.unsplit * along_m
@@ -77,7 +76,7 @@ def batch_launches(
     programs = min(items, plan.programs or items)
     places = along_m if unsplit else band(sizes[1], plan.block_m), unsplit, first_n
     rounds = weight.words.shape[1] % plan.tiles == 0 and weight.in_features % INPUTS == 0
-    tail = *sizes, *places, *_constants(weight, bias), rounds, *constants, plan.programs > 0
+    tail = *sizes, *places, *_constants(weight, bias), rounds, *plan[:-2], plan.programs > 0
     return Prepared(int4_batch.batch_kernel, key, (programs, 1, 1), tail), _sum_launch(plan, x_MK, weight, bias)
 
 

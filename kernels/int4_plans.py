@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .int4_layout import INPUTS, ROWS
 
-LAYOUT_VERSION = 2
+PLANS_VERSION = 2  # of what a table lists
 
 
 class Decode(NamedTuple):
@@ -294,7 +294,7 @@ def plan_from_json(values: list) -> Plan | Int8:
 def cache_path() -> Path:
     """Return where ``benchmarks.tune`` writes, and ``choose`` looks first; QAT_CACHE moves it."""
     root = os.environ.get("QAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qat"
-    return Path(root) / f"int4_plans_v{LAYOUT_VERSION}.json"
+    return Path(root) / f"int4_plans_v{PLANS_VERSION}.json"
 
 
 @cache
