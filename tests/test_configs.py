@@ -152,6 +152,7 @@ def test_configs_of_the_users_own_from_another_folder(train, tmp_path, monkeypat
     assert state["model.1.weight"].shape == (7, 64)
 
 
+@pytest.mark.clients  # whose packages bring matplotlib
 def test_a_machines_first_run_says_nothing_of_fonts(tmp_path):
     pytest.importorskip("matplotlib")
     small = ["experiment=mnist_fp", "data=digits", "trainer.max_steps=0", "callbacks.checkpoints=null"]
