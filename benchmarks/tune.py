@@ -84,7 +84,9 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
     name, *limits = device()
     int8, dtype = what == "int8", torch.float16 if what == "float16" else torch.bfloat16
     plans: dict[tuple[int, int, int], list[Plan]] = {
-        (m, n, k): int4_candidates.int8_candidates(m) if int8 else int4_candidates.candidates(m, n, k, *limits)
+        (m, n, k): int4_candidates.int8_candidates(m, limits[1])
+        if int8
+        else int4_candidates.candidates(m, n, k, *limits)
         for n, k in shapes
         for m in tokens
     }

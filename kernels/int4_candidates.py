@@ -54,14 +54,8 @@ def _batches(tokens: int, blocks: int, tiles: int, early: int, multiprocessors: 
     return plans
 
 
-def int8_candidates(tokens: int) -> list[Int8]:
-    """Return the plans worth timing: by the disassembly, those whose accumulators fit the registers (NOTES.md)."""
-    plans = [Int8(8, 8, 64, 8, 4, 2), Int8(8, 8, 64, 16, 4, 2)]
-    if tokens > 64:
-        plans += [
-            Int8(8, 8, 128, 8, 2, 2),
-            Int8(8, 8, 128, 16, 2, 2),
-            Int8(8, 8, 128, 8, 2, 0),
-            Int8(4, 4, 128, 8, 2, 2),
-        ]
-    return plans
+def int8_candidates(tokens: int, multiprocessors: int) -> list[Int8]:
+    """Return the plans worth timing."""
+    narrow = [Int8(64, stages, 1, multiprocessors) for stages in (4, 6, 8)]
+    wide = [Int8(128, stages, early, multiprocessors) for stages, early in ((4, 1), (6, 1), (6, 0))]
+    return narrow + wide if tokens > 64 else narrow

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .int4_layout import INPUTS, ROWS
 
-PLANS_VERSION = 2  # of what a table lists
+PLANS_VERSION = 3  # of what a table lists
 
 
 class Decode(NamedTuple):
@@ -83,14 +83,12 @@ class Dequantize(NamedTuple):
 
 
 class Int8(NamedTuple):
-    """Constants of ``int8_batch.int8_batch_kernel``."""
+    """Constants of ``int8_batch.int8_batch_kernel``, and how many programs run, at most one a multiprocessor."""
 
-    warps: int
-    blocks: int
     block_m: int
-    span: int
-    ahead: int
+    stages: int
     early: int
+    programs: int
 
 
 Plan = Decode | Stream | Few | Batch | Dequantize
@@ -274,11 +272,11 @@ def few(row_blocks: int, tiles: int, multiprocessors: int) -> list[Few]:
 
 
 def int8_heuristic(tokens: int, outputs: int, multiprocessors: int) -> Int8:
-    """Return a plan from the shape alone: wide blocks, unless they leave multiprocessors without any. Not measured."""
-    programs = -(-outputs // 128) * -(-tokens // 128)
-    if tokens <= 64 or programs <= multiprocessors // 2:
-        return Int8(8, 8, 64, 8, 4, 2)
-    return Int8(8, 8, 128, 8, 2, 2)
+    """Return a plan from the shape alone: wide items, unless they leave multiprocessors without any."""
+    items = -(-outputs // 128) * -(-tokens // 128)
+    if tokens <= 64 or items <= multiprocessors // 2:
+        return Int8(64, 8, 1, multiprocessors)
+    return Int8(128, 6, 1, multiprocessors)
 
 
 def plan_to_json(plan: Plan | Int8) -> list:

@@ -79,7 +79,7 @@ if triton is not None:
     from .grid import divide
     from .launching import MOST, Launch, ceil_div, next_power_of_2, starts_early, take_turns
     from .round_dynamic import int8_token_grid
-    from .rounding import clamp, round_half_even
+    from .rounding import MAGIC, clamp
 
     _MIN_SCALE = tl.constexpr(numerics.MIN_SCALE)
 
@@ -109,26 +109,26 @@ if triton is not None:
         is_token = (token < T)[:, None]
         even = tl.load(x_ptr + row + k[None, :], mask=is_token & (k < K)[None, :], other=0.0).to(tl.float32)
         odd = tl.load(x_ptr + row + k[None, :] + 32, mask=is_token & (k + 32 < K)[None, :], other=0.0).to(tl.float32)
+        # A whole number below 2^22 lies in the low bits of its sum with 1.5 * 2^23, which rounds to one, half to even.
         if scale_ptr is None:
             low = tl.minimum(tl.min(tl.minimum(even, odd), 1), 0.0)[:, None]
             high = tl.maximum(tl.max(tl.maximum(even, odd), 1), 0.0)[:, None]
             factor, shift, _, _ = int8_token_grid(low, high)
             step = tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
-            even = clamp(round_half_even(even * factor) + shift, -128.0, 127.0)
-            odd = clamp(round_half_even(odd * factor) + shift, -128.0, 127.0)
+            even = clamp((even * factor + MAGIC) + shift, MAGIC - 128.0, MAGIC + 127.0)
+            odd = clamp((odd * factor + MAGIC) + shift, MAGIC - 128.0, MAGIC + 127.0)
         else:
             step = tl.maximum(tl.load(scale_ptr).to(tl.float32), _MIN_SCALE)
             scale_dtype: tl.constexpr = scale_ptr.dtype.element_ty
             x_dtype: tl.constexpr = x_ptr.dtype.element_ty
             zero = 0.0 if zero_ptr is None else tl.load(zero_ptr).to(tl.float32)
             shift = zero + tl.full((BLOCK_T, 1), -128.0 if HIGH > 127 else 0.0, tl.float32)
-            even = round_half_even(clamp(divide(even, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
-            odd = round_half_even(clamp(divide(odd, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero)) + shift
+            even = (clamp(divide(even, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero) + MAGIC) + shift
+            odd = (clamp(divide(odd, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero) + MAGIC) + shift
         total = tl.sum(even + odd, 1)[:, None]
         step = tl.where(total == total, step, float("nan"))
-        # The integer lies in the low bits of its sum with 1.5 * 2^23; converting takes a slower unit.
-        even = (even + 12582912.0).to(tl.int32, bitcast=True) & 255
-        odd = (odd + 12582912.0).to(tl.int32, bitcast=True) & 255
+        even = even.to(tl.int32, bitcast=True) & 255
+        odd = odd.to(tl.int32, bitcast=True) & 255
         place = token.to(tl.int64)[:, None] * PAIRS + pair[None, :]
         tl.store(pairs_ptr + place, (even | (odd << 8)).to(tl.int16), mask=is_token & (pair < PAIRS)[None, :])
         tl.store(step_ptr + token[:, None], step, mask=is_token)
@@ -143,7 +143,7 @@ if triton is not None:
             _int8_codes_kernel,
             (ceil_div(tokens, block_t),),
             (tokens, inputs, pairs, float(low), float(high), block_t, block_p, early),
-            num_warps=min(16, max(4, block_t * block_p // 512)),
+            num_warps=min(16, max(1, block_t * block_p // 1024)),
             enable_fp_fusion=False,  # the reference rounds products and sums one by one
             **({"launch_pdl": True} if early else {}),
         )

@@ -74,14 +74,16 @@ def _portable_launch(tokens: int, outputs: int, row_blocks: int, *rest: int) -> 
 def _batch(plan: Int8, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Tensor | None, y_MN: Tensor) -> None:
     # A kernel does not read the pointer that stands for what a weight does not have.
     zero_point = weight.words if weight.zero_point is None else weight.zero_point
-    described = int8_batch.descriptor(codes.codes, plan.block_m)
-    operands = codes.step, codes.shift, weight.words, weight.scale, zero_point, sums, sums if bias is None else bias
+    described = int8_batch.descriptors(codes.codes, weight.words, plan.block_m)
+    operands = codes.step, codes.shift, weight.scale, zero_point, sums, sums if bias is None else bias
     sizes = _sizes(weight)
-    constants = *_groups(weight), weight.zero_point is not None, bias is not None, *plan
+    *of_kernel, programs = plan
+    constants = *_groups(weight), weight.zero_point is not None, bias is not None, *of_kernel
     kinds = weight.scale.dtype, y_MN.dtype, None if bias is None else bias.dtype
-    grid = ceil_div(weight.words.shape[0], plan.blocks) * ceil_div(y_MN.shape[0], plan.block_m), 1, 1
-    arguments = described, *operands, y_MN, y_MN.shape[0], *sizes, *constants
-    launch(int8_batch.int8_batch_kernel, (kinds, sizes, constants), grid, arguments, plan.warps, plan.early)
+    items = ceil_div(weight.words.shape[0], int8_batch.BLOCKS.value) * ceil_div(y_MN.shape[0], plan.block_m)
+    arguments = *described, *operands, y_MN, y_MN.shape[0], *sizes, *constants
+    grid = min(items, programs), 1, 1
+    launch(int8_batch.int8_batch_kernel, (kinds, sizes, constants), grid, arguments, 4, plan.early)
 
 
 def _sizes(weight: Int4Weight) -> tuple[int, int, int, int]:

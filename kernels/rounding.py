@@ -6,7 +6,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to a whole number, half to even; zero comes out as +0.0.
-_MAGIC = tl.constexpr(12582912.0)
+MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -30,4 +30,4 @@ def clamp(value, low, high):
 @triton.jit
 def round_half_even(value):
     """Round float32 below 2^22 in magnitude (or infinite, or NaN) to a whole number; never -0.0."""
-    return (value + _MAGIC) - _MAGIC
+    return (value + MAGIC) - MAGIC

@@ -165,19 +165,16 @@ def test_a_band_has_a_block_at_least_and_stays_in_the_cache(inputs, block_m):
 
 
 def assert_int8_runs(plan):
-    assert plan.warps in (4, 8) and plan.blocks == plan.warps and plan.early in (0, 1, 2)
-    assert plan.span % 8 == 0 and plan.ahead < plan.span
-    y = plan.blocks * 16 * plan.block_m * 4
-    assert max(plan.span // 2 * (plan.block_m * 128 + 8), y) <= SHARED_MEMORY[90]
-    # Sums in float32 and twice in int32, beside 63 registers for all else.
-    assert 3 * plan.blocks * 16 * plan.block_m // (32 * plan.warps) <= 255 - 63
+    assert plan.block_m in (64, 128) and plan.early in (0, 1) and plan.programs >= 1
+    slot = plan.block_m * 128 + 2 * (4096 + 2 * 64 * (4 + 1))  # codes; words, scales in float32, zero points
+    assert plan.stages >= 3 and plan.stages * (slot + 16) + plan.block_m * 128 * 4 <= SHARED_MEMORY[90]
 
 
 @given(tokens=st.integers(1, 10000), outputs=st.integers(1, 200000), multiprocessors=st.integers(20, 200))
 def test_int8_plans_run(tokens, outputs, multiprocessors):
     chosen = int4_plans.int8_heuristic(tokens, outputs, multiprocessors)
-    plans = int4_candidates.int8_candidates(tokens)
-    assert len(set(plans)) == len(plans) and chosen in int4_candidates.int8_candidates(10000)
+    plans = int4_candidates.int8_candidates(tokens, multiprocessors)
+    assert len(set(plans)) == len(plans) and chosen in int4_candidates.int8_candidates(10000, multiprocessors)
     for plan in (chosen, *plans):
         assert_int8_runs(plan)
 
@@ -231,7 +228,7 @@ def test_the_tuned_table_goes_before_the_shipped_one_and_that_before_the_heurist
     tables.shipped["a GPU"]["64x128 float16"] = {"3": ["dequantize"]}
     in_fp16 = [int4_plans.choose(m, 64, 128, "a GPU", 90, 132, "float16") for m in (3, 4)]
     assert in_fp16 == [Dequantize(), one] and choose(3) == one
-    int8 = Int8(4, 4, 64, 8, 2, 0)
+    int8 = Int8(64, 4, 0, 8)
     assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int4_plans.int8_heuristic(3, 64, 132)
     tables.shipped["a GPU"]["64x128 int8"] = {"8": int4_plans.plan_to_json(int8)}
     assert int4_plans.choose_int8(3, 64, 128, "a GPU", 132) == int8
@@ -254,7 +251,7 @@ def test_the_tuned_table_is_read_from_where_it_is_written(tmp_path, monkeypatch)
         Few(1, 2, 3, 4, 5, 6),
         Batch(1, 2, 3, 4, 5, 6, 7, 8, 9),
         Dequantize(),
-        Int8(1, 2, 3, 4, 5, 6),
+        Int8(1, 2, 3, 4),
     ],
 )
 def test_plans_as_json(plan):

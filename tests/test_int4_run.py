@@ -150,21 +150,21 @@ def test_arguments_for_few_tokens(kernel, monkeypatch, tiles, split, programs, w
 def test_arguments_of_int8_products(kernel, monkeypatch, k, group, part, with_zero, with_bias):
     batch = Kernel()
     monkeypatch.setattr(int8_run.int8_batch, "int8_batch_kernel", batch)
-    monkeypatch.setattr(int8_run.int8_batch, "descriptor", lambda codes, block_m: (codes, block_m))
+    monkeypatch.setattr(int8_run.int8_batch, "descriptors", lambda codes, words, block_m: ((codes, block_m), words))
     w = weight(k=k, group=group)
     if with_zero:
         w = w._replace(zero_point=torch.zeros(w.scale.shape, dtype=torch.int8))
     bias = torch.randn(96).bfloat16() if with_bias else None
     codes, sums = int8_codes(torch.randn(70, k), None), torch.randn(96)
-    for plan in (Int8(8, 8, 64, 16, 4, 2), Int8(4, 4, 128, 8, 2, 0)):
+    for plan, programs in ((Int8(64, 8, 1, 132), 2), (Int8(128, 6, 0, 132), 1), (Int8(64, 4, 1, 1), 1)):
         int8_run.run_plan(plan, codes, w, sums, bias, torch.float16)
         ((grid, arguments, options, _),) = batch.launches[-1:]
         named = dict(zip(INT8_NAMES, arguments, strict=True))
-        assert grid == (-(-6 // plan.blocks) * -(-70 // plan.block_m), 1, 1)
-        assert options == {"num_warps": plan.warps, "launch_pdl": plan.early > 0}
-        assert {name: named[name.upper()] for name in plan._fields} == plan._asdict()
-        assert named["codes_desc"] == (codes.codes, plan.block_m)
-        tensors = {"step": codes.step, "shift": codes.shift, "words": w.words, "scale": w.scale, "sums": sums}
+        assert grid == (programs, 1, 1)  # of six row blocks, eight make an item
+        assert options == {"num_warps": 4, "launch_pdl": plan.early > 0}
+        assert [named[name.upper()] for name in plan._fields[:-1]] == [*plan[:-1]]
+        assert named["codes_desc"] == (codes.codes, plan.block_m) and named["words_desc"] is w.words
+        tensors = {"step": codes.step, "shift": codes.shift, "scale": w.scale, "sums": sums}
         tensors |= {"zero": w.zero_point, "bias": bias}
         assert all(named[f"{name}_ptr"] is tensor for name, tensor in tensors.items() if tensor is not None)
         assert named["y_ptr"].shape == (70, 96) and named["y_ptr"].dtype == torch.float16
