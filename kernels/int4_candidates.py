@@ -56,6 +56,5 @@ def _batches(tokens: int, blocks: int, tiles: int, early: int, multiprocessors: 
 
 def int8_candidates(tokens: int, multiprocessors: int) -> list[Int8]:
     """Return the plans worth timing."""
-    narrow = [Int8(64, stages, 1, multiprocessors) for stages in (4, 6, 8)]
-    wide = [Int8(128, stages, early, multiprocessors) for stages, early in ((4, 1), (6, 1), (6, 0))]
-    return narrow + wide if tokens > 64 else narrow
+    kinds = ((64, 6), (64, 8), (128, 4), (128, 6))
+    return [Int8(*kind, multiprocessors) for kind in kinds if kind[0] < 2 * tokens or kind[0] == 64]

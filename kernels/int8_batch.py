@@ -276,7 +276,6 @@ def int8_batch_kernel(
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,  # slots of the ring
-    EARLY: gl.constexpr,
 ):
     """Compute items of (BLOCK_M, 128) of y."""
     dtype: gl.constexpr = y_ptr.dtype.element_ty
@@ -294,9 +293,8 @@ def int8_batch_kernel(
         mbarrier.init(ready.index(slot), count=33)  # the warp's lanes, and one that expects the bytes
         mbarrier.init(empty.index(slot), count=2)
     y_buffers = gl.allocate_shared_memory(dtype, [2, BLOCK_M, 64], y_layout)
-    if EARLY:
-        let_next_kernel_start()
-        wait_for_previous_kernel()
+    let_next_kernel_start()
+    wait_for_previous_kernel()
     rings = codes_ring, words_ring, scale_ring, zero_ring, ready, empty
     slots = gl.cdiv(tiles, 2 * PART) * PART  # of an item, which is read in rounds of two parts
     sources = codes_desc, words_desc, scale_ptr, zero_ptr

@@ -83,7 +83,7 @@ def _batch(plan: Int8, codes: Codes, weight: Int4Weight, sums: Tensor, bias: Ten
     items = ceil_div(weight.words.shape[0], int8_batch.BLOCKS.value) * ceil_div(y_MN.shape[0], plan.block_m)
     arguments = *described, *operands, y_MN, y_MN.shape[0], *sizes, *constants
     grid = min(items, programs), 1, 1
-    launch(int8_batch.int8_batch_kernel, (kinds, sizes, constants), grid, arguments, 4, plan.early)
+    launch(int8_batch.int8_batch_kernel, (kinds, sizes, constants), grid, arguments, 4, early=1)
 
 
 def _sizes(weight: Int4Weight) -> tuple[int, int, int, int]:

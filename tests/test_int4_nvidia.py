@@ -149,10 +149,10 @@ FEW_CASES = [
 ]
 # The plan's place among the candidates, the dtype, that of y, tiles of a part, and whether there are zero points.
 INT8_CASES = [
-    ("int8", 4, "bf16", "bf16", 2, False),
-    ("int8", 2, "fp16", "fp16", 2, True),
-    ("int8", 4, "bf16", "fp32", 1, False),
-    ("int8", 4, "bf16", "bf16", 1, True),
+    ("int8", 3, "bf16", "bf16", 2, False),
+    ("int8", 1, "fp16", "fp16", 2, True),
+    ("int8", 3, "bf16", "fp32", 1, False),
+    ("int8", 3, "bf16", "bf16", 1, True),
 ]
 
 
