@@ -214,7 +214,7 @@ def test_one_token_compiles(compiled, case):
 @pytest.mark.parametrize("case", INT8_CASES, ids=str)
 def test_int8_compiles(compiled, case):
     ptx, (_, _, _, _, part, has_zero) = compiled[case]["ptx"], case
-    assert "ld.shared.v4.b32" in ptx and "stmatrix" in ptx or case[3] == "fp32"
+    assert "ld.shared.v4.b32" in ptx and ("stmatrix" in ptx) == (case[3] != "fp32")
     # Codes and words come by the tensor memory accelerator, scales and zero points 16 or 8 bytes a lane.
     assert ptx.count("cp.async.bulk.tensor.2d") == 1 and ptx.count("cp.async.bulk.tensor.3d") == 2
     assert len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)) == 2 * (2 // part) * (1 + has_zero)
