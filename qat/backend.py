@@ -78,8 +78,8 @@ def set_int8_products(tokens: int | None = 512) -> None:
     the 16-bit kernels run. Both have the integers that were trained. They differ in what else is rounded: here nothing
     but the result, there also weights and inputs, to the dtype of x, as in training.
 
-    On an H200 it is 1.3 to 1.4 times as fast from 512 tokens on, its rounding included (benchmarks/NOTES.md); the kernel
-    for other GPUs was not measured. It is off unless asked for, because of what else is rounded.
+    On an H200 it is 1.3 to 1.4 times as fast from 512 tokens on, its rounding included (benchmarks/NOTES.md); what
+    other GPUs run was not measured. It is off unless asked for, because of what else is rounded.
     """
     global _int8_products
     _int8_products = tokens
