@@ -182,8 +182,10 @@ def test_int8_plans_run(tokens, outputs, multiprocessors):
 @pytest.mark.parametrize(
     ("tokens", "outputs", "block_m"),
     # As measured on an H200 (benchmarks/NOTES.md): 160 and 192 items of 128 tokens would leave 132 programs a bad rest.
-    [(64, 28672, 64), (128, 4096, 64), (128, 28672, 128), (256, 4096, 64), (256, 6144, 128), (256, 10240, 64)]
-    + [(512, 6144, 64), (512, 10240, 128), (1024, 4096, 128), (4096, 57344, 128)],
+    [
+        *((64, 28672, 64), (128, 4096, 64), (128, 28672, 128), (256, 4096, 64), (256, 6144, 128), (256, 10240, 64)),
+        *((512, 6144, 64), (512, 10240, 128), (1024, 4096, 128), (4096, 57344, 128)),
+    ],
 )
 def test_int8_items_are_narrow_where_that_fills_the_gpu(tokens, outputs, block_m):
     assert int4_plans.int8_heuristic(tokens, outputs, 132).block_m == block_m
