@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from .int4_layout import INPUTS, ROWS
-from .int4_plans import Batch, Decode, Dequantize, Int8, Plan, Stream, deepest, few, shared_out
+from .int4_plans import (
+    MOST_STAGES,
+    SHARED_BYTES,
+    Batch,
+    Decode,
+    Dequantize,
+    Int8,
+    Plan,
+    Stream,
+    deepest,
+    few,
+    shared_out,
+)
 
 
 def candidates(tokens: int, outputs: int, inputs: int, capability: int, multiprocessors: int) -> list[Plan]:
@@ -16,6 +28,9 @@ def candidates(tokens: int, outputs: int, inputs: int, capability: int, multipro
             plan = deepest(Stream(8, tiles, 0, multiprocessors, start), k_tiles)
             if plan is not None:
                 plans += [plan._replace(stages=stages) for stages in {plan.stages, max(2, plan.stages - 1)}]
+        deep = Stream(8, 8, MOST_STAGES, multiprocessors, 3)
+        if deep not in plans and deep.shared_bytes(k_tiles) <= SHARED_BYTES:
+            plans.append(deep)
     if 1 < tokens <= 8 and capability == 90:
         for plan in few(-(-outputs // ROWS), -(-inputs // INPUTS), multiprocessors)[:3]:
             plans += [plan._replace(early=start) for start in (1, 2, 3)]

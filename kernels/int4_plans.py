@@ -96,8 +96,12 @@ _KINDS = {"decode": Decode, "stream": Stream, "few": Few, "batch": Batch, "dequa
 # For any number of tokens, where a token's result must not depend on how many there are (``qat.backend``).
 ANY_TOKENS = Batch(8, 64, 8, 2, 4, 1, 2)
 
-# Shared memory of a program that leaves room for one of the next kernel, on Hopper.
+# Shared memory of a program that leaves room for one of the next kernel, on Hopper; and all of it, less what scales in
+# float32, or for every 32 inputs, take beside those that are counted.
 RESIDENT_BYTES = 113 * 1024
+SHARED_BYTES = 208 * 1024
+# K tiles that a program reads for one token, from which on a deeper ring is worth more than that room.
+LONG = 1000
 MOST_STAGES = 3  # more was slower, of few row blocks and of many
 
 MOST_PARTS = 8  # of K, for few tokens
@@ -233,11 +237,14 @@ def band(inputs: int, block_m: int) -> int:
 
 def _stream(row_blocks: int, tiles: int, multiprocessors: int) -> Stream | None:
     """Return the plan for one token; None where x and a ring are too large for it."""
-    ahead = next((ahead for ahead in (1, 2, 4, 8) if 8 * ahead >= tiles), 4)
-    plan = deepest(Stream(8, ahead, 0, multiprocessors, 1), tiles)
+    blocks, ahead = -(-row_blocks // multiprocessors), next((ahead for ahead in (1, 2, 4, 8) if 8 * ahead >= tiles), 4)
+    deep = Stream(8, 8, MOST_STAGES, multiprocessors, 3)
+    if blocks * tiles >= LONG and tiles > 32 and deep.shared_bytes(tiles) <= SHARED_BYTES:
+        return deep
+    plan = deepest(deep._replace(tiles=ahead, early=1), tiles)
     if plan is None:
         return None
-    steps = -(-row_blocks // multiprocessors) * -(-tiles // (8 * ahead))
+    steps = blocks * -(-tiles // (8 * ahead))
     # A ring that holds all of it is full when x comes, and the next kernel's would only delay x.
     return plan._replace(stages=max(2, min(plan.stages, steps)), early=3 if steps <= plan.stages else 1)
 

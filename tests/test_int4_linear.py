@@ -345,7 +345,8 @@ def test_offsets_past_2_31_on_gpu():
     assert_accurate(y[:, last], x, dequantize(unpack(packed[last], 4, k), scale[last], x.dtype))
     x = torch.randn(80000, k, dtype=torch.bfloat16, device=DEVICE)  # 2.3e9 elements
     y = int4_linear(x, packed[:50], scale[:50], None, k, 128)
-    assert_accurate(y[-100:], x[-100:], dequantize(unpack(packed[:50], 4, k), scale[:50], x.dtype))
+    # So many tokens go through the library's matmul, which may sum parts of K in bf16.
+    assert torch.equal(y, F.linear(x, dequantize(unpack(packed[:50], 4, k), scale[:50], x.dtype)))
 
 
 @pytest.mark.gpu

@@ -80,6 +80,8 @@ def test_every_candidate_runs(shape, capability):
 
 
 @given(row_blocks=st.integers(1, 10000), tiles=st.integers(1, 1000), multiprocessors=st.integers(20, 200))
+@example(row_blocks=3584, tiles=128, multiprocessors=132)  # as for the others, but a program reads 3,584 tiles
+@example(row_blocks=640, tiles=128, multiprocessors=132)  # 640
 def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multiprocessors):
     plan = int4_plans.heuristic(1, 16 * row_blocks, 64 * tiles, 90, multiprocessors)
     if not isinstance(plan, Stream):
@@ -89,9 +91,15 @@ def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multi
     steps = -(-tiles // span)
     # A ring of words of 512 bytes a tile and 16 scales of two, x, and 16 sums of each warp.
     shared = plan.stages * span * (512 + 32) + steps * span * 128 + plan.warps * 64
-    assert shared == plan.shared_bytes(tiles) and 2 * (shared + 1024) <= 228 * 1024
-    everything = -(-row_blocks // multiprocessors) * steps
-    assert (plan.early == 3) == (everything <= plan.stages)
+    assert shared == plan.shared_bytes(tiles)
+    fits = 3 * 64 * (512 + 32) + -(-tiles // 64) * 64 * 128 + 8 * 64 <= 208 * 1024
+    if fits and tiles > 32 and -(-row_blocks // multiprocessors) * tiles >= 1000:
+        # It takes all that there is, with two scales a tile in float32.
+        assert plan.tiles == 8 and shared + plan.stages * span * 96 <= SHARED_MEMORY[90]
+    else:
+        assert 2 * (shared + 1024) <= 228 * 1024
+        everything = -(-row_blocks // multiprocessors) * steps
+        assert (plan.early == 3) == (everything <= plan.stages)
     assert plan.programs == multiprocessors
 
 
