@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .errors import ArtifactError, StateError
+from .errors import ArtifactError, PolicyError, StateError
 from .lora_product import use_lora_product_
 
 if TYPE_CHECKING:
@@ -30,6 +31,19 @@ FOLDER = "adapter"
 CONFIG = "adapter_config.json"  # by which peft knows its folders
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BASE = "base.json"
+
+
+def scaling(rank: int, alpha: float) -> float:
+    """Return alpha / rank, which B A is multiplied by.
+
+    Raises:
+        PolicyError: no such update would be learned.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise PolicyError(f"adapter.rank={rank}: give a whole number of 1 or more")
+    if not 0 < alpha < math.inf:
+        raise PolicyError(f"adapter.alpha={alpha}: give a number above 0, such as {2 * rank}")
+    return alpha / rank
 
 
 def _is_pefts(module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from .errors import LayerError, PolicyError
+from .adapters import scaling
+from .errors import LayerError, PolicyError, did_you_mean
 from .layers import FrozenLinear, QuantLinear, frozen_layers, is_frozen, make_joint_
 from .policy import QuantPolicy
 from .quantizers import WeightLSQ
@@ -42,9 +43,11 @@ def joint_lora(
         verbose: print ``prepare``'s summary.
 
     Raises:
-        PolicyError: no weight spec, a codebook, an asymmetric grid, or a target that matches no quantized linear layer.
+        PolicyError: no weight spec, a codebook, an asymmetric grid, a target that matches no quantized linear layer, or
+            a rank or alpha with which nothing is learned.
         LayerError: shapes that do not fit.
     """
+    scale = scaling(rank, alpha)
     if policy.quantizes_nothing():
         raise PolicyError("a joint adapter is rounded as the policy says, and this one quantizes nothing: policy=lm_w4")
     if is_frozen(model):
@@ -70,7 +73,7 @@ def joint_lora(
             raise PolicyError(f"{name!r}: {GRID}")
     model.requires_grad_(False)
     for name in chosen:
-        make_joint_(layers[name], quantizers[name], rank, alpha / rank)
+        make_joint_(layers[name], quantizers[name], rank, scale)
     for quantizer in quantizers.values():
         quantizer.requires_grad_(True)
     return model
@@ -88,7 +91,8 @@ def chosen_layers(layers: dict[str, nn.Module], targets: Sequence[str] | None) -
     for target in targets:
         found = [name for name in layers if fnmatchcase(name, target) or name.endswith(f".{target}")]
         if not found:
-            raise PolicyError(f"adapter target {target!r} matches no quantized linear layer: {', '.join(layers)}")
+            known = did_you_mean(target, [name.rpartition(".")[2] for name in layers])
+            raise PolicyError(f"adapter target {target!r} matches no quantized linear layer{known}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 

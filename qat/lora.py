@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import import_peft
+from .adapters import import_peft, scaling
 from .calibration import run_inputs
 from .decisions import check_shapes, decide
 from .errors import PolicyError, StateError
@@ -20,11 +20,11 @@ from .lora_product import use_lora_product_
 from .low_rank import best_for_inputs, best_of_rank
 from .numerics import QuantizedTensor
 from .policy import Decision, QuantPolicy
+from .ptq import Options
 from .spec import Init, QuantSpec, as_member
 from .surgery import prepare, weight_quantizer
 
 if TYPE_CHECKING:
-    from .ptq import Options
     from .ptq.gptq import Factor
 
 
@@ -73,10 +73,11 @@ def lora(
 
     Raises:
         StateError: the model is prepared, or frozen where it should not be, or peft is not installed.
-        PolicyError, LayerError: a policy that does not fit, or targets that peft refuses.
+        PolicyError, LayerError: a policy that does not fit, targets that peft refuses, or a rank or alpha with which
+            nothing is learned.
         CalibrationError: data that GPTQ cannot work with.
     """
-    peft, start = import_peft(), as_member(Start, "start", start)
+    peft, start, scale = import_peft(), as_member(Start, "start", start), scaling(rank, alpha)
     quantizes = policy is not None and not policy.quantizes_nothing()
     if is_prepared(model):
         raise StateError("this model trains its own weights: freeze it first, or use qat.joint_lora")
@@ -106,7 +107,7 @@ def lora(
         wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise PolicyError(f"peft refuses this adapter: {error} Other layers: adapter.targets=[q_proj,v_proj]") from None
-    _fill_(wrapped.get_base_model(), starts, start, rank / alpha)
+    _fill_(wrapped.get_base_model(), starts, start, 1 / scale)
     return use_lora_product_(wrapped)
 
 

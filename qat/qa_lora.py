@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .adapters import scaling
 from .errors import LayerError, StateError
 from .freezing import frozen_at_once
 from .joint_lora import chosen_layers
@@ -35,9 +36,11 @@ def qa_lora(
 
     Raises:
         StateError: there is nothing frozen, and no policy.
-        PolicyError: a target that matches no layer, or a policy that waits for data.
+        PolicyError: a target that matches no layer, a rank or alpha with which nothing is learned, or a policy that
+            waits for data.
         LayerError: a layer whose codes have no zero point: a codebook, or one scale for the whole weight.
     """
+    scale = scaling(rank, alpha)
     if policy is not None and not policy.quantizes_nothing():
         frozen_at_once(model, policy)
     if not is_frozen(model):
@@ -52,5 +55,5 @@ def qa_lora(
             raise LayerError(f"{name!r}: {spec} has no zero points to train: use groups or channels on an even grid")
     model.requires_grad_(False)
     for name in names:
-        make_qa_lora_(layers[name], rank, alpha / rank)
+        make_qa_lora_(layers[name], rank, scale)
     return model

@@ -1,14 +1,16 @@
 """Every YAML file composes and instantiates; a wrong key or value gets one clear line."""
 
 import os
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -37,6 +39,14 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "qat.train", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_types_of_what_our_configs_name_are_known():
+    found = [word for path in CONF.rglob("*.yaml") for word in re.findall(r"_target_: (qat\.\S+)", path.read_text())]
+    assert len(found) > 10
+    for target in map(get_object, found):  # a hint that only a type checker sees would let every value pass
+        for called in [part.__init__ for part in target.__mro__] if isinstance(target, type) else [target]:
+            typing.get_type_hints(called)
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)

@@ -108,7 +108,7 @@ def test_gradient_checkpointing_and_autocast():
 
 def test_refusals():
     policy = qat.QuantPolicy.from_dict(POLICY)
-    with pytest.raises(PolicyError, match="'q_proj' matches no quantized linear layer: 0, 2"):
+    with pytest.raises(PolicyError, match=r"'q_proj' matches no quantized linear layer \(known: '0', '2'\)"):
         joint_lora(net(), policy, targets=["q_proj"], verbose=False)
     with pytest.raises(PolicyError, match=r"'0'.*on a symmetric grid"):
         joint_lora(net(), qat.QuantPolicy.from_dict({"weight": {"codebook": "nf4", "group_size": 16}}), verbose=False)

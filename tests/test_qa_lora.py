@@ -9,6 +9,7 @@ import qat
 from qat import formats
 from qat.errors import ArtifactError, LayerError, PolicyError, SpecError, StateError
 from qat.frozen_model import from_model
+from qat.joint_lora import joint_lora
 from qat.layers import FrozenLinear, QALoraLinear
 from qat.lora import lora
 from qat.qa_lora import qa_lora
@@ -127,6 +128,27 @@ def test_refusals():
         qat.QuantSpec(zero_point_dtype="float16")
     with pytest.raises(SpecError, match="zero_point_dtype='float61' is unknown"):
         qat.QuantSpec(symmetric=False, zero_point_dtype="float61")
+
+
+@pytest.mark.parametrize("adapter", [qa_lora, lora, joint_lora])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rank": 0}, "adapter.rank=0: give a whole number of 1 or more"),
+        ({"rank": -3}, "adapter.rank=-3"),
+        ({"rank": 2.5}, "adapter.rank=2.5"),
+        ({"alpha": 0}, "adapter.alpha=0: give a number above 0, such as 32"),
+        ({"alpha": float("nan")}, "adapter.alpha=nan"),
+        ({"alpha": float("inf")}, "adapter.alpha=inf"),
+    ],
+)
+def test_an_update_of_no_size_is_refused_and_the_model_left_alone(adapter, more, said):
+    if adapter is lora:
+        pytest.importorskip("peft")
+    model = net()
+    with pytest.raises(PolicyError, match=said):
+        adapter(model, qat.QuantPolicy.from_dict(POLICY), **more)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
 
 
 @pytest.mark.parametrize("adapter", [qa_lora, lora], ids=["qa_lora", "lora"])
