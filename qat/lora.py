@@ -154,7 +154,10 @@ def _decisions(model: nn.Module, policy: QuantPolicy) -> list[Decision]:
     check_shapes(decisions)
     for decision in decisions:
         if isinstance(decision.activation, QuantSpec) or type(decision.layer) is not nn.Linear:
-            raise PolicyError(f"{decision.name!r}: only linear layers without an activation spec can be split")
+            raise PolicyError(
+                f"{decision.name!r}: only linear layers without an activation spec can be split between codes and "
+                "adapter: leave it out by a rule with weight null, or take adapter.start=zero"
+            )
     return decisions
 
 

@@ -168,7 +168,7 @@ class QuantSpec:
         nf4 = self.codebook is not Codebook.custom
         if self.bits > most or (nf4 and self.bits != 4):
             bits = "4 bits" if nf4 else f"2 to {most} bits"
-            raise SpecError(f"codebook={self.codebook.value!r} has {bits}, not {self.bits}")
+            raise SpecError(f"codebook={self.codebook.value!r} has {bits}, not {self.bits}; codebook: null has any")
         if not self.symmetric or self.signed is False:
             raise SpecError("a codebook has its own zero and sign: drop symmetric=False and signed=False")
         if self.scale_dtype not in (None, "float32"):

@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     alike = model_of({"model.lm_head": random_tensor(8, 64, nf4())})
     with pytest.raises(ArtifactError, match=r"'model.lm_head' would be skipped with 'lm_head'"):
         bitsandbytes.write(alike, tmp_path)
-    with pytest.raises(ArtifactError, match="is a Conv2d, and bitsandbytes holds linear layers only"):
+    with pytest.raises(ArtifactError, match="is a Conv2d, and bitsandbytes holds linear layers only; --to native"):
         bitsandbytes.write(model_of({ONE: random_tensor(8, 64, nf4())}, kind="Conv2d"), tmp_path)
 
 

@@ -287,6 +287,8 @@ def test_refusals(tmp_path):
         lora(llama(), policy, start="cloq", batches=[TOKENS], options=Options(folder="blocks"))
     with pytest.raises(PolicyError, match="is quantized and no target"):
         lora(llama(), policy, targets=["q_proj"], start="pissa")
+    with pytest.raises(PolicyError, match=r"'0': only linear layers .* can be split .* or take adapter.start=zero"):
+        lora(torch.nn.Sequential(torch.nn.Conv2d(16, 16, 1)), qat.QuantPolicy(qat.QuantSpec()), start="pissa")
     with pytest.raises(StateError, match="merge takes a frozen base"):
         merge.merge(lora(llama()))
     with pytest.raises(ArtifactError, match=r"no adapter_config.json"):

@@ -207,7 +207,7 @@ def test_a_file_that_is_no_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ({"weight": {"bits": 8}}, "codebook='nf4' has 4 bits, not 8"),
+        ({"weight": {"bits": 8}}, "codebook='nf4' has 4 bits, not 8; codebook: null has any"),
         ({"activation": {"bits": 1}}, "bits=1: give a whole number"),
         ({"activation": {"granularity": "channel"}}, "activations take granularity='tensor'"),
         ({"weight": {"bist": 8}}, "unknown key 'bist'"),

@@ -17,7 +17,6 @@ from qat.errors import CheckpointError
 from qat.quantizers import LearnedStepSize
 from qat.training.evaluation import evaluate
 from qat.training.image_data import ImageData
-from qat.training.wandb_logger import is_logged_in
 
 DIGITS = "data=digits model.args.width=4 trainer.accelerator=cpu"
 SHORT = f"{DIGITS} trainer.max_steps=3 trainer.limit_val_batches=1"
@@ -277,18 +276,6 @@ def test_the_metrics_printed_are_those_of_the_final_weights(train, tmp_path, cap
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("metrics"))
     evaluate_command.main([str(tmp_path / "runs" / "a" / "last.ckpt"), "data=digits"])
     assert printed.split()[1:] == capsys.readouterr().out.split()
-
-
-def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not is_logged_in()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    (tmp_path / "netrc").chmod(0o600)
-    assert is_logged_in()
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert is_logged_in()
 
 
 def test_a_model_of_transformers_trains_in_training_mode(train, tmp_path, recwarn):

@@ -45,7 +45,8 @@ def weight_only_layers(
             if not embeddings:
                 problems[name] = EMBEDDING_FORMATS.format(method)
         elif layer.type != "Linear":
-            problems[name] = f"is a {layer.type}, and {method} holds linear layers only; --to onnx holds it"
+            fix = "onnx" if layer.weight is None or layer.weight.holds_integers else "native"
+            problems[name] = f"is a {layer.type}, and {method} holds linear layers only; --to {fix} holds it"
         elif isinstance(layer.activation, Dynamic):
             problems[name] = (
                 f"trained with its input rounded as {layer.activation.value}, which {method} would drop; --to "
