@@ -117,8 +117,15 @@ def split(model: nn.Module) -> tuple[nn.Module, Callable[[str], str | None], Cal
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write a peft model's adapters in peft's own format, and the hash of the base they were trained on."""
-    model.save_pretrained(folder)
+    """Write a peft model's adapters in peft's own format, and the hash of the base they were trained on.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
     digest = fingerprint(model)
     for file in folder.rglob(CONFIG) if digest else ():
         (file.parent / BASE).write_text(json.dumps({"sha256": digest}) + "\n", encoding="utf-8")

@@ -51,7 +51,8 @@ def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Itera
             _sync(out.parent)
     except OSError as error:
         old = "the artifact that stood there is unchanged" if out.exists() else "nothing was left there"
-        reason = error.strerror or str(error)
+        first = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # copytree's list of (from, to, why)
+        reason = error.strerror or str(first)
         if error.errno is None and reason.endswith("written"):  # numpy's "900 requested and 512 written"
             reason = f"the disk is full, or a limit is reached ({reason})"
         raise ArtifactError(f"cannot write {out}: {reason}; {old}") from error

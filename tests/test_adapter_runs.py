@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from random_quantized import LLAMA
+from safetensors import SafetensorError
 from tiny_tokenizer import WORDS, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +26,7 @@ import qat.hf
 from qat.adapters import load_adapter
 from qat.checkpoint import read_checkpoint
 from qat.convert import main as convert
-from qat.errors import CheckpointError, DataError, PolicyError, TrainingError
+from qat.errors import ArtifactError, CheckpointError, DataError, PolicyError, TrainingError
 from qat.evaluate import main
 from qat.train import register
 from qat.training.evaluation import evaluate
@@ -114,6 +116,23 @@ def test_lora_on_an_artifact_ships_the_adapter_alone(folder):
     plain = logits(base)
     assert not torch.equal(logits(load_adapter(base, "runs/qlora/adapter")), plain)
     assert not (folder / "runs/qlora/artifact").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_the_adapter_that_was_there(folder, monkeypatch):
+    run("experiment=qlora", "model.name=model", "name=start", "trainer.max_epochs=0")
+    on_it = ["experiment=qlora", "model.name=runs/start/artifact", "model.policy=null", "data.tokenizer=model"]
+    run(*on_it, "trainer.max_epochs=1")
+
+    def full_disk(tensors, path, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full_disk)
+    before = {file.name: file.read_bytes() for file in Path("runs/qlora/adapter").iterdir()}
+    with pytest.raises(ArtifactError, match=r"cannot write .*adapter: .*No space left on device.* is unchanged"):
+        run(*on_it, "resume=auto")
+    assert {file.name: file.read_bytes() for file in Path("runs/qlora/adapter").iterdir()} == before
+    with pytest.raises(ArtifactError, match=r"cannot write .*artifact: .*No space left on device.* nothing was left"):
+        run("experiment=qlora", "model.name=model", "name=whole", "trainer.max_epochs=0")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from small_artifacts import Net, assert_same, images, prepared, saved
 from torch import nn
 
 import qat
+from qat.atomic import atomic_folder
 from qat.errors import ArtifactError, StateError
 from qat.formats import native
 from qat.formats.stored_tensors import StoredTensors
@@ -243,6 +245,14 @@ def test_a_write_that_fails_leaves_the_old_artifact(tmp_path):
     assert "the artifact that stood there is unchanged" in run.stderr, run.stderr
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "a half-written folder was left behind"
+
+
+def test_one_of_many_files_that_cannot_be_copied_is_said(tmp_path):
+    """An adapter beside a model is copied as a folder, whose error is a list of all its files."""
+    failed = [(name, f"out/{name}", "No space left on device") for name in ("a", "b")]
+    said = pytest.raises(ArtifactError, match="out: No space left on device; nothing was left there")
+    with said, atomic_folder(tmp_path / "out", bool):
+        raise shutil.Error(failed)
 
 
 def test_numpys_word_for_a_full_disk_is_explained(tmp_path):

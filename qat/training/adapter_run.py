@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
-from ..adapters import save_adapter
+from ..adapters import CONFIG, save_adapter
 from ..artifact import save
+from ..atomic import atomic_folder
 from ..checkpoint import TOKENIZER
 from ..errors import TrainingError
 from ..freezing import freeze
@@ -67,6 +68,7 @@ def ship_adapter(run_dir: Path, model: nn.Module, metrics: dict[str, float]) -> 
         save(model, run_dir / "artifact", beside if beside.is_dir() else None)
         print(f"artifact    {run_dir / 'artifact'}")
     else:
-        save_adapter(model, run_dir / "adapter")
+        with atomic_folder(run_dir / "adapter", lambda there: (there / CONFIG).is_file()) as folder:
+            save_adapter(model, folder)
         print(f"adapter     {run_dir / 'adapter'}")
     print("metrics     " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
