@@ -53,16 +53,22 @@ def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
     Layers that are not quantized, such as stacked experts, take the update in their own dtype, as peft merges it.
 
     Raises:
-        StateError: this is no peft model with a frozen base, its adapter is of another kind than LoRA, a layer that is
-            not quantized shares its weight, or one without a bias would get one.
+        StateError: this is no peft model with a frozen base, its adapter is of another kind than LoRA or on no linear
+            layer that is quantized, or on an embedding that is; a layer that is not quantized shares its weight, or one
+            without a bias would get one.
     """
     from .adapters import wrapping_layers
-    from .layers import FrozenLinear, PackedWeight
+    from .layers import FrozenLinear, PackedWeight, is_frozen
 
     wrapped = [(name, wrapper) for name, wrapper in wrapping_layers(model) if not name.endswith(".base_layer")]
     frozen = [(name, wrapper) for name, wrapper in wrapped if isinstance(wrapper.base_layer, FrozenLinear)]
-    if not frozen:
+    if not wrapped or not is_frozen(model):
         raise StateError("merge takes a frozen base with an adapter: adapters.load_adapter(qat.load(BASE), ADAPTER)")
+    if not frozen:
+        raise StateError(
+            "this adapter is on no quantized linear layer: ship it beside its base, or let peft's merge_and_unload() "
+            "put it into weights that are not quantized"
+        )
     costs, base = [], model.get_base_model()
     for name, wrapper in wrapped:
         if not isinstance(wrapper.base_layer, FrozenLinear):
@@ -160,7 +166,11 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
 
 def _merge_plain(name: str, wrapper: nn.Module, base: nn.Module) -> None:
     """Let peft merge into a layer that is not quantized; stacked experts have a wrapper inside a wrapper."""
-    inside = {id(parameter) for parameter in wrapper.get_base_layer().parameters()}
+    from .layers import FrozenLayer
+
+    if isinstance(layer := wrapper.get_base_layer(), FrozenLayer):
+        raise StateError(f"{name!r}: merge does not know a {type(layer).__name__}: ship its adapter beside its base")
+    inside = {id(parameter) for parameter in layer.parameters()}
     shared = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     if any(shared[key] > 1 for key in inside):
         raise StateError(f"{name!r} shares its weight with another layer, which a merge would change as well")

@@ -313,6 +313,23 @@ def test_a_damaged_adapter_is_one_line(tmp_path, name, content, said):
         load_adapter(frozen(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rules", "targets", "said"),
+    [
+        (POLICY["rules"], ["lm_head"], "on no quantized linear layer: ship it beside its base, or let peft's merge_"),
+        (
+            [{"match": "Embedding", "weight": {"bits": 8, "granularity": "channel"}}],
+            ["embed_tokens", "v_proj"],
+            "embed_tokens': merge does not know a FrozenEmbedding: ship its adapter beside its base",
+        ),
+    ],
+)
+def test_an_adapter_on_what_merge_does_not_know_is_named(rules, targets, said):
+    policy = qat.QuantPolicy.from_dict({**POLICY, "rules": rules})
+    with pytest.raises(StateError, match=said):
+        merge.merge(lora(llama(), policy, targets=targets))
+
+
 def test_layers_that_are_not_quantized_take_the_update_in_their_own_dtype(tmp_path):
     """A dense projection and stacked experts merge as peft does; their weight is W + B A."""
     import transformers
