@@ -84,6 +84,24 @@ def test_awq_scales_what_it_can_fold_exactly():
         assert (scaled(x[0]) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_the_error_of_a_layer_whose_outputs_were_scaled_is_of_the_scaled_ones():
+    """As of gate, by which the inputs of down are scaled: its error stood beside one of unscaled outputs."""
+    torch.manual_seed(0)
+    original, x = Outliers(), torch.randn(512, 32)
+    original.up.weight[::9] *= 20
+    scaled = copy.deepcopy(original)
+    report = initialise(prepared(scaled, "awq"), [x], lambda model, batch: model(batch))
+    folded, grid = original.gate.bias / scaled.gate.bias, scaled.gate.weight_quantizer.spec
+    assert folded.max() > 2 * folded.min()
+    weight = original.gate.weight / folded[:, None]
+    change = rounded_weight(weight, weight_step_size(weight, grid, Init.minmax), grid) - weight
+    error = scaled.gate(scaled.norm(x)) - original.gate(original.norm(x)) / folded
+    usual = original.norm(x) @ change.T
+    expected = error.square().sum().item() / usual.square().sum().item()
+    assert report.losses["gate"] == pytest.approx(expected, rel=1e-2)
+
+
 class Shared(Outliers):
     """The norm's output also goes past the layers: nothing may be folded into it."""
 

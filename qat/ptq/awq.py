@@ -38,29 +38,34 @@ def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
     """
     unit.find_stages()
     moments = {stage[0]: gather(unit, stage[0]) for stage in unit.stages}
-    originals = {name: layer.weight.detach().float().flatten(1).clone() for name, layer in unit.layers.items()}
     before = {stage[0]: moments[stage[0]].hessian.clone() for stage in unit.stages}
-    for stage in unit.stages:
-        scale_stage(unit, stage, moments[stage[0]], report)
+    scales = {stage[0]: scale_stage(unit, stage, moments[stage[0]], report) for stage in unit.stages}
     for stage in unit.stages:
         for name in stage:
             layer = unit.layers[name]
+            weight = layer.weight.detach().float().flatten(1).clone()
             clip_layer(name, layer, moments[stage[0]])
-            report.losses[name] = relative_error(layer, originals[name], moments[stage[0]], before[stage[0]])
+            # Outputs that the layers behind it scaled are compared as they are now: only its inputs are scaled back.
+            usual = (weight / scales[stage[0]], before[stage[0]])
+            report.losses[name] = relative_error(layer, weight, moments[stage[0]], usual)
     for stage in unit.stages:
         for name in stage:
             unit.layers[name].weight_quantizer.enabled = True
     fall_back_unreached(unit, options, report)
 
 
-def scale_stage(unit: Unit, stage: list[str], moments: Moments, report: Report) -> None:
-    """Search the scales of layers that read the same input, and fold them; moments become those of the scaled input."""
+def scale_stage(unit: Unit, stage: list[str], moments: Moments, report: Report) -> Tensor | float:
+    """Search the scales of layers that read the same input, and fold them; moments become those of the scaled input.
+
+    Returns:
+        What the layers' input channels were multiplied by, (K,); 1 where nothing was folded.
+    """
     layers = [unit.layers[name] for name in stage]
     producer = find_producer(unit, stage) if all(isinstance(layer, QuantLinear) for layer in layers) else None
     if producer is None:
         for name in stage:
             report.notes[name] = "only the range was searched, as nothing could scale the input exactly"
-        return
+        return 1.0
     loss = stage_loss(unit, stage, moments)
     magnitude = moments.magnitude[0]
     candidates = [channel_scales(magnitude, alpha) for alpha in ALPHAS]
@@ -69,6 +74,7 @@ def scale_stage(unit: Unit, stage: list[str], moments: Moments, report: Report) 
     fold(producer, layers, best)
     moments.hessian /= best[:, None] * best
     moments.magnitude /= best
+    return best
 
 
 def channel_scales(magnitude: Tensor, alpha: float) -> Tensor:

@@ -108,24 +108,26 @@ def set_codes(layer: QuantLayer, weight: Tensor, factors: list[Factor]) -> None:
     quantizer.calibrated()
 
 
-def relative_error(layer: QuantLayer, weight: Tensor, moments: Moments, before: Tensor | None = None) -> float:
+def relative_error(
+    layer: QuantLayer, weight: Tensor, moments: Moments, usual: tuple[Tensor, Tensor] | None = None
+) -> float:
     """Return the output error of a layer that is set, as a multiple of round-to-nearest's.
 
     Args:
         layer: rounded.
         weight: its weight before, (N, K) float32.
         moments: of its inputs.
-        before: its inputs' Hessian before they were scaled, where they were; the layer then holds the scaled weight.
+        usual: the weight to round to nearest, and its inputs' Hessian, where both were scaled since.
     """
     spec = layer.weight_quantizer.spec
+    plain, hessian = usual or (weight, moments.hessian)
     if isinstance(layer.weight_quantizer, WeightCodebook):
-        nearest = layer.weight_quantizer.quantize(weight).dequantize()
+        nearest = layer.weight_quantizer.quantize(plain).dequantize()
     else:
-        nearest = rounded_weight(weight, weight_step_size(weight, spec, Init.minmax), spec)
+        nearest = rounded_weight(plain, weight_step_size(plain, spec, Init.minmax), spec)
     rounded = layer.weight_quantizer.quantize(layer.weight).dequantize().flatten(1)
-    unscaled = weight if before is None else layer.weight.float().flatten(1)
-    error = total_error(unscaled, rounded, moments.hessian)
-    nearest_error = total_error(weight, nearest, moments.hessian if before is None else before)
+    error = total_error(weight, rounded, moments.hessian)
+    nearest_error = total_error(plain, nearest, hessian)
     return error / nearest_error if nearest_error else 1.0
 
 
