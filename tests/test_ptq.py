@@ -1,13 +1,15 @@
 """Starts that read calibration data, every one of them: codes, blocks, autocast, memory, and the command line."""
 
+import copy
 import json
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ptq_models import QUICK, READ_DATA, language_model, mlp, prepared, spec, tokens
+from ptq_models import QUICK, READ_DATA, Branches, language_model, mlp, prepared, spec, tokens
 from torch import nn
 
 import qat
@@ -18,6 +20,7 @@ from qat.ptq import Options, initialise
 from qat.ptq.gptq import factorize, gptq
 from qat.ptq.report import set_layer
 from qat.ptq.sequential import unquantized_copy
+from qat.ptq.units import floats_of
 from qat.quantizers.lsq import weight_step_size
 from qat.spec import Init, QuantSpec
 
@@ -151,6 +154,19 @@ def test_blocks_give_what_whole_forwards_give(monkeypatch, rules, init):
         qat.calibrate(model, tokens(), verbose=False)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("init", ["signround", "blockwise"])
+def test_all_outputs_count_where_a_model_has_several(init):
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(256, 32)
+    nearest, trained = prepared(copy.deepcopy(model), "minmax"), prepared(copy.deepcopy(model), init)
+    report = initialise(trained, [x], lambda model, batch: model(batch), Options(steps=50))
+    with torch.no_grad():
+        wanted, *found = (floats_of(net(x)) for net in (model, trained, nearest))
+    ours, theirs = (sum(map(F.mse_loss, outputs, wanted)).item() for outputs in found)
+    assert len(wanted) == 2 and ours < 0.95 * theirs
+    assert report.losses["model"] == pytest.approx(ours / theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("init", ["gptq", "signround", "blockwise"])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from ptq_models import correlated_inputs, prepared
+from ptq_models import Branches, correlated_inputs, prepared
 from torch import nn
 
 from qat.layers import quant_layers
@@ -100,6 +100,19 @@ def test_the_error_of_a_layer_whose_outputs_were_scaled_is_of_the_scaled_ones():
     usual = original.norm(x) @ change.T
     expected = error.square().sum().item() / usual.square().sum().item()
     assert report.losses["gate"] == pytest.approx(expected, rel=1e-2)
+
+
+@torch.no_grad()
+def test_awq_folds_nothing_that_any_output_would_notice():
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(256, 32)
+    expected = model(x)
+    report = initialise(prepared(model, "awq"), [x], lambda model, batch: model(batch))
+    assert "outer" in report.notes
+    for _, layer in quant_layers(model):
+        layer.weight_quantizer.enabled = False
+    found = model(x)
+    torch.testing.assert_close(found, expected)
 
 
 class Shared(Outliers):

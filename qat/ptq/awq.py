@@ -22,7 +22,7 @@ from .gptq import output_error, rounded_weight
 from .moments import Moments
 from .options import Options
 from .report import Report, set_layer
-from .units import Unit, first
+from .units import Unit, first, floats_of
 
 ALPHAS = [index / 20 for index in range(20)]
 SHRINKS = [1 - index / 20 for index in range(10)]  # of max|w|
@@ -89,7 +89,7 @@ def find_producer(unit: Unit, stage: list[str]) -> nn.Module | None:
     if any(has_tied(layer, unit.tied) for layer in layers):
         return None
     width, batch = layers[0].in_features, unit.reached[stage[0]]
-    expected = first(unit.run(unit.module, batch))
+    expected = floats_of(unit.run(unit.module, batch))
     for candidate in unit.module.modules():
         if candidate in layers or not makes(candidate, width) or has_tied(candidate, unit.tied):
             continue
@@ -97,9 +97,10 @@ def find_producer(unit: Unit, stage: list[str]) -> nn.Module | None:
         # Powers of two: folding and undoing them is exact.
         scales = torch.exp2((order % 5 - 2).float()).to(layers[0].weight.device)
         fold(candidate, layers, scales)
-        found = first(unit.run(unit.module, batch))
+        found = floats_of(unit.run(unit.module, batch))
         fold(candidate, layers, 1 / scales)
-        if (found - expected).abs().max() <= 1e-5 * expected.abs().max():
+        pairs = zip(found, expected, strict=True)
+        if expected and all((now - then).abs().max() <= 1e-5 * then.abs().max() for now, then in pairs):
             return candidate
     return None
 

@@ -24,7 +24,7 @@ from ..spec import Init
 from .error_compensation import fall_back_unreached
 from .options import Options
 from .report import Report, set_layer
-from .units import Unit, first
+from .units import Unit, floats_of
 
 CHECKS = 4  # how often the loss over all batches is looked at; the best state is kept
 STEPS_OF_A_STEP_SIZE = 0.02  # block-wise LSQ: what Adam moves a weight by at first, in step sizes
@@ -93,9 +93,9 @@ def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
     layers = {name: layer for name, layer in unit.layers.items() if name in unit.calls}
     targets = []
     for batch in range(unit.batches):
-        target = first(unit.run(unit.twin, batch))
-        targets.append(target if options.device is None else target.cpu())
-    if not all(target.isfinite().all() for target in targets):
+        outputs = floats_of(unit.run(unit.twin, batch))
+        targets.append(outputs if options.device is None else [output.cpu() for output in outputs])
+    if not all(target.isfinite().all() for outputs in targets for target in outputs):
         raise CalibrationError(f"the output of {unit.name!r} holds NaN or infinity: check the data and the model")
     nearest, roundings = [{name: SignRounding(layer) for name, layer in layers.items()} for _ in range(2)]
     if report.init is Init.blockwise:
@@ -112,7 +112,7 @@ def quantize_unit(unit: Unit, options: Options, report: Report) -> None:
     fall_back_unreached(unit, options, report)
 
 
-def train_signs(unit: Unit, roundings: list[SignRounding], targets: list[Tensor], options: Options) -> float:
+def train_signs(unit: Unit, roundings: list[SignRounding], targets: list[list[Tensor]], options: Options) -> float:
     """Descend along the signs of the gradients, with a rate that falls to 0; return the loss of the best state."""
     parameters = [parameter for rounding in roundings for parameter in rounding.parameters()]
     lr = options.lr or 1 / max(1, options.steps)
@@ -124,7 +124,7 @@ def train_signs(unit: Unit, roundings: list[SignRounding], targets: list[Tensor]
     return descend(unit, roundings, parameters, targets, options.steps, step)
 
 
-def train_lsq(unit: Unit, roundings: list[BlockLSQ], targets: list[Tensor], options: Options) -> float:
+def train_lsq(unit: Unit, roundings: list[BlockLSQ], targets: list[list[Tensor]], options: Options) -> float:
     """Train weights and step sizes by Adam with a cosine to 0; return the loss of the best state."""
     groups = []
     for rounding in roundings:
@@ -150,7 +150,7 @@ def descend(
     unit: Unit,
     roundings: list[nn.Module],
     parameters: list[Tensor],
-    targets: list[Tensor],
+    targets: list[list[Tensor]],
     steps: int,
     step: Callable[[tuple[Tensor, ...], float], None],
 ) -> float:
@@ -160,7 +160,8 @@ def descend(
     for index in range(steps):
         batch = int(torch.randint(unit.batches, (), generator=generator, device="cpu"))
         with torch.enable_grad():
-            gradients = torch.autograd.grad(batch_loss(unit, batch, targets), parameters)
+            loss = batch_loss(unit, batch, targets)
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)  # an expert may get no token
         step(gradients, index / steps)
         for rounding in roundings:
             rounding.project()
@@ -173,13 +174,13 @@ def descend(
     return least
 
 
-def batch_loss(unit: Unit, batch: int, targets: list[Tensor]) -> Tensor:
-    """Return the mean squared difference of the unit's output to the unquantized one."""
-    output = first(unit.run(unit.module, batch))
-    return F.mse_loss(output.float(), targets[batch].to(output.device).float())
+def batch_loss(unit: Unit, batch: int, targets: list[list[Tensor]]) -> Tensor:
+    """Return the mean squared difference of the unit's output to the unquantized one; of several, their sum."""
+    pairs = zip(floats_of(unit.run(unit.module, batch)), targets[batch], strict=True)
+    return sum(F.mse_loss(output.float(), target.to(output.device).float()) for output, target in pairs)
 
 
-def total_loss(unit: Unit, targets: list[Tensor]) -> float:
+def total_loss(unit: Unit, targets: list[list[Tensor]]) -> float:
     """Return the mean of all batches' losses."""
     return sum(batch_loss(unit, batch, targets).item() for batch in range(unit.batches)) / unit.batches
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..layers import QuantLayer
 from .moments import rows_of
@@ -263,9 +264,20 @@ def split_call(args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
 
 
 def first(output: Any) -> Any:
-    """Return a module's main output: a tensor, the first of several, or the logits of a transformers output."""
-    output = getattr(output, "logits", output)
-    return output[0] if isinstance(output, tuple | list) else output
+    """Return a module's main output: a tensor, the first of several, or of named ones the logits or the first."""
+    if isinstance(output, Mapping):
+        output = output["logits"] if "logits" in output else next(iter(output.values()))
+    elif isinstance(output, tuple | list):
+        output = output[0]
+    else:
+        return getattr(output, "logits", output)
+    return first(output)
+
+
+def floats_of(output: Any) -> list[Tensor]:
+    """Return every float tensor with elements in what a module gives, however nested."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
 
 def _to(value: Any, device: torch.device | None) -> Any:
