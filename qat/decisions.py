@@ -211,7 +211,7 @@ def check_init(decisions: list[Decision], init: Init) -> None:
 
 
 def _refuse(init: Init, what: str, unknown: list[Decision], fix: str) -> NoReturn:
-    names = ", ".join(repr(decision.name) for decision in unknown)
+    names = some_of([repr(decision.name) for decision in unknown], 8)
     raise LayerError(f"init={init.value} does not know {what} ({names}): {fix}, or weight: null there")
 
 

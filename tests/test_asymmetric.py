@@ -126,6 +126,9 @@ def test_compiled_is_the_same_to_the_bit(dtype, real):
 def test_what_has_no_zero_points_says_so():
     with pytest.raises(LayerError, match=r"init=gptq does not know zero points \('0'\)"):
         qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantPolicy(SPEC, init="gptq"))
+    many = nn.Sequential(*(nn.Linear(8, 8) for _ in range(10)))
+    with pytest.raises(LayerError, match=r"zero points \('0', .*, '7' and 2 more\): use init=mse"):
+        qat.prepare(many, qat.QuantPolicy(SPEC, init="gptq"))
     rules = [{"match": "Embedding", "weight": {"bits": 8}}]
     with pytest.raises(LayerError, match="'0': an Embedding takes no zero points"):
         qat.prepare(nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8)), qat.QuantPolicy(SPEC, rules=rules))
