@@ -128,6 +128,7 @@ def _start(
 
 @gluon.jit
 def _add(y, sums, scale, HAS_ZERO: gl.constexpr):
+    """Add a part's sums, times its scales."""
     scale = scale.to(gl.float32)
     if not HAS_ZERO:
         scale = scale * 0.0625
