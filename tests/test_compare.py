@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -177,11 +175,6 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, sai
         compare.main(arguments)
     line = capsys.readouterr().err
     assert line.startswith(f"error: {said}") and line.count("\n") == 1
-
-
-def test_it_needs_no_torch():
-    script = "import qat.compare, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-P", "-c", script]).returncode == 0
 
 
 @pytest.mark.parametrize("policy", ["conv_w4a4", {"weight": {"bits": 3, "granularity": "tensor"}}])

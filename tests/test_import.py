@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,13 @@ def seconds(code: str) -> float:
 
 def test_import_alone_loads_nothing_heavy():
     assert loaded_by("import qat") == set()
+
+
+def test_commands_start_without_torch():
+    """So that --help and a mistake in the words are answered at once."""
+    commands = [path.stem for path in Path(qat.__file__).parent.glob("*.py") if "def main(" in path.read_text("utf-8")]
+    assert {"train", "convert", "compare"} < set(commands)
+    assert loaded_by("\n".join(f"import qat.{command}" for command in commands)) == {"hydra", "omegaconf"}
 
 
 def test_public_names_load_torch_and_no_framework():

@@ -9,8 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from ..errors import ArtifactError, QATError
 
 FORMATS = {
@@ -89,7 +87,9 @@ def _blamed_on(what: str) -> Iterator[None]:
     """Raise ArtifactError in the place of what files that were damaged, or changed by hand, end in."""
     try:
         yield
-    except (QATError, torch.OutOfMemoryError):
-        raise
     except MALFORMED as error:
+        from torch import OutOfMemoryError  # here: a command line that has nothing to read starts without torch
+
+        if isinstance(error, QATError | OutOfMemoryError):
+            raise
         raise ArtifactError(f"{what} ({error!r}): it was changed or damaged; copy it again or convert again") from error
