@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import Process, get_context
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,27 @@ def run(train, tmp_path, monkeypatch, capsys):
     return finish
 
 
-def killed(folder: Path, overrides: str) -> subprocess.CompletedProcess:
-    """Run the command line in a process of its own, which something in it kills."""
+@pytest.fixture
+def begin(train, tmp_path):
+    """Run the command line in a copy of this process: a new one would import torch and Lightning for seconds first."""
+    begun = []
+
+    def child(overrides: str) -> None:
+        sys.stdout = sys.stderr = (tmp_path / "printed").open("w")
+        train(overrides)
+
+    def run(overrides: str) -> Process:
+        begun.append(get_context("fork").Process(target=child, args=(overrides,)))
+        begun[-1].start()
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        process.kill()
+
+
+def new_process(folder: Path, overrides: str) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own: Lightning starts other ranks by its words."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "qat.train", *overrides.split()]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -105,29 +125,30 @@ def compare(a, b, where: str) -> None:
         assert a == b, where
 
 
-def check(
-    run: Callable[[str], str],
-    folder: Path,
-    overrides: str,
-    kills: list[tuple[int, str]],
-    how: str = "SIGKILL",
-    status: int = -9,
-    steps_on: int = 1,
-) -> None:
+@pytest.fixture
+def check(run, begin, tmp_path):
     """Compare a run that is killed and resumed with one that is not; SIGTERM lets it go on for so many steps."""
-    (folder / "killer.py").write_text(KILLER)
-    run(f"{overrides} name=whole")
-    for step, hook in kills:
-        name = f"killed_{step}_{hook}"
-        arguments = {"_target_": "killer.Killer", "step": step, "hook": hook, "how": how}
-        kill = " ".join(f"+callbacks.killer.{key}={value}" for key, value in arguments.items())
-        done = killed(folder, f"{overrides} name={name} {kill}")
-        assert done.returncode == status, done.stderr
-        if how == "SIGTERM":  # it saves the step that it was in
-            assert f"stopped by SIGTERM at step {step + steps_on}" in done.stdout
-            saved = torch.load(folder / "runs" / name / "last.ckpt", weights_only=True)
-            assert saved["global_step"] == step + steps_on
-        resume_and_compare(run, folder, overrides, name)
+
+    def compared(
+        overrides: str, kills: list[tuple[int, str]], how: str = "SIGKILL", status: int = -9, steps_on: int = 1
+    ) -> None:
+        (tmp_path / "killer.py").write_text(KILLER)
+        run(f"{overrides} name=whole")
+        for step, hook in kills:
+            name = f"killed_{step}_{hook}"
+            arguments = {"_target_": "killer.Killer", "step": step, "hook": hook, "how": how}
+            kill = " ".join(f"+callbacks.killer.{key}={value}" for key, value in arguments.items())
+            process = begin(f"{overrides} name={name} {kill}")
+            process.join()
+            printed = (tmp_path / "printed").read_text()
+            assert process.exitcode == status, printed
+            if how == "SIGTERM":  # it saves the step that it was in
+                assert f"stopped by SIGTERM at step {step + steps_on}" in printed
+                saved = torch.load(tmp_path / "runs" / name / "last.ckpt", weights_only=True)
+                assert saved["global_step"] == step + steps_on
+            resume_and_compare(run, tmp_path, overrides, name)
+
+    return compared
 
 
 def resume_and_compare(run: Callable[[str], str], folder: Path, overrides: str, name: str) -> None:
@@ -140,12 +161,12 @@ def resume_and_compare(run: Callable[[str], str], folder: Path, overrides: str, 
         compare(expected[part], found[part], f"{name}: {part}")
 
 
-def test_images_killed_in_mid_epoch(run, tmp_path):
-    check(run, tmp_path, SMALL_IMAGES, [(57, "on_train_batch_start")])
+def test_images_killed_in_mid_epoch(check):
+    check(SMALL_IMAGES, [(57, "on_train_batch_start")])
 
 
-def test_images_stopped_by_sigterm(run, tmp_path):
-    check(run, tmp_path, SMALL_IMAGES, [(53, "on_train_batch_start")], "SIGTERM", 128 + 15)
+def test_images_stopped_by_sigterm(check):
+    check(SMALL_IMAGES, [(53, "on_train_batch_start")], "SIGTERM", 128 + 15)
 
 
 def own_data(folder: Path) -> None:
@@ -158,10 +179,10 @@ def own_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     "more", ["", *(pytest.param(f"+data.{more}", marks=pytest.mark.slow) for more in ("generator=true", "workers=2"))]
 )
-def test_own_data_killed_in_mid_epoch_and_after_one(run, tmp_path, more):
+def test_own_data_killed_in_mid_epoch_and_after_one(check, tmp_path, more):
     """It reads again what was read, so that order, augmentations and all that follows are those of the whole run."""
     own_data(tmp_path)
-    check(run, tmp_path, f"{OWN} {more}", [(21, "on_train_batch_start"), (24, "on_train_epoch_start")])
+    check(f"{OWN} {more}", [(21, "on_train_batch_start"), (24, "on_train_epoch_start")])
 
 
 def test_own_data_in_other_batches(run, tmp_path):
@@ -173,10 +194,10 @@ def test_own_data_in_other_batches(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_data_killed_at_every_kind_of_moment(run, tmp_path):
+def test_own_data_killed_at_every_kind_of_moment(check, tmp_path):
     own_data(tmp_path)
     hooks = ["on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_batch_start"]
-    check(run, tmp_path, OWN, [(step, hook) for step in (18, 24) for hook in hooks])
+    check(OWN, [(step, hook) for step in (18, 24) for hook in hooks])
 
 
 @pytest.mark.parametrize(("step", "said"), [(5, "nothing was saved yet"), (15, "add resume=auto to go on from")])
@@ -195,11 +216,11 @@ def test_ctrl_c_says_what_is_left(run, tmp_path, capsys, step, said):
 
 
 @pytest.mark.parametrize(("how", "status", "step"), [("SIGTERM", 143, 4), ("SIGKILL", -9, 5)])
-def test_images_stopped_between_the_batches_of_a_step(run, tmp_path, how, status, step):
+def test_images_stopped_between_the_batches_of_a_step(check, how, status, step):
     """Four batches a step, and validation after each second one: gradients of some batches are in no checkpoint."""
     several = SMALL_IMAGES.replace("every_n_steps=10", "every_n_steps=2").replace("max_epochs=2", "max_epochs=1")
     several += " trainer.accumulate_grad_batches=4 trainer.val_check_interval=8"
-    check(run, tmp_path, several, [(step, "on_train_batch_start")], how, status)
+    check(several, [(step, "on_train_batch_start")], how, status)
 
 
 TWO_RANKS = (
@@ -226,13 +247,13 @@ def test_two_ranks_stopped_by_sigterm(tmp_path, rank):
     """
     (tmp_path / "killer.py").write_text(KILLER + OF_ONE_RANK)
     how = f"{{_target_:killer.OfOneRank,step:3,hook:on_train_batch_start,how:SIGTERM,rank:{rank}}}"
-    done = killed(tmp_path, f"{TWO_RANKS} name=stopped +callbacks.killer={how}")
+    done = new_process(tmp_path, f"{TWO_RANKS} name=stopped +callbacks.killer={how}")
     assert done.returncode == 128 + 15 and "stopped by SIGTERM at step 5: add resume=auto" in done.stdout, done.stderr
     assert torch.load(tmp_path / "runs" / "stopped" / "last.ckpt", weights_only=True)["global_step"] == 5
     if rank == 0:
         return
     for arguments in ("name=stopped resume=auto", "name=whole"):
-        assert killed(tmp_path, f"{TWO_RANKS} {arguments}").returncode == 0
+        assert new_process(tmp_path, f"{TWO_RANKS} {arguments}").returncode == 0
     expected, found = (torch.load(tmp_path / f"runs/{name}/last.ckpt") for name in ("whole", "stopped"))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "rng"):
         compare(expected[part], found[part], part)
@@ -241,11 +262,11 @@ def test_two_ranks_stopped_by_sigterm(tmp_path, rank):
 @pytest.mark.slow
 def test_two_ranks_that_are_spawned(tmp_path):
     """Everything that a run is made of is pickled for them."""
-    done = killed(tmp_path, f"{TWO_RANKS} trainer.strategy=ddp_spawn")
+    done = new_process(tmp_path, f"{TWO_RANKS} trainer.strategy=ddp_spawn")
     assert done.returncode == 0 and "metrics     accuracy" in done.stdout, done.stderr
 
 
-def test_two_runs_in_one_folder(train, fails, tmp_path):
+def test_two_runs_in_one_folder(begin, train, fails, tmp_path, monkeypatch):
     """The second is refused while the first goes on, and not when it has been killed."""
     (tmp_path / "waiting.py").write_text(
         "import time, pathlib\nfrom lightning.pytorch import Callback\n\n"
@@ -254,33 +275,27 @@ def test_two_runs_in_one_folder(train, fails, tmp_path):
         "        pathlib.Path('waits').touch()\n"
         "        time.sleep(600)\n"
     )
+    monkeypatch.syspath_prepend(tmp_path)
     short = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=2 name=a"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "qat.train", *short.split(), "+callbacks.wait._target_=waiting.Wait"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as first:
-        try:
-            while not (tmp_path / "waits").exists():
-                assert first.poll() is None
-                time.sleep(0.1)
-            assert f"another run is at work in {tmp_path / 'runs' / 'a'}: wait for its end" in fails(short)
-            assert first.poll() is None
-        finally:
-            first.kill()
+    first = begin(f"{short} +callbacks.wait._target_=waiting.Wait")
+    while not (tmp_path / "waits").exists():
+        assert first.is_alive(), (tmp_path / "printed").read_text()
+        time.sleep(0.1)
+    assert f"another run is at work in {tmp_path / 'runs' / 'a'}: wait for its end" in fails(short)
+    assert first.is_alive()
+    first.kill()
+    first.join()
     train(short)
 
 
-def test_images_stopped_by_sigterm_during_validation(run, tmp_path):
+def test_images_stopped_by_sigterm_during_validation(check):
     """It ends first; the step before it is then saved."""
-    check(
-        run, tmp_path, f"{SMALL_IMAGES} data.eval_batch_size=50", [(44, "on_validation_batch_start")], "SIGTERM", 143, 0
-    )
+    check(f"{SMALL_IMAGES} data.eval_batch_size=50", [(44, "on_validation_batch_start")], "SIGTERM", 143, 0)
 
 
 @pytest.mark.slow
-def test_text_stopped_by_sigterm_during_validation_in_mid_epoch(run, tmp_path):
-    check(
-        run, tmp_path, SMALL_TEXT, [(7, "on_validation_batch_start"), (14, "on_validation_batch_end")], "SIGTERM", 143
-    )
+def test_text_stopped_by_sigterm_during_validation_in_mid_epoch(check):
+    check(SMALL_TEXT, [(7, "on_validation_batch_start"), (14, "on_validation_batch_end")], "SIGTERM", 143)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +316,7 @@ def test_max_steps_in_mid_epoch_and_on_from_there(run, tmp_path, overrides, step
 
 
 @pytest.mark.slow
-def test_images_killed_at_every_kind_of_moment(run, tmp_path):
+def test_images_killed_at_every_kind_of_moment(check):
     steps_an_epoch = 44
     moments = [
         (20, "on_train_batch_end"),  # with a checkpoint due at this step, not saved yet
@@ -314,10 +329,10 @@ def test_images_killed_at_every_kind_of_moment(run, tmp_path):
         (2 * steps_an_epoch, "on_validation_end"),
         (2 * steps_an_epoch, "on_train_end"),
     ]
-    check(run, tmp_path, SMALL_IMAGES, moments)
+    check(SMALL_IMAGES, moments)
 
 
 @pytest.mark.slow
-def test_text_with_dropout_killed_around_validation(run, tmp_path):
+def test_text_with_dropout_killed_around_validation(check):
     moments = [(step, hook) for step in (7, 8, 14, 20, 27) for hook in ("on_train_batch_end", "on_train_batch_start")]
-    check(run, tmp_path, SMALL_TEXT, [*moments, (7, "on_validation_end"), (14, "on_validation_start")])
+    check(SMALL_TEXT, [*moments, (7, "on_validation_end"), (14, "on_validation_start")])
