@@ -72,8 +72,9 @@ def assert_like_the_reference(x, step_size, grad, spec, grad_scale=0.37, wanted=
     if wanted[1]:
         assert got[1].dtype == step_size.dtype and got[1].shape == step_size.shape
         assert_close_to_float64(got[1], grad, x, step_size, spec, grad_scale)
-        again = fake_quant.fake_quantize_gradients(grad, x, step_size, spec, grad_scale, wanted)[1]
-        assert same_bits(got[1], again)
+        if DEVICE == "cuda":
+            again = fake_quant.fake_quantize_gradients(grad, x, step_size, spec, grad_scale, wanted)[1]
+            assert same_bits(got[1], again)
     for dtype in (None, torch.bfloat16, torch.float32):
         owned = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         y, grad_x, grad_step = fake_quant.requantize_(owned, x, step_size, spec, grad_scale, wanted, dtype)

@@ -109,8 +109,9 @@ def assert_like_the_reference(grad, x, step_size, spec, grad_scale=0.37, **zero)
     got_x, *got = fake_quant.fake_quantize_gradients(grad, x, step_size, *how, **zero)
     assert same_bits(got_x.contiguous(), grad_x.contiguous()) and len(got) == (2 if "offset" in zero else 1)
     assert_sums(got, sums)
-    again = fake_quant.fake_quantize_gradients(grad, x, step_size, *how, **zero)[1:]
-    assert all(map(same_bits, got, again))
+    if DEVICE == "cuda":
+        again = fake_quant.fake_quantize_gradients(grad, x, step_size, *how, **zero)[1:]
+        assert all(map(same_bits, got, again))
     for dtype in (None, torch.bfloat16, torch.float32):
         owned = torch.empty_like(x).copy_(grad)
         made, got_x, *got = fake_quant.requantize_(owned, x, step_size, *how, dtype, **zero)
@@ -138,15 +139,16 @@ def assert_learned(shape, spec, dtype, finite=True):
 @pytest.mark.parametrize("real", [None, *REAL])
 @pytest.mark.parametrize(("shape", "grid"), GRIDS, ids=str)
 def test_grid(shape, grid, real):
-    for dtype in DTYPES:
-        assert_fixed(shape, asymmetric(real, **grid), dtype)
+    """Each shape with each kind of zero point and each dtype, but not with each pair of them: test_grid_on_gpu."""
+    dtype = DTYPES[(GRIDS.index((shape, grid)) + [None, *REAL].index(real)) % 3]
+    assert_fixed(shape, asymmetric(real, **grid), dtype)
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bits(bits, scale_dtype):
-    for index, real in enumerate((None, *REAL)):
-        dtype = DTYPES[(bits + index) % 3]
+    turn = bits + SCALE_DTYPES.index(scale_dtype)
+    for real, dtype in ((None, DTYPES[turn % 3]), (REAL[turn % 3], DTYPES[bits % 3])):
         finite = dtype == torch.float32
         assert_fixed((6, 50), asymmetric(real, bits=bits, scale_dtype=scale_dtype), dtype, finite)
 

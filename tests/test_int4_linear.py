@@ -40,10 +40,9 @@ def test_grid(m, n, k, group, dtype):
     torch.manual_seed(m + n + k)
     codes, packed, scale = make_weight(n, k, group)
     weight = dequantize(codes, scale, dtype)
-    for with_bias in (False, True):
-        x, bias = make_inputs(m, n, k, dtype, with_bias)
-        assert_accurate(int4_linear(x, packed, scale, bias, k, group), x, weight, bias)
-        assert_accurate(int4_linear_reference(x, packed, scale, bias, k), x, weight, bias)
+    x, bias = make_inputs(m, n, k, dtype, with_bias=(m + n + DTYPES.index(dtype)) % 2)
+    assert_accurate(int4_linear(x, packed, scale, bias, k, group), x, weight, bias)
+    assert_accurate(int4_linear_reference(x, packed, scale, bias, k), x, weight, bias)
 
 
 @settings(max_examples=40)

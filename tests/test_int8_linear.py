@@ -66,16 +66,20 @@ def test_the_step_is_never_below_the_least_that_training_has():
     assert int8_codes(x, scale).codes.unique().tolist() == [3] and int8_codes(x, scale).step.item() == MIN_SCALE
 
 
+INPUTS = [(1, False, torch.float32), (17, True, torch.bfloat16), (70, False, torch.float16)]
+SHAPES = [(65, 128, 64), (3, 384, 128), (70, 512, 256), (17, 100, 100), (33, 192, 192), (1, 15, 15)]
+
+
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize(
-    ("n", "k", "group"), [(65, 128, 64), (3, 384, 128), (70, 512, 256), (17, 100, 100), (33, 192, 192), (1, 15, 15)]
-)
-def test_grid(n, k, group, name):
-    for m, with_zero, dtype in ((1, False, torch.float32), (17, True, torch.bfloat16), (70, False, torch.float16)):
-        weight = make_weight(n, k, group, with_zero, dtype if with_zero else torch.bfloat16)
-        x = (torch.randn(m, k, device=DEVICE) + 0.3).to(dtype)
-        bias = torch.randn(n, device=DEVICE).to(dtype) if with_zero else None
-        assert_exact_but_for_float32_sums(product(x, weight, name, bias), x, name, weight, bias)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_grid(shape, name):
+    """Each shape and each grid with all of the inputs, but not each pair of them: test_grid_on_gpu, test_any_shape."""
+    m, with_zero, dtype = INPUTS[(SHAPES.index(shape) + list(GRIDS).index(name)) % 3]
+    n, k, group = shape
+    weight = make_weight(n, k, group, with_zero, dtype if with_zero else torch.bfloat16)
+    x = (torch.randn(m, k, device=DEVICE) + 0.3).to(dtype)
+    bias = torch.randn(n, device=DEVICE).to(dtype) if with_zero else None
+    assert_exact_but_for_float32_sums(product(x, weight, name, bias), x, name, weight, bias)
 
 
 @settings(max_examples=25)
