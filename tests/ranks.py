@@ -1,15 +1,14 @@
 """Two processes of torch.distributed (gloo) on this machine, for tests: what a script comes to on each."""
 
 import json
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 BEFORE = """
-import json, os, sys, time, torch, qat
-rank, folder = int(sys.argv[1]), sys.argv[2]
+import json, os, time, torch, qat
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 """
 AFTER = """
@@ -22,16 +21,23 @@ time.sleep(600)  # to be ended from outside: gloo's own teardown fails where a r
 
 def answers(script: str, folder: Path) -> list[Any]:
     """Return ``answer`` of each rank's run of a script, which finds its ``rank`` and a ``folder``."""
-    command = [sys.executable, "-P", "-c", BEFORE + script + AFTER]
-    ranks = [subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    context = get_context("fork")  # new processes would import torch for seconds first
+    ranks = [context.Process(target=_run, args=(BEFORE + script + AFTER, rank, folder)) for rank in (0, 1)]
     files = [folder / f"{rank}.json" for rank in (0, 1)]
+    for process in ranks:
+        process.start()
     try:
         while not all(file.exists() for file in files):
             time.sleep(0.05)
-            for rank in ranks:
-                assert rank.poll() is None, rank.stderr.read()
+            for rank, process in enumerate(ranks):
+                assert process.is_alive(), (folder / f"stderr{rank}").read_text()
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        for process in ranks:
+            process.kill()
+            process.join()
     return [json.loads(file.read_text()) for file in files]
+
+
+def _run(script: str, rank: int, folder: Path) -> None:
+    sys.stderr = (folder / f"stderr{rank}").open("w")
+    exec(script, {"rank": rank, "folder": folder})

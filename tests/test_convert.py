@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qat
-from qat import verify
+from qat import formats, verify
 from qat.checkpoint import describe, load_state, read_checkpoint
 from qat.convert import convert, main
 from qat.errors import CheckpointError
@@ -229,27 +229,26 @@ def test_every_format_goes_out_and_comes_back(llama, tmp_path, capsys, name):
         assert torch.equal(tensor.dequantize(), back[key].dequantize())
 
 
-EXPORT = """
-import sys
-from pathlib import Path
-from qat import formats
-for name in sys.argv[3:]:
-    folder = Path(sys.argv[2]) / name
-    folder.mkdir(parents=True)
-    formats.module(name).write(formats.read(Path(sys.argv[1])), folder)
-"""
+def export(source, out, *names):
+    for name in names:
+        folder = Path(out) / name
+        folder.mkdir(parents=True)
+        formats.module(name).write(formats.read(Path(source)), folder)
 
 
 def test_the_same_model_gives_the_same_bytes_in_every_process(llama, tmp_path):
-    """Whatever the order of Python's sets and of other hash maps there is."""
+    """Whatever the order of Python's sets, here and in another process, and of other hash maps there is."""
     names = [name for name in FORMATS if name not in ("bitsandbytes", "executorch")]  # its levels are NF4's; too large
     names = [name for name in names if find_spec({"gguf": "gguf", "onnx": "onnxscript"}.get(name, "torch"))]
-    for seed in ("0", "1"):
-        command = [sys.executable, "-P", "-c", EXPORT, str(llama / "artifact"), str(tmp_path / seed), *names]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
-    files = [file.relative_to(tmp_path / "0") for file in (tmp_path / "0").rglob("*") if file.is_file()]
+    words = [str(llama / "artifact"), str(tmp_path / "other"), *names]
+    seed = {"PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"}
+    code = "import sys; from test_convert import export; export(*sys.argv[1:])"
+    environment = {**os.environ, **seed, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-P", "-c", code, *words], check=True, capture_output=True, env=environment)
+    export(llama / "artifact", tmp_path / "one", *names)
+    files = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*") if file.is_file()]
     assert len(files) >= 2 * len(names)
-    one, other = ([(tmp_path / seed / file).read_bytes() for file in files] for seed in ("0", "1"))
+    one, other = ([(tmp_path / folder / file).read_bytes() for file in files] for folder in ("one", "other"))
     assert [file for file, here, there in zip(files, one, other, strict=True) if here != there] == []
 
 
