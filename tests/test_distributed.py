@@ -1,14 +1,11 @@
 """A prepared model under DDP and FSDP2, two processes on a CPU: the gradients of one process, and what ships."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import answers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -81,13 +78,9 @@ def sharded(model, own_groups, **options):
 
 
 def work(folder):
-    """What torchrun starts on each rank: train in every way, and let rank 0 save the losses and the whole state."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    """Train in every way on one of the ranks, and let rank 0 save the losses and the whole state."""
     for how in WAYS:
-        train_and_save(how, os.path.join(folder, how))
-    dist.barrier()
-    os._exit(0)  # a rank that takes gloo down after the other one is gone can wait for it forever
+        train_and_save(how, folder / how)
 
 
 def train_and_save(how, file):
@@ -130,12 +123,7 @@ def check_around_training(model):
 def trained(tmp_path_factory):
     """The folder with what each way came to."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = ["--master-addr=127.0.0.1", f"--master-port={free.getsockname()[1]}"]
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", *place]
-    done = subprocess.run([*command, __file__, folder], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    answers("from test_distributed import work\nanswer = work(folder)", folder)
     return folder
 
 
@@ -151,7 +139,3 @@ def test_two_processes(how, trained):
     expected = qat.quantized_tensors(model)
     for name, tensor in qat.quantized_tensors(qat.freeze(model)).items():
         assert torch.equal(tensor.codes, expected[name].codes)
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])
