@@ -142,9 +142,10 @@ def test_grid(shape, grid, dtype):
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_bits_and_signs(bits, signed, scale_dtype):
-    for dtype in DTYPES:
-        spec = QuantSpec(bits=bits, granularity="tensor", signed=signed, scale_dtype=scale_dtype)
-        assert_like_the_reference(*inputs((3, 400), spec, dtype), spec)
+    """Each of them with each dtype, but not each pair of them."""
+    dtype = DTYPES[(bits + signed + SCALE_DTYPES.index(scale_dtype)) % 3]
+    spec = QuantSpec(bits=bits, granularity="tensor", signed=signed, scale_dtype=scale_dtype)
+    assert_like_the_reference(*inputs((3, 400), spec, dtype), spec)
 
 
 @settings(max_examples=25)
