@@ -1,11 +1,11 @@
 """Two processes of torch.distributed (gloo) on this machine, for tests: what a script comes to on each."""
 
 import json
-import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from apart import start
 
 BEFORE = """
 import json, os, time, torch, qat
@@ -21,16 +21,13 @@ time.sleep(600)  # to be ended from outside: gloo's own teardown fails where a r
 
 def answers(script: str, folder: Path) -> list[Any]:
     """Return ``answer`` of each rank's run of a script, which finds its ``rank`` and a ``folder``."""
-    context = get_context("fork")  # new processes would import torch for seconds first
-    ranks = [context.Process(target=_run, args=(BEFORE + script + AFTER, rank, folder)) for rank in (0, 1)]
+    ranks = [start(folder / f"printed{rank}", _run, BEFORE + script + AFTER, rank, folder) for rank in (0, 1)]
     files = [folder / f"{rank}.json" for rank in (0, 1)]
-    for process in ranks:
-        process.start()
     try:
         while not all(file.exists() for file in files):
             time.sleep(0.05)
             for rank, process in enumerate(ranks):
-                assert process.is_alive(), (folder / f"stderr{rank}").read_text()
+                assert process.is_alive(), (folder / f"printed{rank}").read_text()
     finally:
         for process in ranks:
             process.kill()
@@ -39,5 +36,4 @@ def answers(script: str, folder: Path) -> list[Any]:
 
 
 def _run(script: str, rank: int, folder: Path) -> None:
-    sys.stderr = (folder / f"stderr{rank}").open("w")
     exec(script, {"rank": rank, "folder": folder})

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import Process, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import apart
 import pytest
 import torch
 
@@ -83,17 +84,14 @@ def run(train, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def begin(train, tmp_path):
-    """Run the command line in a copy of this process: a new one would import torch and Lightning for seconds first."""
+def begin(monkeypatch, tmp_path):
+    """Return what starts the command line in another process, which the end of the test kills."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     begun = []
 
-    def child(overrides: str) -> None:
-        sys.stdout = sys.stderr = (tmp_path / "printed").open("w")
-        train(overrides)
-
-    def run(overrides: str) -> Process:
-        begun.append(get_context("fork").Process(target=child, args=(overrides,)))
-        begun[-1].start()
+    def run(overrides: str) -> BaseProcess:
+        begun.append(apart.start(tmp_path / "printed", apart.train, overrides))
         return begun[-1]
 
     yield run
@@ -266,7 +264,7 @@ def test_two_ranks_that_are_spawned(tmp_path):
     assert done.returncode == 0 and "metrics     accuracy" in done.stdout, done.stderr
 
 
-def test_two_runs_in_one_folder(begin, train, fails, tmp_path, monkeypatch):
+def test_two_runs_in_one_folder(begin, train, fails, tmp_path):
     """The second is refused while the first goes on, and not when it has been killed."""
     (tmp_path / "waiting.py").write_text(
         "import time, pathlib\nfrom lightning.pytorch import Callback\n\n"
@@ -275,7 +273,6 @@ def test_two_runs_in_one_folder(begin, train, fails, tmp_path, monkeypatch):
         "        pathlib.Path('waits').touch()\n"
         "        time.sleep(600)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
     short = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=2 name=a"
     first = begin(f"{short} +callbacks.wait._target_=waiting.Wait")
     while not (tmp_path / "waits").exists():
