@@ -218,7 +218,8 @@ def test_int8_compiles(compiled, case):
     # Codes and words come by the tensor memory accelerator, scales and zero points 16 or 8 bytes a lane.
     assert ptx.count("cp.async.bulk.tensor.2d") == 1 and ptx.count("cp.async.bulk.tensor.3d") == 2
     assert len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)) == 2 * (2 // part) * (1 + has_zero)
-    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n(64|128)k32\.s32\.s8\.s8", ptx)
+    (tokens,) = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k32\.s32\.s8\.s8", ptx))
+    assert re.findall(r"expect_tx[^;]*, (\d+);", ptx) == [str(int(tokens) * 128 + 8 * 2 * 512)]
     # Nothing but an unpacking lies between a word and a multiplication: no conversions of single bytes.
     assert "cvt.s8" not in ptx and "prmt" not in ptx and ptx.count("sub.u32 t") == has_zero * ptx.count("0x0f0f0f0f")
     # The four words that a lane loads are the four registers of its operand, as tests/test_int4_registers.py has them.

@@ -82,6 +82,7 @@ def test_every_candidate_runs(shape, capability):
 @given(row_blocks=st.integers(1, 10000), tiles=st.integers(1, 1000), multiprocessors=st.integers(20, 200))
 @example(row_blocks=3584, tiles=128, multiprocessors=132)  # as for the others, but a program reads 3,584 tiles
 @example(row_blocks=640, tiles=128, multiprocessors=132)  # 640
+@example(row_blocks=3584, tiles=900, multiprocessors=132)  # x and a deep ring do not fit
 def test_the_plan_of_one_token_leaves_room_for_the_next(row_blocks, tiles, multiprocessors):
     plan = int4_plans.heuristic(1, 16 * row_blocks, 64 * tiles, 90, multiprocessors)
     if not isinstance(plan, Stream):
