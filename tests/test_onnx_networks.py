@@ -238,3 +238,33 @@ def test_native_verify_compares_each_output(tmp_path, capsys, monkeypatch):
         "test_onnx_networks.by_name", lambda: Heads(lambda a, b: {"logits": a, "mean": 2 * b, "input": [2 * b]})
     )
     assert not verify.compare(tmp_path / "out", tmp_path / "reference", "test_onnx_networks:by_name")
+
+
+class Tagger(nn.Module):
+    """A recurrent network over tokens."""
+
+    def __init__(self, recurrent):
+        super().__init__()
+        self.embed, self.recurrent, self.head = (
+            nn.Embedding(50, 32),
+            recurrent(32, 32, batch_first=True),
+            nn.Linear(32, 8),
+        )
+
+    def forward(self, tokens):
+        return self.head(self.recurrent(self.embed(tokens))[0])
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU])
+def test_recurrent_networks_one_after_another(tmp_path, recurrent):
+    """torch exported the second of a process for one length alone."""
+    clients()
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        example = example_like(torch.randint(50, (2, 12)))
+        model = frozen(Tagger(recurrent), qat.QuantSpec(bits=4), example=example)
+        onnx.write(model, folder, Tagger(recurrent))
+        assert exact(dict(onnx.verify(folder, model, Tagger(recurrent))), "onnxruntime")
+        (found,) = onnx_parts.session(folder / onnx.FILE).run(None, {"input_ids": torch.randint(50, (3, 7)).numpy()})
+        assert found.shape == (3, 7, 8)

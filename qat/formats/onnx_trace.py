@@ -197,7 +197,7 @@ def _traced(
 ) -> torch.onnx.ONNXProgram:
     """Return torch's export of a network that holds placeholders; raise ArtifactError where there is none."""
     try:
-        with _quiet():
+        with _quiet(), _looked_up_anew(torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
             return torch.onnx.export(
                 wrapped,
                 tensors(example),
@@ -228,6 +228,22 @@ def _problem_with(wrapped: LogitsOnly, example: Inputs) -> str | None:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
+
+
+@contextmanager
+def _looked_up_anew(*operators: torch._ops.OpOverload) -> Iterator[None]:
+    """Let operators forget which implementation they chose, before and after.
+
+    torch's exporter puts loops in the place of an LSTM's and a GRU's own and takes them away again, but one that was
+    chosen before stays chosen (torch 2.13): a second network would be exported for one length of a sequence alone.
+    """
+    try:
+        for operator in operators:
+            operator._dispatch_cache.clear()
+        yield
+    finally:
+        for operator in operators:
+            operator._dispatch_cache.clear()
 
 
 @contextmanager
