@@ -29,6 +29,10 @@ def test_each_job_of_a_sweep_is_a_run_of_wandb(train, monkeypatch, tmp_path):
         train(f"-m {DIGITS} {short} logger=wandb name=a optim.lr=1e30,0.1,0.01")
     jobs = [path for path in (tmp_path / "runs" / "a").iterdir() if path.is_dir()]
     assert [len(list(job.glob("wandb/offline-run-*"))) for job in jobs] == [1, 1, 1]
+    for job in jobs:  # which its table tells apart
+        (written,) = job.glob("wandb/offline-run-*/run-*.wandb")
+        text = written.read_bytes().decode("latin-1")
+        assert f"a/{job.name}" in text and '"lr"' in text
     assert wandb.run is None
     with wandb.init(dir=tmp_path) as own:
         train(f"{DIGITS} {short} logger=wandb name=b")

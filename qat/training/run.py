@@ -137,6 +137,8 @@ def _trainer(config: DictConfig, task: Task, run_dir: Path) -> Trainer:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
+    for each in trainer.loggers:
+        each.log_hyperparams(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
     if isinstance(trainer.strategy, ModelParallelStrategy):
         _check_sharded(trainer.strategy, task)
     return trainer
@@ -222,8 +224,9 @@ def _quiet() -> None:
 
 def _run_dir(config: DictConfig) -> Path:
     hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder
+    if hydra.mode == RunMode.MULTIRUN:  # each job of a sweep has its own folder, and is told apart by its name
         config.run_dir = hydra.runtime.output_dir
+        config.name = f"{config.name}/{Path(config.run_dir).name}"
     return Path(config.run_dir).absolute()
 
 
