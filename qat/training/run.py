@@ -137,8 +137,9 @@ def _trainer(config: DictConfig, task: Task, run_dir: Path) -> Trainer:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         parts["enable_checkpointing"] = False  # Lightning would add a callback of its own
     trainer = make(config.trainer, **parts)
+    ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     for each in trainer.loggers:
-        each.log_hyperparams(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+        each.log_hyperparams(OmegaConf.to_container(ours, resolve=True, enum_to_str=True))
     if isinstance(trainer.strategy, ModelParallelStrategy):
         _check_sharded(trainer.strategy, task)
     return trainer
