@@ -31,6 +31,7 @@ FOLDER = "adapter"
 CONFIG = "adapter_config.json"  # by which peft knows its folders
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BASE = "base.json"
+SETS = ("target_modules", "exclude_modules")  # of peft's config, which it writes in another order in each process
 
 
 def scaling(rank: int, alpha: float) -> float:
@@ -119,6 +120,8 @@ def split(model: nn.Module) -> tuple[nn.Module, Callable[[str], str | None], Cal
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write a peft model's adapters in peft's own format, and the hash of the base they were trained on.
 
+    The same adapters are the same bytes.
+
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
@@ -127,8 +130,12 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from error
     digest = fingerprint(model)
-    for file in folder.rglob(CONFIG) if digest else ():
-        (file.parent / BASE).write_text(json.dumps({"sha256": digest}) + "\n", encoding="utf-8")
+    for file in folder.rglob(CONFIG):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config |= {key: sorted(config[key]) for key in SETS if isinstance(config.get(key), list)}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        if digest:
+            (file.parent / BASE).write_text(json.dumps({"sha256": digest}) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, any_base: bool = False) -> nn.Module:

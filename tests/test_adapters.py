@@ -1,5 +1,7 @@
 """Adapters of peft on a quantized model: they train beside the codes, ship beside them, and are never merged unseen."""
 
+import json
+
 import pytest
 import torch
 from random_quantized import LLAMA
@@ -130,6 +132,18 @@ def test_adapters_keep_their_names(tmp_path):
     )
     assert torch.equal(logits(again.eval()), logits(model))
     assert (tmp_path / "out" / adapters.FOLDER / "other" / adapters.CONFIG).is_file()
+
+
+def test_an_adapter_is_written_in_one_order(tmp_path):
+    """A set's order, in which peft writes them, is another in each process."""
+    names = [f"layers.{index}.q_proj" for index in range(20)]
+    model = lora(plain())
+    model.peft_config["default"].target_modules |= set(names)
+    model.peft_config["default"].exclude_modules = set(names)
+    adapters.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / adapters.CONFIG).read_text())
+    assert config["target_modules"] == sorted([*names, "q_proj", "up_proj"])
+    assert config["exclude_modules"] == sorted(names)
 
 
 @pytest.mark.parametrize("to", ["gguf", "onnx", "mlx", "executorch"])
