@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .broken_pipe import ends_quietly
 from .errors import QATError
-from .training.command_line import TRACEBACK_WANTED, as_it_stands, explain, fail, own_configs
+from .training.command_line import TRACEBACK_WANTED, as_it_stands, explain, fail, own_configs, parse
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = _parser()
-    options = parser.parse_intermixed_args(argv)
+    options = parse(parser, sys.argv[1:] if argv is None else argv, CONFIG)
     options.overrides = [as_it_stands(word) for word in options.overrides]
     if not options.overrides and not options.tasks:
         parser.error("say what to measure on: data=NAME, or --tasks NAME")

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=(32, 8, 4, 3, 2), required=True, help="32: full precision")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", help="further key=value for python -m qat.train")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     bits, data = arguments.bits, [f"data.{part}={arguments.data / part}.parquet" for part in ("train", "test")]
     if bits != 32:
         for needed, first in ((FULL_PRECISION, 32), (STARTS.get(bits, FULL_PRECISION), bits + 1)):

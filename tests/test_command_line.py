@@ -12,7 +12,7 @@ from qat import compare as compare_command
 from qat import convert as convert_command
 from qat import evaluate as evaluate_command
 from qat.checkpoint import read_checkpoint
-from qat.training.command_line import as_it_stands
+from qat.training.command_line import as_it_stands, overrides_first
 
 SHORT = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=3 trainer.limit_val_batches=1"
 
@@ -49,6 +49,53 @@ def test_a_comma_sweeps_unless_there_is_a_file_of_that_name(tmp_path, monkeypatc
 )
 def test_what_hydra_reads_is_left_to_it(word):
     assert as_it_stands(word) == word
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (
+            "-m seed=1 --config-dir own ~logger -c job optim.lr=2",
+            "seed=1 ~logger optim.lr=2 -m --config-dir own -c job",
+        ),
+        ("seed=1 --info", "seed=1 --info"),
+        ("--help", "--help"),
+        ("", ""),
+    ],
+)
+def test_flags_may_stand_anywhere(words, first):
+    assert overrides_first(words.split(), "train") == first.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "experiment=mnist_fp --epochs 3 seed=2",
+            "--epochs: values are given as KEY=VALUE, without dashes (did you mean ",
+        ),
+        ("--epochs=3", "(did you mean 'trainer.max_epochs'?)"),
+        ("seed=2 --batch-size 3", "(did you mean 'data.batch_size'?)"),
+        ("--config-dri own seed=2", "unknown flag --config-dri (did you mean '--config-dir'?)"),
+        ("-x", "unknown flag -x: values are given as KEY=VALUE, without dashes (known: 'model', 'data'"),
+    ],
+)
+def test_a_flag_that_is_none_is_one_line(fails, words, said):
+    assert said in fails(words)
+
+
+def test_a_flag_that_is_none_of_evaluate_is_one_line(capsys):
+    for words, said in (
+        (
+            "x data=digits --batch-size 3 data.seed=1",
+            "--batch-size: values are given as KEY=VALUE, without dashes (did ",
+        ),
+        ("x --referense y data=digits", "unknown flag --referense (did you mean '--reference'?)"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate_command.main(words.split())
+        line = capsys.readouterr().err
+        assert said in line and line.count("\n") == 1
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,7 +49,7 @@ def run_command(hydra_main: Callable[[], Any], config_name: str) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment Python's traceback comes instead.
     """
-    sys.argv[1:] = open_specs([as_it_stands(word) for word in sys.argv[1:]], config_name)
+    sys.argv[1:] = open_specs([as_it_stands(word) for word in overrides_first(sys.argv[1:], config_name)], config_name)
     if TRACEBACK_WANTED:
         with ends_quietly():
             hydra_main()
@@ -78,6 +80,25 @@ def _no_folder(error: OSError) -> str:
     fix = "run_dir=DIR" if error.errno != errno.ENAMETOOLONG else "hydra.sweep.subdir='${hydra.job.num}'"
     which = "" if error.filename is None else f" {error.filename}"  # a write to a full disk names no file
     return f"the run folder{which} cannot be made: {error.strerror}; choose another with {fix}"
+
+
+def overrides_first(words: list[str], config_name: str) -> list[str]:
+    """Return a command line with the overrides before the flags: Hydra 1.3 takes no flag between two of them."""
+    overrides = parse(get_args_parser(), words, config_name).overrides
+    return [*overrides, *(word for word in words if word not in overrides)]
+
+
+def parse(parser: ArgumentParser, words: Sequence[str], config_name: str) -> Namespace:
+    """Return what a parser makes of a command line; a flag that is none ends in one line ``error: ...``."""
+    given, rest = parser.parse_known_intermixed_args(words)
+    flag = next((word.partition("=")[0] for word in rest if word.startswith("-")), None)
+    if flag is None:
+        return given
+    if close := get_close_matches(flag, re.findall(r"--[\w-]+", parser.format_usage()), n=1, cutoff=0.8):
+        fail(f"unknown flag {flag} (did you mean {close[0]!r}?)")
+    key = flag.lstrip("-").replace("-", "_")
+    near = _nearest(key, known_keys(config_name, words, without=key))
+    fail(f"unknown flag {flag}: values are given as KEY=VALUE, without dashes{near}")
 
 
 def as_it_stands(word: str) -> str:
@@ -112,8 +133,7 @@ def open_specs(words: list[str], config_name: str) -> list[str]:
     opened = [starts[part] for part in asked if swept or (config is not None and config.policy[part] is None)]
     if not opened:
         return words
-    first = next(at for at, word in enumerate(words) if re.match(r"[\w.]+=", word))  # after flags
-    return [*words[:first], f"++policy={{{','.join(opened)}}}", *words[first:]]
+    return [f"++policy={{{','.join(opened)}}}", *words]
 
 
 def run_job(module: str, function: str, config: DictConfig) -> None:
