@@ -194,7 +194,7 @@ class Monitor(Callback):
         loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it by these
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isfinite(loss):
-            raise divergence(trainer, f"the loss is {loss}")
+            raise diverged(trainer, f"the loss is {loss}")
         log(trainer, {"train/loss": loss, "lr": lr})
 
 
@@ -255,7 +255,7 @@ def log(trainer: Trainer, values: dict[str, float]) -> None:
         logger.log_metrics({"epoch": trainer.current_epoch, **values}, step=trainer.global_step - 1)
 
 
-def divergence(trainer: Trainer, what: str) -> TrainingError:
+def diverged(trainer: Trainer, what: str) -> TrainingError:
     """Return the error for a run that went to NaN or infinity."""
     lr = trainer.optimizers[0].defaults["lr"]
     return TrainingError(

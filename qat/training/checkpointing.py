@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import TrainingError
-from .callbacks import all_finite, divergence, ends_step, fake_quant_waits
+from .callbacks import all_finite, diverged, ends_step, fake_quant_waits
 from .fingerprint import fingerprint, has_changed
 from .folders import require_writable
 from .stopping import agree_on_sigterm
@@ -147,7 +147,7 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer, task: Task, name: str) -> None:
         finite = all_finite([parameter.detach() for parameter in task.model.parameters()])
         if not trainer.strategy.reduce_boolean_decision(finite):
-            raise divergence(trainer, "a parameter is NaN or infinite")
+            raise diverged(trainer, "a parameter is NaN or infinite")
         if trainer.fast_dev_run:  # of which Lightning keeps nothing: a checkpoint would stand in the real run's way
             return
         save_checkpoint(trainer, self.folder / name)
