@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationToMissingValueError,
@@ -38,6 +38,8 @@ from ..spec import QuantSpec
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing that the code could have done
 FULL_ERROR = "HYDRA_FULL_ERROR"
 TRACEBACK_WANTED = os.environ.get(FULL_ERROR) == "1"
+# Of conf/train.yaml; here, because this module is all of ours that the process of a sweep's launcher has imported.
+OmegaConf.register_new_resolver("flat", lambda text: text.replace("/", "--"), replace=True)
 
 
 class JobFailed(Exception):
