@@ -13,7 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..arguments import wrong_types
 from ..errors import QATError, TrainingError, first_line
+from .hub import ask_once
 
+OF_THE_HUB = ("transformers.", "qat.hf.")
 TYPED = ("qat.", "lightning.", "torch.")  # whose hints are relied on; a user's own may be careless
 
 
@@ -29,12 +31,14 @@ def make(node: DictConfig, **arguments: Any) -> Any:
     for key in node:  # Hydra would leave it to the default of what is called
         if OmegaConf.is_missing(node, key) and key not in arguments:
             raise TrainingError(f"{where}.{key} is not given: add {where}.{key}=VALUE")
+    name = node.get("name") or node.get("pretrained_model_name_or_path") or ""
+    if name and node._target_.startswith(OF_THE_HUB):
+        ask_once(name)
     try:
         return instantiate(node, _partial_=True)(**arguments)
     except QATError:
         raise
     except (OSError, ImportError) as error:
-        name = next((node[key] for key in ("name", "pretrained_model_name_or_path") if key in node), "")
         raise TrainingError(f"{node._target_}({name}): {first_line(error)}") from error
     except pickle.UnpicklingError:
         raise TrainingError(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import DataError, first_line
+from .hub import ask_once
 
 
 def load_tokenizer(name: str) -> Any:
@@ -31,6 +32,7 @@ def load_tokenizer(name: str) -> Any:
             raise DataError(f"data.tokenizer={name} is no tokenizer.json, or damaged: {first_line(error)}") from None
     if path.is_absolute() and not path.is_dir():
         raise DataError(f"data.tokenizer={name}: there is nothing at that path")
+    ask_once(path)
     try:
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except (OSError, ValueError) as error:
