@@ -1,8 +1,9 @@
 """``python -m qat.merge BASE ADAPTER --out DIR``: put an adapter into the codes of its base, and say what that costs.
 
-Codes hold no small change: rounding W + B A again keeps a part of B A that can be nothing. The share that survives is
-measured and printed, and a merge that loses any is written only with --lossy. What loses nothing is to train inside the
-rounding (``qat.joint_lora``), or to ship the adapter beside its base, as training saves it.
+Codes hold no small change: rounding W + B A again keeps a part of B A that can be nothing, and a weight of 16 bits that
+is not quantized loses some of it, too. The share that survives is measured and printed, and a merge that loses any is
+written only with --lossy. What loses nothing is to train inside the rounding (``qat.joint_lora``), or to ship the
+adapter beside its base, as training saves it.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Cost:
-    """What merging an update into codes left of it.
+    """What merging an update into a weight left of it.
 
     Attributes:
-        name: the layer's.
-        survives: <Q(W + U) - W, U> / <U, U>, with U the update: 1 if all of it is there, 0 if nothing.
+        name: the quantized layer's, or that of a parameter which is not quantized.
+        survives: <Q(W + U) - W, U> / <U, U>, with U the update and Q the rounding to codes, or to the parameter's
+            dtype: 1 if all of it is there, 0 if nothing.
         noise: |Q(W + U) - W - U| / |U|: what is there instead, in sizes of the update.
-        changed: codes that changed.
-        codes: all of them.
+        numbers: in the weight.
+        changed: codes that changed; None where there are none.
     """
 
     name: str
     survives: float
     noise: float
-    changed: int
-    codes: int
+    numbers: int
+    changed: int | None
 
     @property
     def exact(self) -> bool:
@@ -48,9 +50,9 @@ class Cost:
 
 
 def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
-    """Put the adapter of peft's model into its frozen base; return the base and what it cost, by quantized layer.
+    """Put the adapter of peft's model into its frozen base; return the base and what it cost, by weight.
 
-    Layers that are not quantized, such as stacked experts, take the update in their own dtype, as peft merges it.
+    Layers that are not quantized, such as stacked experts, take the update in float32, and keep their dtype.
 
     Raises:
         StateError: this is no peft model with a frozen base, its adapter is of another kind than LoRA or on no linear
@@ -72,18 +74,19 @@ def merge(model: nn.Module) -> tuple[nn.Module, list[Cost]]:
     costs, base = [], model.get_base_model()
     for name, wrapper in wrapped:
         if not isinstance(wrapper.base_layer, FrozenLinear):
-            _merge_plain(name, wrapper, base)
+            costs += _merge_plain(name, wrapper, base)
     for name, wrapper in frozen:
         layer = wrapper.base_layer
         tensor = layer.packed_weight.quantized_tensor()
         weight = tensor.dequantize()
         target = _with_update(name, wrapper, weight)
         merged = requantize(tensor, target)
-        costs.append(_cost(name.removeprefix("base_model.model."), weight, target, merged.dequantize(), tensor, merged))
+        changed = int((tensor.codes != merged.codes).sum())
+        costs.append(_cost(_plain_name(name), weight, target, merged.dequantize(), changed))
         layer.packed_weight = PackedWeight.from_tensor(merged)
-        _merge_bias(name, wrapper)
+        costs += _merge_bias(name, wrapper)
     for name, wrapper in wrapped:
-        base.set_submodule(name.removeprefix("base_model.model."), wrapper.get_base_layer())
+        base.set_submodule(_plain_name(name), wrapper.get_base_layer())
     return base, costs
 
 
@@ -102,16 +105,28 @@ def requantize(tensor: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
 
 
 def table(costs: list[Cost]) -> str:
-    """Return what a merge cost: the whole, and the layers that lost most."""
+    """Return what a merge cost: the whole, and the weights that lost most; codes first, then what is not quantized."""
     if all(cost.exact for cost in costs):
-        return f"merged {len(costs)} layers: exact"
-    codes, changed = sum(cost.codes for cost in costs), sum(cost.changed for cost in costs)
-    mean = sum(cost.survives * cost.codes for cost in costs) / codes
-    noise = sum(cost.noise * cost.codes for cost in costs) / codes
-    lines = [f"lossy: {mean:.1%} of the update survives, with noise of {noise:.2f} times its size beside it"]
-    lines.append(f"{changed:,} of {codes:,} codes change ({changed / codes:.2%}), in {len(costs)} layers; the worst:")
-    lines += [f"  {c.name}  {c.survives:.1%}" for c in sorted(costs, key=lambda c: c.survives)[:3]]
+        return f"merged {len(costs)} weights: exact"
+    quantized = [cost for cost in costs if cost.changed is not None]
+    plain = [cost for cost in costs if cost.changed is None]
+    codes, changed = sum(cost.numbers for cost in quantized), sum(cost.changed for cost in quantized)
+    changes = f"{changed:,} of {codes:,} codes change ({changed / codes:.2%}), in {len(quantized)} layers"
+    lines = [f"lossy: {_whole(quantized)}", f"{changes}; the worst:", *_worst(quantized)]
+    if plain:
+        lines += [f"in what is not quantized {_whole(plain)}; the worst:", *_worst(plain)]
     return "\n".join(lines)
+
+
+def _whole(costs: list[Cost]) -> str:
+    numbers = sum(cost.numbers for cost in costs)
+    mean = sum(cost.survives * cost.numbers for cost in costs) / numbers
+    noise = sum(cost.noise * cost.numbers for cost in costs) / numbers
+    return f"{mean:.1%} of the update survives, with noise of {noise:.2f} times its size beside it"
+
+
+def _worst(costs: list[Cost]) -> list[str]:
+    return [f"  {cost.name}  {cost.survives:.1%}" for cost in sorted(costs, key=lambda cost: cost.survives)[:3]]
 
 
 @ends_quietly()
@@ -164,8 +179,10 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
     print(f"wrote {out}")
 
 
-def _merge_plain(name: str, wrapper: nn.Module, base: nn.Module) -> None:
+def _merge_plain(name: str, wrapper: nn.Module, base: nn.Module) -> list[Cost]:
     """Let peft merge into a layer that is not quantized; stacked experts have a wrapper inside a wrapper."""
+    import torch
+
     from .layers import FrozenLayer
 
     if isinstance(layer := wrapper.get_base_layer(), FrozenLayer):
@@ -174,9 +191,34 @@ def _merge_plain(name: str, wrapper: nn.Module, base: nn.Module) -> None:
     shared = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     if any(shared[key] > 1 for key in inside):
         raise StateError(f"{name!r} shares its weight with another layer, which a merge would change as well")
+    before = {part: parameter.data for part, parameter in layer.named_parameters()}
+    for part, weight in before.items():  # to whose dtype peft would round first the update, then the sum
+        layer.get_parameter(part).data = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     while hasattr(wrapper, "base_layer"):
-        wrapper.merge(safe_merge=True)
+        wrapper.merge()
         wrapper = wrapper.base_layer
+    costs = []
+    for part, weight in before.items():
+        parameter = layer.get_parameter(part)
+        target, parameter.data = parameter.data, weight
+        costs += _put(f"{_plain_name(name)}.{part}", parameter, target)
+    return costs
+
+
+def _put(name: str, held: Tensor, target: Tensor) -> list[Cost]:
+    """Put a sum into a tensor of its own dtype; return what rounding to that took of the update, if there is one."""
+    before, held.data = held.data, target.to(held.dtype)
+    _require_finite(name, held.data)
+    return [] if (target == before).all() else [_cost(name, before, target, held.data, None)]
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _require_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise StateError(f"{name!r}: its adapter holds NaN or infinity")
 
 
 def _with_update(name: str, wrapper: nn.Module, weight: Tensor) -> Tensor:
@@ -194,14 +236,13 @@ def _with_update(name: str, wrapper: nn.Module, weight: Tensor) -> Tensor:
             weight = weight + wrapper.get_delta_weight(adapter).float()
         else:  # DoRA, which scales the sum
             weight = variant.merge_safe(wrapper, adapter, weight)
-    if not weight.isfinite().all():
-        raise StateError(f"{name!r}: its adapter holds NaN or infinity")
+    _require_finite(name, weight)
     return weight.detach()
 
 
-def _merge_bias(name: str, wrapper: nn.Module) -> None:
+def _merge_bias(name: str, wrapper: nn.Module) -> list[Cost]:
     """Add what active adapters with lora_bias=True add to every output."""
-    layer = wrapper.base_layer
+    layer, costs = wrapper.base_layer, []
     for adapter in wrapper.active_adapters:
         if not wrapper.lora_bias.get(adapter):
             continue
@@ -209,17 +250,18 @@ def _merge_bias(name: str, wrapper: nn.Module) -> None:
             raise StateError(
                 f"{name!r} has no bias to merge the adapter's into (lora_bias=True): ship it beside its base"
             )
-        layer.bias.data += (wrapper.lora_B[adapter].bias.float() * wrapper.scaling[adapter]).to(layer.bias.dtype)
+        target = layer.bias.data.float() + wrapper.lora_B[adapter].bias.data.float() * wrapper.scaling[adapter]
+        costs += _put(f"{_plain_name(name)}.bias", layer.bias, target)
+    return costs
 
 
-def _cost(name: str, weight: Tensor, target: Tensor, merged: Tensor, before, after) -> Cost:
-    update, done = (target - weight).double(), (merged - weight).double()
+def _cost(name: str, weight: Tensor, target: Tensor, merged: Tensor, changed: int | None) -> Cost:
+    update, done = target.double() - weight, merged.double() - weight
     size = update.square().sum()
     if not size:
-        return Cost(name, 1.0, 0.0, 0, before.codes.numel())
+        return Cost(name, 1.0, 0.0, weight.numel(), changed)
     survives, noise = (done * update).sum() / size, ((done - update).square().sum() / size).sqrt()
-    changed = int((before.codes != after.codes).sum())
-    return Cost(name, survives.item(), noise.item(), changed, before.codes.numel())
+    return Cost(name, survives.item(), noise.item(), weight.numel(), changed)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_an_update_that_fits_the_codes_is_merged_exactly(tmp_path):
         adapter.lora_B["default"].weight.zero_()[0] = 1.0
     expected = logits(model.eval())
     merged, costs = merge.merge(model)
-    assert merge.table(costs) == "merged 1 layers: exact" and costs[0].changed == 128
+    assert merge.table(costs) == "merged 1 weights: exact" and costs[0].changed == 128
     torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -362,6 +362,31 @@ def test_layers_that_are_not_quantized_take_the_update_in_their_own_dtype(tmp_pa
     with torch.no_grad():
         after = qat.load(tmp_path / "a")(tokens).logits
     assert (after - before).norm() < 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("size", [0.002, 0.5])
+def test_what_rounding_takes_of_layers_that_are_not_quantized_is_measured(tmp_path, capsys, size):
+    """Against float64; bf16 has 8 bits, and a small update is lost in them."""
+    policy = {**POLICY, "rules": [*POLICY["rules"], {"match": "*.o_proj", "weight": None}]}
+    base = qat.freeze(qat.prepare(llama().bfloat16(), qat.QuantPolicy.from_dict(policy), verbose=False))
+    qat.save(base, tmp_path / "base")
+    model = adapted(base, size)
+    save_adapter(model, tmp_path / "adapter")
+    before = base.model.layers[0].self_attn.o_proj.weight.double()
+    update = model.get_base_model().model.layers[0].self_attn.o_proj.get_delta_weight("default").double()
+    merged, costs = merge.merge(model)
+    after = merged.model.layers[0].self_attn.o_proj.weight
+    assert torch.equal(after, (before + update).bfloat16())
+    (cost,) = [cost for cost in costs if cost.changed is None]
+    done = after.double() - before
+    assert cost.name == "model.layers.0.self_attn.o_proj.weight" and not cost.exact
+    assert cost.survives == pytest.approx(((update * done).sum() / update.square().sum()).item(), rel=1e-4)
+    assert cost.noise == pytest.approx(((done - update).norm() / update.norm()).item(), rel=1e-4)
+    assert (cost.survives < 0.9 and cost.noise > 0.5) if size < 0.1 else (cost.survives > 0.999 and cost.noise < 0.1)
+    command = [str(tmp_path / part) for part in ("base", "adapter")]
+    assert merge.main([*command, "--out", str(tmp_path / "out"), "--lossy"]) == 0
+    said = f"not quantized {cost.survives:.1%} of the update survives, with noise of {cost.noise:.2f} times its size"
+    assert said in capsys.readouterr().out
 
 
 def test_what_peft_refuses_is_said_in_one_line():
