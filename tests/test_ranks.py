@@ -24,6 +24,16 @@ with contextlib.redirect_stderr(printed):
         print_last_line(lines[rank], seconds)
 answer = printed.getvalue(), time.monotonic() - began
 """
+FAILS = """
+from lightning.pytorch import Callback
+from qat.errors import DataError
+class Fails(Callback):
+    def __init__(self, rank):
+        self.rank = rank
+    def on_train_batch_start(self, trainer, *arguments):
+        if trainer.global_rank == self.rank and trainer.global_step == 2:
+            raise DataError("no data on this rank")
+"""
 
 
 @pytest.mark.parametrize(
@@ -47,21 +57,35 @@ def test_a_process_by_itself_prints_its_last_line(capsys):
     assert capsys.readouterr().err == "error: no data\n"
 
 
+def trained(folder, *overrides, start=()):
+    """Return what two ranks of a run came to."""
+    command = [sys.executable, "-P", "-m", *start, "qat.train", *TWO_RANKS.split(), *overrides]
+    paths = f"{Path(qat.ranks.__file__).parents[1]}{os.pathsep}{folder}"
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_is_heard(rank, tmp_path):
+    """The other one loses its connection, which was a traceback of 90 lines."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    done = trained(tmp_path, "+callbacks.fails._target_=fails.Fails", f"+callbacks.fails.rank={rank}")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert said[0] == "error: no data on this rank"
+    assert len(said) == 2 and said[1].startswith("error: another rank is gone, see what it said: Connection closed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "overrides", "expected"),
     [
         ([], "optim.lr=1e30", "error: the loss is nan at step 2"),
-        (
-            ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-            "data.batch_size=0",
-            "error: data.batch_size=0",
-        ),
+        (TORCHRUN, "data.batch_size=0", "error: data.batch_size=0"),
     ],
 )
 def test_two_ranks_of_a_run_that_fail_together(start, overrides, expected, tmp_path):
     """While they train, and under torchrun also before they know of each other."""
-    command = [sys.executable, "-P", "-m", *start, "qat.train", *TWO_RANKS.split(), overrides]
-    environment = os.environ | {"PYTHONPATH": str(Path(qat.ranks.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = trained(tmp_path, overrides, start=start)
     assert done.returncode == 1 and done.stderr.count("error: ") == done.stderr.count(expected) == 1, done.stderr

@@ -150,6 +150,10 @@ def _fit(trainer: Trainer, task: Task, data: Any, resume: Path | None, checkpoin
     try:
         trainer.fit(task, datamodule=data, ckpt_path=resume, weights_only=True)
     except RuntimeError as error:
+        if "gloo/transport" in str(error):  # its traceback would hide what the rank that failed has said
+            reason = str(error).partition("] ")[2].partition(". ")[0]
+            print(f"error: another rank is gone, see what it said: {reason}", file=sys.stderr)
+            sys.exit(1)
         if not str(error).startswith("Early stopping conditioned on metric"):
             raise
         raise TrainingError(f"callbacks: {error}") from error
