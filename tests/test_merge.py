@@ -389,6 +389,16 @@ def test_what_rounding_takes_of_layers_that_are_not_quantized_is_measured(tmp_pa
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layer", ["q_proj", "o_proj"])
+def test_an_adapter_that_holds_nan_is_named(layer):
+    """On a quantized layer, and on one that is not, of which peft raises its own error."""
+    policy = {**POLICY, "rules": [*POLICY["rules"], {"match": "*.o_proj", "weight": None}]}
+    model = adapted(frozen(policy), 0.02)
+    getattr(model.get_base_model().model.layers[0].self_attn, layer).lora_A["default"].weight.data[0] = float("nan")
+    with pytest.raises(StateError, match=f"{layer}.*': its adapter holds NaN or infinity"):
+        merge.merge(model)
+
+
 def test_what_peft_refuses_is_said_in_one_line():
     with pytest.raises(PolicyError, match=r"peft refuses this adapter: .*adapter\.targets"):
         lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), targets=["nowhere"])
