@@ -66,7 +66,7 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 if triton is not None:
     from .launching import let_next_kernel_start, starts_early, take_turns, wait_for_previous_kernel
-    from .rounding import INTERPRETED, round_to
+    from .rounding import INTERPRETED, dot, round_to
 
     @triton.jit
     def _add_rms_norm_kernel(
@@ -94,12 +94,6 @@ if triton is not None:
         h = h.to(tl.float32)
         y = h * (1.0 / tl.sqrt(tl.sum(h * h, 0) / K + eps)) * weight
         tl.store(y_ptr + at, round_to(y, y_ptr.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _dot(a, b, acc):
-        if INTERPRETED:  # which multiplies bit patterns of bf16 as integers (Triton 3.9)
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, acc, input_precision="ieee")
 
     @triton.jit
     def _to_l2(pointers):
@@ -169,15 +163,15 @@ if triton is not None:
             key_ptrs = keys_ptr + cache + c[:, None] * D + first[None, :]
             old1 = tl.load(key_ptrs, mask=seen, other=0.0)
             old2 = tl.load(key_ptrs + half, mask=seen, other=0.0)
-            scores = _dot(q1, tl.trans(old1), tl.zeros((QUERIES, KEYS), tl.float32))
-            scores = _dot(q2, tl.trans(old2), scores) * factor
+            scores = dot(q1, tl.trans(old1), tl.zeros((QUERIES, KEYS), tl.float32))
+            scores = dot(q2, tl.trans(old2), scores) * factor
             scores = tl.where((c < at)[None, :], scores, -float("inf"))
             higher = tl.maximum(most, tl.max(scores, 1))
             weights = tl.exp2(scores - higher[:, None])
             shrink = tl.exp2(most - higher)
             total = total * shrink + tl.sum(weights, 1)
             old_v = tl.load(values_ptr + cache + c[:, None] * D + d[None, :], mask=seen, other=0.0)
-            acc = _dot(round_to(weights, dtype), old_v, acc * shrink[:, None])
+            acc = dot(round_to(weights, dtype), old_v, acc * shrink[:, None])
             most = higher
         y = round_to(acc / total[:, None], dtype)
         y_ptrs = y_ptr + (batch.to(tl.int64) * heads + head * group + query)[:, None] * D + d[None, :]

@@ -8,7 +8,7 @@ bits of ``qat.numerics.dequantize`` for any scale. ``dequantize_kernel`` is the 
 import triton
 import triton.language as tl
 
-from .rounding import INTERPRETED, round_to
+from .rounding import dot, round_to
 
 
 @triton.jit
@@ -135,10 +135,7 @@ def matmul_kernel(
         )
         k = tile * 64 + tl.arange(0, 64)
         x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
-        if INTERPRETED:
-            # The interpreter multiplies bit patterns of bf16 as integers (Triton 3.9); float32 products are exact.
-            weight, x = weight.to(tl.float32), x.to(tl.float32)
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
+        acc = dot(weight, x, acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     tl.store(y_ptr + m[None, :] * N + n[:, None], round_to(acc, dtype), mask=(m < M)[None, :] & (n < N)[:, None])

@@ -1,4 +1,4 @@
-"""How kernels round and clamp float32, on a GPU and under Triton's interpreter alike."""
+"""How kernels round, clamp and add up float32, on a GPU and under Triton's interpreter alike."""
 
 import triton
 import triton.language as tl
@@ -31,3 +31,11 @@ def clamp(value, low, high):
 def round_half_even(value):
     """Round float32 below 2^22 in magnitude (or infinite, or NaN) to a whole number; never -0.0."""
     return (value + MAGIC) - MAGIC
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return acc + a @ b, with exact products and sums in float32."""
+    if INTERPRETED:  # which multiplies bit patterns of bf16 as integers (Triton 3.9)
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

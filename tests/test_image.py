@@ -1,6 +1,5 @@
 """Step sizes of an image that needs no gradient: float64's closed form, and no gradient of the image on the way."""
 
-from functools import lru_cache
 from unittest import mock
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qat.kernels import inner_product as kernels
+from qat.kernels.convolution_sum import convolution_sum
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +33,7 @@ LAYERS = {
     "sound": lambda: nn.Conv1d(2, 8, 5, stride=3, padding=1),
     "volume": lambda: nn.Conv3d(3, 4, 2, padding=1),
 }
+RANGES = (1, 4), (1, 3), (0, 3), (1, 2), (0, 9)  # of taps, stride, padding, dilation, and what an image has more
 SIZES = {"Conv1d": (90,), "Conv2d": (24, 18), "Conv3d": (6, 5, 7)}
 
 
@@ -259,32 +259,39 @@ def test_kernels_make_the_slopes_of_the_reference(kind, dtype):
             assert found[0].stride() == image.stride()
 
 
-def test_kernels_give_the_gradient():
-    """The whole way in them."""
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_give_the_gradient(autocast):
+    """The whole way in them: with weights of 16 bits too, as near to float64 as in float32."""
     layer, x = prepared("stem", "lsq+", channels_last=True)
-    grad = gradient_of_the_output(layer, x)
-    terms = in_float64(layer, x, grad)
+    grad = gradient_of_the_output(layer, x).to(autocast)
+    terms = in_float64(layer, x, grad, autocast or torch.float32)
     with mock.patch.object(backend, "fused", lambda *tensors: True):
-        found, _ = learned_gradients(layer, x, grad)
+        found, _ = learned_gradients(layer, x, grad, autocast)
     assert ((found - terms.sum(1)).abs() <= 1e-5 * terms.square().sum(1).sqrt()).all()
 
 
-@settings(max_examples=20)
-@given(st.integers(0, 2**31), st.integers(0, 40_000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-def test_inner_product(seed, size, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(size, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    terms = a.double() * b.double()
-    assert (kernels.inner_product(a, b) - terms.sum()).abs() <= 1e-6 * terms.abs().sum()
-
-
-def test_inner_product_of_other_layouts_and_many_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "PARTIAL_SUMS", 3)
-    monkeypatch.setattr(kernels, "_launch", lru_cache(kernels._launch.__wrapped__))
-    x, b = torch.randn(2, 3, 50, 70, device=DEVICE), torch.randn(2, 3, 50, 71, device=DEVICE)[..., 1:]
-    for a in (x, x.to(memory_format=torch.channels_last)):
-        terms = a.double() * b.double()
-        assert (kernels.inner_product(a, b) - terms.sum()).abs() <= 1e-6 * terms.abs().sum()
+@settings(max_examples=30)
+@given(st.data())
+def test_convolution_sum(data):
+    """Any shape of one to three dimensions, in any layout, within float32's rounding of float64's sum."""
+    dimensions = data.draw(st.integers(1, 3))
+    sizes = [data.draw(st.lists(st.integers(*ends), min_size=dimensions, max_size=dimensions)) for ends in RANGES]
+    taps, stride, padding, dilation, more = sizes
+    images, channels, outputs = (data.draw(st.integers(1, most)) for most in (3, 4, 70))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    spans = [each * (count - 1) + 1 for each, count in zip(dilation, taps, strict=True)]
+    shape = [max(1, span - 2 * room) + extra for span, room, extra in zip(spans, padding, more, strict=True)]
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    x, weight = torch.randn(images, channels, *shape, device=DEVICE), torch.randn(outputs, channels, *taps)
+    weight = weight.to(DEVICE, dtype)
+    how = {"stride": stride, "padding": padding, "dilation": dilation}
+    y = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dimensions](x.double(), weight.double(), **how)
+    grad = torch.randn(y.shape).to(DEVICE, dtype)
+    if data.draw(st.booleans()):
+        x, grad = (tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (x, grad))
+    terms = y * grad.double()
+    bound = 2e-5 if dtype == torch.bfloat16 else 2e-6  # what two parts of 8 bits leave of x
+    assert (convolution_sum(x, weight, grad, **how) - terms.sum()).abs() <= bound * x.abs().max() * terms.abs().max()
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ SCRIPT = """
 import json
 import triton
 import triton.language as tl
-from qat.kernels import decode_step, fake_quant, inner_product, int4_portable, int8_codes, int8_portable, joint_weight
+from qat.kernels import convolution_sum, decode_step, fake_quant, int4_portable, int8_codes, int8_portable, joint_weight
 from qat.kernels import nested_scale
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -72,8 +72,11 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32), 
     compiled(decode_step._attend_cached_kernel, target, constants, pointers, "heads kv_heads C", "factor")
     constants = {"BLOCK": 256, "EARLY": False}
     compiled(decode_step._gated_silu_kernel, target, constants, {"gate_up": "bf16", "y": "bf16"}, "F")
-    pointers = {"a": "bf16", "b": "bf16", "sums": "fp32"}
-    compiled(inner_product._inner_product_kernel, target, {"BLOCK": 4096}, pointers, "size tiles", num_warps=8)
+    constants = {"TAPS_D": 1, "TAPS_H": 7, "TAPS_W": 7, "C": 3, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}
+    integers = "M N depth height width image step_d step_h step_w tap_d tap_h tap_w channel"
+    for dtype in ("bf16", "fp32"):
+        pointers = {"x": "fp32", "weight": dtype, "grad": dtype, "sums": "fp32"}
+        compiled(convolution_sum._convolution_sum_kernel, target, constants, pointers, integers, num_warps=8)
     constants = {"PER_FACTOR": 256, "LEVELS": 256, "BLOCK": 1024}
     pointers, integers = {"code": "u8", "nest": "fp32", "scale": "fp32"}, "size groups N"
     kernel = nested_scale._nested_scale_kernel

@@ -6,7 +6,7 @@ element counts (``Rounding.slopes``). That gradient is linear in the output's, s
     grad_scale * sum(gradient of the output * convolution of the slopes)
 
 and the gradient of x is never made. Both are convolutions of as many products, but one that writes few channels is
-slow, on GPUs and on CPUs.
+slow, on GPUs and on CPUs. A GPU does not write the convolution of the slopes either (``qat.kernels.convolution_sum``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
@@ -25,16 +24,16 @@ if TYPE_CHECKING:
     from ..quantizers.rounding import Rounding
     from .product import Convolution
 
-CHANNELS = 8  # of 16 bits, that tensor cores take at once
+CHANNELS = 4  # of an image at most
 
 
 def takes(x: Tensor, convolution: Convolution | None) -> bool:
-    """Return whether ``gradients`` is for x, if x needs no gradient: an image whose channels fit twice into eight.
+    """Return whether ``gradients`` is for x, if x needs no gradient: an image, of one to four channels.
 
     With more channels, and for a linear map, the gradient of x takes no longer. Kernels count step sizes in 31 bits,
     and of an empty image there are none.
     """
-    is_image = convolution is not None and convolution.groups == 1 and 2 * x.shape[1] <= CHANNELS
+    is_image = convolution is not None and convolution.groups == 1 and x.shape[1] <= CHANNELS
     return is_image and 0 < x.numel() < 2**31
 
 
@@ -51,34 +50,25 @@ def gradients(
         convolution: without groups.
         wanted: which.
     """
-    one = 2.0**-rounding.grid.bits  # makes slopes at most 1, so that their convolution stays in fp16's range
-    factor, like = rounding.grad_scale / one, rounding.step_size
-    slopes = rounding._replace(grad_scale=one).slopes(x, wanted)
+    factor, like = rounding.grad_scale, rounding.step_size
+    slopes = rounding._replace(grad_scale=1.0).slopes(x, wanted)
     sums = [None if slope is None else _sum(slope, weight, convolution, grad) * factor for slope in slopes]
     return [total if total is None else total.to(like.dtype).reshape(like.shape) for total in sums]
 
 
 def _sum(slope: Tensor, weight: Tensor, convolution: Convolution, grad: Tensor) -> Tensor:
-    """Return sum(grad * convolution of the slopes), in float32 (or float64).
-
-    16 bits are too few for a slope: what they cut off is more channels of the same convolution.
-    """
-    x = slope.to(grad.dtype)
-    if grad.dtype.itemsize == 2:
-        room = [0, 0] * len(convolution.stride) + [0, CHANNELS - 2 * x.shape[1]]
-        x = F.pad(torch.cat((x, (slope - x).to(x.dtype)), 1), room)
-        weight = F.pad(torch.cat((weight, weight), 1), room)
+    """Return sum(grad * convolution of the slopes), in float32 (or float64), as 16 bits are too few for a slope."""
     stride, padding, dilation, groups = convolution
-    y = torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
-    if backend.fused(y):
-        return _kernels().inner_product(y, grad)
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    sums = ((of_y.to(dtype) * of_grad).sum() for of_y, of_grad in zip(y, grad, strict=True))  # each fits into a cache
-    return sum(sums, start=y.new_zeros((), dtype=dtype))
+    if backend.fused(grad) and grad[:, 0].numel() < 2**31:
+        return _kernels().convolution_sum(slope, weight, grad, stride, padding, dilation)
+    weight, nothing = weight.to(slope.dtype), [0] * len(stride)
+    y = torch.convolution(slope, weight, None, stride, padding, dilation, False, nothing, groups)
+    sums = ((of_y * of_grad).sum() for of_y, of_grad in zip(y, grad, strict=True))  # each fits into a cache
+    return sum(sums, start=y.new_zeros(()))
 
 
 @cache
 def _kernels() -> ModuleType:
-    from qat.kernels import inner_product  # loads Triton
+    from qat.kernels import convolution_sum  # loads Triton
 
-    return inner_product
+    return convolution_sum
