@@ -62,11 +62,26 @@ def _batches(tokens: int, blocks: int, tiles: int, early: int, multiprocessors: 
     block_m = next(size for size in (8, 16, 32, 64) if size >= tokens)
     for warps, ahead, step in ((4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 4, 1)):
         programs = -(-blocks // warps)
-        splits = [s for s in (1, 2, 4, 8) if s == 1 or (programs * s <= 4 * multiprocessors and s * ahead <= tiles)]
+        splits = [s for s in (1, 2, 4, 8) if s == 1 or (programs * s <= 5 * multiprocessors and s * ahead <= tiles)]
         splits = [s for s in splits if programs * s >= multiprocessors // 2] or splits[-1:]
-        if ahead < 16 or block_m < 64:
-            plans += [Batch(warps, block_m, ahead, step, 4, split, early) for split in splits]
+        if ahead == 16 and block_m == 64:
+            continue
+        kind = Batch(warps, block_m, ahead, step, 4, 1, early)
+        plans += [kind._replace(split=split) for split in splits]
+        if 1 in splits:
+            plans += [kind._replace(early=1), *_last_wave_in_parts(kind, programs, tiles, multiprocessors)]
     return plans
+
+
+def _last_wave_in_parts(kind: Batch, programs: int, tiles: int, multiprocessors: int) -> list[Batch]:
+    """Return plans in whose last wave, of two to five programs a multiprocessor, parts of K take every place."""
+    plans = []
+    for places in (multiprocessors * side_by_side for side_by_side in (2, 3, 4, 5)):
+        unsplit = programs // places * places
+        for split in (2, 3):
+            if 0 < unsplit < programs and (programs - unsplit) * split <= places and tiles >= 16 * split:
+                plans.append(kind._replace(split=split, unsplit=unsplit))
+    return list(dict.fromkeys(plans))
 
 
 def int8_candidates(tokens: int, multiprocessors: int) -> list[Int8]:

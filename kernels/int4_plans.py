@@ -172,9 +172,13 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
     if tokens > 64:
         return _large_batch(tokens, blocks, tiles, multiprocessors)
     block_m, narrow = next(size for size in (16, 32, 64) if size >= tokens), -(-blocks // 4)
-    if block_m == 64 and narrow > 3 * multiprocessors:
-        return Batch(8, 64, 8, 2, 4, 1, 2)
-    # 64 outputs a program, of which several run side by side.
+    if block_m == 64 and tiles > 256:
+        return Batch(8, 64, 8, 2, 4, _parts(-(-blocks // 8), 1.9 * multiprocessors, tiles), 2)
+    if narrow > (3 if block_m == 64 else 2.4) * multiprocessors:
+        return Batch(8 if block_m == 64 or narrow <= 5 * multiprocessors else 4, block_m, 8, 2, 4, 1, 1)
+    # 64 outputs a program, of which several run side by side; with fewer tiles ahead, five.
+    if block_m < 64 and multiprocessors < narrow <= 1.25 * multiprocessors and tiles >= 64:
+        return Batch(4, block_m, 4, 1, 4, 4, 2)
     split = _parts(narrow, (1.9 if block_m == 64 else 2.4) * multiprocessors, tiles)
     return Batch(4, block_m, 8, 2, 4, split, 2)
 
