@@ -69,7 +69,9 @@ def _kernel(plan: Plan) -> Plan:
 def compile_all(plans: dict[tuple[int, int, int], list[Plan]], dtype: torch.dtype) -> list[str]:
     """Compile the kernels of all plans, given by (tokens, outputs, inputs); return a line a failure, and the time."""
     # A kernel depends on the shape through what divides it alone: one small weight compiles for many.
-    inputs = {k: 4096 if k % 4096 == 0 else k for _, _, k in plans}
+    # The longest K, as parts of it are to be no fewer than rounds.
+    longest = max((k for _, _, k in plans if k % 4096 == 0), default=0)
+    inputs = {k: longest if k % 4096 == 0 else k for _, _, k in plans}
     kernels = {(m, n, k): {_kernel(plan) for plan in of_case} for (m, n, k), of_case in plans.items()}
     cases = {(plan, inputs[k]): (plan, m, 256, inputs[k], dtype) for (m, _, k), ps in kernels.items() for plan in ps}
     start = time.time()
