@@ -79,9 +79,36 @@ if triton is not None:
     from .grid import divide
     from .launching import MOST, Launch, ceil_div, next_power_of_2, starts_early, take_turns
     from .round_dynamic import int8_token_grid
-    from .rounding import MAGIC, clamp
+    from .rounding import INTERPRETED, MAGIC, clamp, maximum, minimum
 
     _MIN_SCALE = tl.constexpr(numerics.MIN_SCALE)
+    _MAGIC_BITS = tl.constexpr(0x4B400000)  # of MAGIC as a float32
+
+    @triton.jit
+    def _wider(low, high, other_low, other_high):
+        return minimum(low, other_low), maximum(high, other_high)
+
+    @triton.jit
+    def _bounds(even, odd):
+        """Return the least and the largest of a token's values and 0; NaN where one is."""
+        low, high = minimum(minimum(even, odd), 0.0), maximum(maximum(even, odd), 0.0)
+        if INTERPRETED:  # which takes ``_wider`` value by value, and whose tl.min passes over a NaN
+            nan = tl.where(tl.max((low != low).to(tl.int32), 1) > 0, float("nan"), 0.0)
+            low, high = tl.min(low, 1) + nan, tl.max(high, 1) + nan
+        else:
+            low, high = tl.reduce((low, high), 1, _wider)
+        return low[:, None], high[:, None]
+
+    @triton.jit
+    def _saturated(even, odd, NVIDIA: tl.constexpr):
+        """Return two int32 clamped to int8, in an int16, the even one below."""
+        if NVIDIA:
+            asm: tl.constexpr = """{ .reg .b32 upper; cvt.pack.sat.s8.s32.b32 upper, $4, $2, 0;
+                cvt.pack.sat.s8.s32.b32 $0, $3, $1, upper; }"""
+            return tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [even, odd], tl.int16, True, 2)
+        else:
+            even, odd = tl.minimum(tl.maximum(even, -128), 127), tl.minimum(tl.maximum(odd, -128), 127)
+            return (even & 255 | odd << 8).to(tl.int16)
 
     @triton.jit
     def _int8_codes_kernel(
@@ -111,12 +138,14 @@ if triton is not None:
         odd = tl.load(x_ptr + row + k[None, :] + 32, mask=is_token & (k + 32 < K)[None, :], other=0.0).to(tl.float32)
         # A whole number below 2^22 lies in the low bits of its sum with 1.5 * 2^23, which rounds to one, half to even.
         if scale_ptr is None:
-            low = tl.minimum(tl.min(tl.minimum(even, odd), 1), 0.0)[:, None]
-            high = tl.maximum(tl.max(tl.maximum(even, odd), 1), 0.0)[:, None]
+            low, high = _bounds(even, odd)
             factor, shift, _, _ = int8_token_grid(low, high)
             step = tl.div_rn(tl.full((BLOCK_T, 1), 1.0, tl.float32), factor)
-            even = clamp((even * factor + MAGIC) + shift, MAGIC - 128.0, MAGIC + 127.0)
-            odd = clamp((odd * factor + MAGIC) + shift, MAGIC - 128.0, MAGIC + 127.0)
+            step = tl.where((low - low) + (high - high) == 0.0, step, float("nan"))  # where a bound is no number
+            less = _MAGIC_BITS - shift.to(tl.int32)
+            even = (even * factor + MAGIC).to(tl.int32, bitcast=True) - less
+            odd = (odd * factor + MAGIC).to(tl.int32, bitcast=True) - less
+            codes = _saturated(even, odd, EARLY)
         else:
             step = tl.maximum(tl.load(scale_ptr).to(tl.float32), _MIN_SCALE)
             scale_dtype: tl.constexpr = scale_ptr.dtype.element_ty
@@ -125,12 +154,11 @@ if triton is not None:
             shift = zero + tl.full((BLOCK_T, 1), -128.0 if HIGH > 127 else 0.0, tl.float32)
             even = (clamp(divide(even, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero) + MAGIC) + shift
             odd = (clamp(divide(odd, step, scale_dtype, x_dtype), LOW - zero, HIGH - zero) + MAGIC) + shift
-        total = tl.sum(even + odd, 1)[:, None]
-        step = tl.where(total == total, step, float("nan"))
-        even = even.to(tl.int32, bitcast=True) & 255
-        odd = odd.to(tl.int32, bitcast=True) & 255
+            total = tl.sum(even + odd, 1)[:, None]
+            step = tl.where(total == total, step, float("nan"))
+            codes = (even.to(tl.int32, bitcast=True) & 255 | odd.to(tl.int32, bitcast=True) << 8).to(tl.int16)
         place = token.to(tl.int64)[:, None] * PAIRS + pair[None, :]
-        tl.store(pairs_ptr + place, (even | (odd << 8)).to(tl.int16), mask=is_token & (pair < PAIRS)[None, :])
+        tl.store(pairs_ptr + place, codes, mask=is_token & (pair < PAIRS)[None, :])
         tl.store(step_ptr + token[:, None], step, mask=is_token)
         tl.store(shift_ptr + token[:, None], shift, mask=is_token)
 

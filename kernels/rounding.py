@@ -21,10 +21,21 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def minimum(a, b):
+    """Return the lesser, or NaN where one is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(a, b):
+    """Return the larger, or NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def clamp(value, low, high):
     """Clamp as torch does: a NaN stays one."""
-    nan: tl.constexpr = tl.PropagateNan.ALL
-    return tl.minimum(tl.maximum(value, low, propagate_nan=nan), high, propagate_nan=nan)
+    return minimum(maximum(value, low), high)
 
 
 @triton.jit
