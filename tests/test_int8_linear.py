@@ -143,6 +143,18 @@ def test_a_token_does_not_depend_on_the_others_nor_on_the_run():
     assert product(x[3:4], weight, "uint8").isfinite().all()
 
 
+def test_the_step_of_a_token_that_is_no_number_is_none():
+    x = torch.randn(9, 200, device=DEVICE)
+    for row, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        x[row, 11 + row] = value
+    x[3], x[4], x[5] = 0.0, -3.0, 2.0
+    found, expected = int8_codes(x, None), int8_codes_reference(x, None)
+    assert expected.step.isnan().tolist() == [True] * 3 + [False] * 6
+    for mine, its in zip(found, expected, strict=True):
+        assert torch.equal(mine[3:], its[3:])
+    assert torch.equal(found.step.isnan(), expected.step.isnan())
+
+
 def test_inputs_that_do_not_fit_are_refused():
     weight = make_weight(16, 128, 64)[2]
     sums, x = module.row_sums(weight), torch.randn(2, 128, device=DEVICE)
