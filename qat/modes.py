@@ -1,4 +1,4 @@
-"""How a model runs: in eval mode for a while, each module then as it was, and without a key-value cache."""
+"""How a model runs: in eval mode for a while, each module then as it was; without a key-value cache; traced."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import transformer
 
 from .inputs import Inputs, call
 
@@ -37,3 +38,18 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     parameters = inspect.signature(model.forward).parameters.values()
     takes = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)  # peft's takes any
     return {"use_cache": False} if takes else {}
+
+
+@contextmanager
+def masks_as_given() -> Iterator[None]:
+    """Let ``nn.Transformer`` and its parts take a mask without looking at its values, which a trace does not have.
+
+    Where nobody says whether a mask is causal, torch compares it with one that is. It is only a hint: the layers get
+    the mask with it, and compute the same.
+    """
+    detect = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect

@@ -268,3 +268,25 @@ def test_recurrent_networks_one_after_another(tmp_path, recurrent):
         assert exact(dict(onnx.verify(folder, model, Tagger(recurrent))), "onnxruntime")
         (found,) = onnx_parts.session(folder / onnx.FILE).run(None, {"input_ids": torch.randint(50, (3, 7)).numpy()})
         assert found.shape == (3, 7, 8)
+
+
+class Masked(nn.Module):
+    """torch's encoder and decoder, each with a mask that nobody says is causal or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Transformer(32, 2, 1, 1, 64, batch_first=True)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.head(self.body(x, x, src_mask=mask, tgt_mask=mask))
+
+
+@pytest.mark.clients
+def test_a_transformer_of_torch_with_masks(tmp_path):
+    """torch compares a mask's values with a causal one's, to tell which it is; a trace has none."""
+    torch.manual_seed(0)
+    model = frozen(Masked(), qat.QuantSpec(bits=4), example=example_like(torch.randn(2, 6, 32)))
+    _, rows = written(model, tmp_path, Masked())
+    assert exact(rows, "onnxruntime")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..layers import FrozenLayer
+from ..modes import masks_as_given
 from ..numerics import QuantizedTensor
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from .executorch_disk import OnDisk, share_when_copied_
@@ -35,7 +36,8 @@ def lower(network: nn.Module, example: tuple[Tensor, ...], longest: int | None, 
     with disk.compiled():
         try:
             # To this form ExecuTorch brings a program anyway; from here on its tensors stay the same objects.
-            exported = torch.export.export(network, example, dynamic_shapes=shapes).run_decompositions({})
+            with masks_as_given():
+                exported = torch.export.export(network, example, dynamic_shapes=shapes).run_decompositions({})
             share_when_copied_(exported)
             edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
         except OSError:

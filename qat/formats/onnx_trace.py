@@ -31,7 +31,7 @@ from ..inputs import Inputs, described, tensors, unbound
 from ..layers import FrozenConvTranspose, FrozenEmbedding, FrozenLayer, FrozenLinear, frozen_layers, matrix
 from ..layers.conv_transpose import convolve
 from ..layers.product import CONVOLUTIONS
-from ..modes import without_cache
+from ..modes import masks_as_given, without_cache
 from ..outline import fake_
 from ..quantized_model import QuantizedLayer, QuantizedModel
 from . import huggingface as hf
@@ -197,7 +197,7 @@ def _traced(
 ) -> torch.onnx.ONNXProgram:
     """Return torch's export of a network that holds placeholders; raise ArtifactError where there is none."""
     try:
-        with _quiet(), _looked_up_anew(torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+        with _quiet(), masks_as_given(), _looked_up_anew(torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
             return torch.onnx.export(
                 wrapped,
                 tensors(example),
