@@ -106,6 +106,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: no such file, damaged, not ours, or from a newer version.
     """
     path = Path(path)
+    if path.is_dir():
+        found = path / "last.ckpt"
+        fix = f"give {found}" if found.is_file() else "a run's is RUN/last.ckpt"
+        raise CheckpointError(f"{path} is a folder, and a checkpoint is a file: {fix}")
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     if damage := damage_of(path):

@@ -13,7 +13,8 @@ from lightning.pytorch import Trainer
 import qat
 from qat import evaluate as evaluate_command
 from qat.arguments import wrong_types
-from qat.errors import SpecError
+from qat.checkpoint import read_checkpoint
+from qat.errors import CheckpointError, SpecError
 from qat.training.csv_logger import ResumableCSVLogger
 
 SHORT = "data=digits model.args.width=4 trainer.accelerator=cpu trainer.max_steps=3 trainer.limit_val_batches=1"
@@ -29,6 +30,8 @@ W4 = "policy=conv_w4a4"
         ("data=cifar10 data.test=x", "data.train is not given: add data.train=VALUE"),
         ("trainer.accelerator=cuda", "trainer.accelerator=cuda: PyTorch sees no GPU here"),
         ("init_from=nowhere.ckpt", "there is no checkpoint at nowhere.ckpt"),
+        ("teacher=.", ". is a folder, and a checkpoint is a file: a run's is RUN/last.ckpt"),
+        ("mnist_w4a4", "'mnist_w4a4' is no KEY=VALUE, such as experiment=NAME"),
         ("resume=nowhere.ckpt", "resume=auto finds the run's own"),
         ("policy=conv_w4a4 +policy.foo=1", "unknown key 'foo' in the policy"),
         ("policy=conv_w4a4 policy.weight.bits=30", "bits=30: give a whole number from 2 to 8"),
@@ -207,6 +210,7 @@ def test_the_progress_bar_can_be_switched_off(train, tmp_path):
     ("arguments", "said"),
     [
         (["nowhere.ckpt", "data=digits"], "there is no checkpoint at nowhere.ckpt"),
+        (["data=digits", "x"], "'x' is no KEY=VALUE, such as "),
         (["x", "data=digit"], "there is no data=digit (did you mean 'digits'?)"),
         (["x", "data=digits", "data.sourc=x"], "did you mean 'data.source'?"),
         (["x", "data.source=x"], "data=<OPTION>"),
@@ -226,6 +230,15 @@ def test_evaluate_says_what_is_wrong(train, tmp_path, arguments, said, capsys):
         evaluate_command.main(arguments)
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and said in line
+
+
+def test_a_folder_in_place_of_a_checkpoint(tmp_path):
+    """A run's, which holds one, or an artifact."""
+    with pytest.raises(CheckpointError, match=r"is a folder, and a checkpoint is a file: a run's is RUN/last.ckpt"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(CheckpointError, match=f"is a file: give {tmp_path / 'last.ckpt'}"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

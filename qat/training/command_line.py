@@ -181,6 +181,8 @@ def explain(error: Exception, config_name: str | None = None, overrides: Sequenc
     if isinstance(error, OSError) and error.errno in DISK:
         return f"the run's folder cannot be written: {text}; resume=auto goes on from its last checkpoint"
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override and not error.override.startswith("~"):
+            return f"{error.override!r} is no KEY=VALUE, such as experiment=NAME or data=NAME"
         return f"{error.override}: {first_line(error.message)}; a text goes in quotes, as in KEY='\"TEXT\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
