@@ -18,7 +18,8 @@ def shard_step_sizes(model: nn.Module, **options: Any) -> nn.Module:
     FSDP2 wants one dtype in a group, and step sizes are float32: a model with bf16 weights needs this, one in float32
     does not. It takes a small all-gather for every step size. Weights must arrive as they are stored: a policy that
     casts them (``MixedPrecisionPolicy(param_dtype=...)``) is refused in the forward, since what trains would not be
-    what ships; use bf16 weights, or autocast.
+    what ships; use bf16 weights, or autocast. FSDP2 leaves buffers alone: each rank's batch norm has statistics of
+    its own batches.
 
         qat.shard_step_sizes(model)
         for block in model.blocks:
