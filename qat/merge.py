@@ -151,15 +151,20 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
     """Merge, print what it costs, and write it.
 
     Raises:
-        ArtifactError: it loses something and ``lossy`` is not set; or a folder cannot be read or written.
+        ArtifactError: it loses something and ``lossy`` is not set; a folder cannot be read or written, or ``out`` is
+            the base.
     """
     from . import formats
-    from .adapters import load_adapter, stored
+    from .adapters import CONFIG, load_adapter, stored
     from .atomic import atomic_folder
     from .formats import native
     from .formats.companions import copy_files
     from .frozen_model import from_model, to_model
 
+    if (source / CONFIG).is_file():
+        raise ArtifactError(f"{source} is an adapter of peft: the base comes first, then the adapter")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ArtifactError(f"--out {out} is the base itself: choose another folder")
     quantized = formats.read(source)
     base, costs = merge(load_adapter(to_model(quantized), adapter, any_base=any_base))
     print(table(costs))

@@ -130,6 +130,18 @@ def test_a_lossy_merge_needs_the_flag(tmp_path, policy, capsys):
     assert qat.quantized_tensors(qat.load(tmp_path / "out")).keys() == qat.quantized_tensors(frozen(policy)).keys()
 
 
+def test_a_merge_leaves_its_base_and_takes_it_first(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    qat.save(frozen(), base)
+    save_adapter(adapted(frozen(), 0.01), adapter)
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    assert merge.main([str(base), str(adapter), "--out", str(base / ".." / "base"), "--lossy"]) == 1
+    assert "is the base itself: choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
+    assert merge.main([str(adapter), str(base), "--out", str(tmp_path / "merged")]) == 1
+    assert "the base comes first, then the adapter" in capsys.readouterr().err
+
+
 def test_a_merge_leaves_the_adapter_beside_its_base_behind(tmp_path, capsys):
     """As a run ships it: the artifact, and in it the adapter, which does not fit the codes of the merge."""
     qat.save(adapted(frozen(), 0.02), tmp_path / "base")
