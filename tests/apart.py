@@ -6,7 +6,7 @@ It is not the process of the tests: that one may have a GPU at work, which no co
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -33,4 +33,6 @@ def train(overrides: str) -> None:
 
 def _run(printed: Path, function: Callable, *arguments: Any) -> None:
     sys.stdout = sys.stderr = printed.open("w")
+    # As in a process that was started by hand. The workers of a data loader would be of a server, and outlive a kill.
+    set_start_method(get_all_start_methods()[0], force=True)
     function(*arguments)
