@@ -69,7 +69,7 @@ def _kernel(plan: Plan) -> Plan:
 def compile_all(plans: dict[tuple[int, int, int], list[Plan]], dtype: torch.dtype) -> list[str]:
     """Compile the kernels of all plans, given by (tokens, outputs, inputs); return a line a failure, and the time."""
     # A kernel depends on the shape through what divides it alone: one small weight compiles for many.
-    # The longest K, as parts of it are to be no fewer than rounds.
+    # The longest K has as many rounds as any plan has parts.
     longest = max((k for _, _, k in plans if k % 4096 == 0), default=0)
     inputs = {k: longest if k % 4096 == 0 else k for _, _, k in plans}
     kernels = {(m, n, k): {_kernel(plan) for plan in of_case} for (m, n, k), of_case in plans.items()}
@@ -102,8 +102,8 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
             run = runner(x, problem.weights[0], int8)
             rounded = round_dynamic(x.float(), Dynamic.int8_token) if int8 else x
             exact = None if dense is None else rounded.double() @ dense.T
-            times = []
-            # The first one is timed twice, since a GPU that was idle is slower for a while.
+            times: dict[Plan, float] = {}
+            # The first one is timed twice, since a GPU that was idle is slower for a while: what is last counts.
             for plan in [plans[m, n, k][0], *plans[m, n, k]]:
                 try:
                     y = run(plan, problem.weights[0])
@@ -112,22 +112,20 @@ def tune(shapes: list[tuple[int, int]], tokens: tuple[int, ...], what: str = "bf
                         lines.append(f"WRONG {n}x{k} M={m} {plan}: {error}")
                         continue
                     calls = [partial(run, plan, w) for w in problem.weights]
-                    times = [pair for pair in times if pair[1] != plan]
-                    times.append((graph_time(calls, milliseconds=1.5, replays=3), plan))
+                    times[plan] = graph_time(calls, milliseconds=1.5, replays=3)
                 except Exception as failure:
                     lines.append(f"FAILED {n}x{k} M={m} {plan}: {failure!r}"[:300])
-            times.sort(key=lambda pair: pair[0])
+            fastest = sorted(times, key=times.__getitem__)
             chosen = int4_plans.heuristic(m, n, k, *limits)
             if int8:
                 chosen = int4_plans.int8_heuristic(m, n, limits[1])
-            by_heuristic = next((t for t, plan in times if plan == chosen), None)
             lines.append(
                 f"{n}x{k} M={m}: "
-                + "  ".join(f"{t:.1f} {int4_plans.plan_to_json(p)}" for t, p in times)
-                + f"  (heuristic {by_heuristic} {chosen})"
+                + "  ".join(f"{times[plan]:.1f} {int4_plans.plan_to_json(plan)}" for plan in fastest)
+                + f"  (heuristic {times.get(chosen)} {chosen})"
             )
-            if times:
-                table.setdefault(int4_plans.plan_name(n, k, what), {})[str(m)] = int4_plans.plan_to_json(times[0][1])
+            if fastest:
+                table.setdefault(int4_plans.plan_name(n, k, what), {})[str(m)] = int4_plans.plan_to_json(fastest[0])
     return {name: table}, lines
 
 

@@ -69,18 +69,10 @@ def _batches(tokens: int, blocks: int, tiles: int, early: int, multiprocessors: 
         kind = Batch(warps, block_m, ahead, step, 4, 1, early)
         plans += [kind._replace(split=split) for split in splits]
         if 1 in splits:
-            plans += [kind._replace(early=1), *_last_wave_in_parts(kind, programs, tiles, multiprocessors)]
-    return plans
-
-
-def _last_wave_in_parts(kind: Batch, programs: int, tiles: int, multiprocessors: int) -> list[Batch]:
-    """Return plans in whose last wave, of two to five programs a multiprocessor, parts of K take every place."""
-    plans = []
-    for places in (multiprocessors * side_by_side for side_by_side in (2, 3, 4, 5)):
-        unsplit = programs // places * places
-        for split in (2, 3):
-            if 0 < unsplit < programs and (programs - unsplit) * split <= places and tiles >= 16 * split:
-                plans.append(kind._replace(split=split, unsplit=unsplit))
+            plans.append(kind._replace(early=1))
+            for side_by_side in (2, 3, 4, 5):  # programs on a multiprocessor, of which the last wave is in parts
+                options = shared_out(kind, tokens, blocks, tiles, side_by_side * multiprocessors)
+                plans += [plan for plan, *_ in options if plan.unsplit]
     return list(dict.fromkeys(plans))
 
 

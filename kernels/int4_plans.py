@@ -175,7 +175,11 @@ def heuristic(tokens: int, outputs: int, inputs: int, capability: int, multiproc
     if block_m == 64 and tiles > 256:
         return Batch(8, 64, 8, 2, 4, _parts(-(-blocks // 8), 1.9 * multiprocessors, tiles), 2)
     if narrow > (3 if block_m == 64 else 2.4) * multiprocessors:
-        return Batch(8 if block_m == 64 or narrow <= 5 * multiprocessors else 4, block_m, 8, 2, 4, 1, 1)
+        if block_m == 64 or narrow <= 5 * multiprocessors:
+            return Batch(8, block_m, 8, 2, 4, 1, 1)
+        plan = Batch(4, block_m, 8, 2, 4, 1, 2)
+        options = shared_out(plan, tokens, blocks, tiles, 5 * multiprocessors) if block_m == 16 else []
+        return next((option for option, *_ in options if option.unsplit), plan._replace(early=1))
     # 64 outputs a program, of which several run side by side; with fewer tiles ahead, five.
     if block_m < 64 and multiprocessors < narrow <= 1.25 * multiprocessors and tiles >= 64:
         return Batch(4, block_m, 4, 1, 4, 4, 2)

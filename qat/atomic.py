@@ -20,6 +20,12 @@ except ImportError:  # on Windows
     fcntl = None
 
 
+def require_other(out: Path, source: Path, what: str) -> None:
+    """Raise ArtifactError where a folder to write is the one that is read, under whatever name."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ArtifactError(f"--out {out} is the {what} itself: choose another folder")
+
+
 @contextmanager
 def atomic_folder(out: str | Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder beside ``out`` to write into; it takes the place of ``out`` when the block ends well.

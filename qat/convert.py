@@ -73,10 +73,9 @@ def convert(
         QATError: the source cannot be read, or the format cannot hold it exactly, or ``out`` cannot be written.
     """
     from . import adapters, formats
-    from .atomic import atomic_folder
+    from .atomic import atomic_folder, require_other
 
-    if out.exists() and source.exists() and out.samefile(source):
-        raise ArtifactError(f"--out {out} is the source itself: choose another folder")
+    require_other(out, source, "source")
     if qdq and to != "onnx":
         raise ArtifactError(f"--qdq says how --to onnx writes linear weights, and this is --to {to}: leave it out")
     if tokenizer is not None and not tokenizer.is_dir():

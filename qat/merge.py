@@ -156,15 +156,14 @@ def run(source: Path, adapter: Path, out: Path, lossy: bool = False, any_base: b
     """
     from . import formats
     from .adapters import CONFIG, load_adapter, stored
-    from .atomic import atomic_folder
+    from .atomic import atomic_folder, require_other
     from .formats import native
     from .formats.companions import copy_files
     from .frozen_model import from_model, to_model
 
     if (source / CONFIG).is_file():
         raise ArtifactError(f"{source} is an adapter of peft: the base comes first, then the adapter")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise ArtifactError(f"--out {out} is the base itself: choose another folder")
+    require_other(out, source, "base")
     quantized = formats.read(source)
     base, costs = merge(load_adapter(to_model(quantized), adapter, any_base=any_base))
     print(table(costs))
